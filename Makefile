@@ -1,0 +1,40 @@
+# Every task of this repository. `make` alone lists them.
+PY := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fast format docs bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: ## make or refresh .venv (does nothing when it is up to date)
+	@scripts/setup_cpu.sh
+
+demo: setup ## run the whole pipeline on this machine's CPU
+	.venv/bin/epd demo $(ARGS)
+
+test: setup check ## check, then every test
+	$(PY) -m pytest $(ARGS)
+
+check: setup ## lint, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+fast: setup ## the pure tests only: seconds, no engine, no GPU
+	$(PY) -m pytest -m "not engine and not gpu" $(ARGS)
+
+format: setup ## let ruff format and fix what it can
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+docs: setup ## regenerate the generated pages of docs/
+	$(PY) -m epd.docs
+
+bench: setup ## run the benchmarks
+	$(PY) -m benchmarks $(ARGS)
+
+clean: ## remove caches and build outputs (not .venv)
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
