@@ -1,0 +1,121 @@
+"""The broker daemon: one loop that owns the ROUTER socket and performs what the decision core decides.
+
+It reads headers only and forwards opaque frames untouched. A malformed message is counted and logged, at most once a
+second, and costs its sender only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+import zmq
+import zmq.asyncio
+
+from broker.core import Core, Send
+from epd import service, wire
+from epd.config import Config
+
+log = structlog.get_logger()
+
+TICK_S = 0.25
+MAX_BATCH = 256
+
+
+class Broker:
+    """Binds the socket at construction; `serve` runs until it is cancelled.
+
+    Args:
+        config: `config.broker` says where to bind; a TCP port of 0 picks a free one, see `address`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        # Generations start at the time in microseconds: no earlier broker of the same pools can have got so far.
+        self.core = Core(config.broker, first_generation=time.time_ns() // 1000)
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.bind(config.broker.address)
+        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.num_malformed = 0
+        self._complained_at = 0.0
+
+    async def serve(self) -> None:
+        """Handles messages and the passing of time, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._receive(), name="broker-receive")
+            tasks.create_task(self._tick(), name="broker-tick")
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
+        self._context.term()
+
+    async def _receive(self) -> None:
+        while True:
+            parts = await self._socket.recv_multipart()
+            for _ in range(MAX_BATCH):
+                await self._handle(parts)
+                try:
+                    parts = await self._socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+            await asyncio.sleep(0)
+
+    async def _handle(self, parts: list[bytes]) -> None:
+        peer_id = parts[0].decode("ascii", "replace")
+        try:
+            message, frames = wire.decode(parts[1:])
+        except wire.WireError as error:
+            self._complain(peer_id, str(error))
+            return
+        await self._perform(self.core.handle(peer_id, message, frames, time.monotonic()))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            await self._perform(self.core.tick(time.monotonic()))
+
+    async def _perform(self, sends: list[Send]) -> None:
+        for peer_id, message, frames in sends:
+            try:
+                await self._socket.send_multipart([peer_id.encode(), *wire.encode(message, frames)])
+            except zmq.ZMQError as error:  # the peer is gone; its silence will tell the core
+                log.debug("not sent", peer=peer_id, command=type(message).__name__, reason=str(error))
+
+    def _complain(self, peer_id: str, reason: str) -> None:
+        self.num_malformed += 1
+        if (now := time.monotonic()) - self._complained_at > 1.0:
+            self._complained_at = now
+            log.warning("malformed message", peer=peer_id, reason=reason, num_malformed=self.num_malformed)
+
+
+async def main(config: Config, name: str, stop: asyncio.Event) -> int:
+    """Serves until `stop` is set; returns the exit status."""
+    broker = Broker(config)
+    log.info("listening", name=name, address=broker.address)
+    service.notify_systemd("READY=1")
+    serving = asyncio.create_task(broker.serve(), name="broker")
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+    finally:
+        service.notify_systemd("STOPPING=1")
+        serving.cancel()
+        stopping.cancel()
+        await asyncio.gather(serving, stopping, return_exceptions=True)
+        broker.close()
+    return 0
+
+
+def run(config: Config, name: str) -> int:
+    """Runs the daemon until SIGINT or SIGTERM; returns the exit status."""
+    service.configure_logging(config.log, name)
+    return service.run(lambda stop: main(config, name, stop))

@@ -1,0 +1,203 @@
+"""The patches of all requests: which are in the cache, which are being encoded, who waits for them. Pure.
+
+Joins the cache's index with the encode queue. It decides nothing about requests: it answers with hashes, slots and
+holders, and the core tells the workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from broker.encoding import EncodeQueue, Job
+from broker.registry import Peer
+from broker.request import Request
+from cache.index import Acquired, CacheIndex, Outcome, PatchNeed
+from epd.messages import Patch, PatchReady, Pool, Slot, WorkerInfo
+
+MAX_ENCODE_ATTEMPTS = 2
+QUARANTINE_S = 60.0
+
+
+class UnknownModalityError(ValueError):
+    """No encode worker encodes this modality."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lost:
+    """A patch that will not be encoded: every holder fails, and why."""
+
+    patch_hash: str
+    holders: frozenset[str]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Done:
+    """A patch that can be read now, and the requests that hold it."""
+
+    patch_hash: str
+    slot: Slot
+    holders: frozenset[str]
+    job: Job
+
+
+class Patches:
+    """The cache index and the encode queue behind it.
+
+    Args:
+        batches_ahead: how many batches an encode worker is given ahead.
+        first_generation: where slot generations start; above all that earlier brokers can have given out.
+    """
+
+    def __init__(self, batches_ahead: int, first_generation: int) -> None:
+        self.index = CacheIndex(first_generation)
+        self.queue = EncodeQueue(batches_ahead)
+        self._quarantined: dict[int, tuple[str, float]] = {}
+        self.num_encoded = 0
+
+    def needs(self, patches: Iterable[Patch], info: WorkerInfo) -> list[PatchNeed]:
+        """What `patches` need in the cache, with the widths of an encode worker.
+
+        Raises:
+            UnknownModalityError: it has no width for one of them.
+        """
+        needs = []
+        for patch in patches:
+            width = info.widths.get(patch.modality)
+            if not width:
+                raise UnknownModalityError(f"the encode workers do not encode {patch.modality!r}")
+            needs.append(PatchNeed(patch.patch_hash, patch.num_tokens, width, info.dtype))
+        return needs
+
+    def acquire(self, request: Request, holder: str, needs: list[PatchNeed]) -> list[Acquired] | None:
+        """Pins all of a request's patches and queues the missing ones, or does nothing and returns None."""
+        acquired = self.index.acquire_all(needs, holder)
+        for item in acquired or ():
+            if item.outcome is Outcome.NEW:
+                patch = request.patches[item.patch_hash]
+                frames = request.patch_frames.get(item.patch_hash, [])
+                self.queue.add(item.patch_hash, patch.modality, patch.num_tokens, item.slot, frames)
+        return acquired
+
+    def dispatch(self, workers: list[Peer], now: float) -> Iterator[tuple[Job, Peer]]:
+        """Assigns waiting patches to encode workers; yields each pair."""
+        return self.queue.dispatch(workers, now)
+
+    def encoded(self, worker: Peer, job_id: int, generation: int) -> Done | None:
+        """A worker says that a patch is in its slot; None when that is not (or no longer) true for this generation."""
+        job = self._of(worker, job_id)
+        if job is None:
+            return None
+        self._leave(worker, job)
+        self.queue.end(job)
+        if not self.index.commit(job.patch_hash, generation):
+            return None
+        self.num_encoded += 1
+        return Done(job.patch_hash, job.slot, self.index.holders(job.patch_hash), job)
+
+    def not_encoded(self, worker: Peer, job_id: int, reason: str) -> Lost | None:
+        """A worker could not encode a patch, or dropped it: nobody else is tried, since the input is to blame."""
+        job = self._of(worker, job_id)
+        if job is None:
+            return None
+        self._leave(worker, job)
+        holders = self.index.holders(job.patch_hash)
+        if job.dropped and holders:  # wanted again since it was dropped
+            self.queue.again(job, job.slot)
+            job.dropped = False
+            return None
+        self.queue.end(job)
+        self.index.drop(job.patch_hash, job.slot.generation)
+        return Lost(job.patch_hash, holders, reason) if holders else None
+
+    def worker_lost(self, worker: Peer, now: float) -> list[Lost]:
+        """An encode worker is gone: its patches go to the others, unless they have been tried often enough."""
+        lost = []
+        for job_id in sorted(worker.jobs, reverse=True):
+            job = self.queue.get(job_id)
+            if job is None or job.worker != worker.peer_id:
+                continue
+            self._quarantined[job.slot.generation] = (worker.name, now + QUARANTINE_S)
+            holders = self.index.holders(job.patch_hash)
+            if not holders:
+                self.index.drop(job.patch_hash, job.slot.generation, quarantine=True)
+                self.queue.end(job)
+            elif job.num_attempts >= MAX_ENCODE_ATTEMPTS:
+                self.queue.end(job)
+                self.index.drop(job.patch_hash, job.slot.generation, quarantine=True)
+                reason = f"{job.num_attempts} encode workers were lost with this patch"
+                lost.append(Lost(job.patch_hash, holders, reason))
+            elif slot := self.index.renew(job.patch_hash, job.slot.generation, quarantine=True):
+                self.queue.again(job, slot)
+            else:
+                self.queue.end(job)
+                lost.append(Lost(job.patch_hash, holders, "its encode worker was lost and the cache is full"))
+        worker.jobs.clear()
+        worker.load_tokens = 0
+        return lost
+
+    def stale(self, request: Request, patch_hash: str, generation: int) -> Lost | None:
+        """A reader found something else in the slot: encode the patch again from this request's frames."""
+        if not self.index.is_current(patch_hash, generation):
+            return None
+        patch, frames = request.patches.get(patch_hash), request.patch_frames.get(patch_hash)
+        holders = self.index.holders(patch_hash)
+        slot = None if patch is None or frames is None else self.index.renew(patch_hash, generation)
+        if patch is None or frames is None or slot is None:
+            self.index.drop(patch_hash, generation)
+            return Lost(patch_hash, holders, "its slot was overwritten and it cannot be encoded again")
+        self.queue.add(patch_hash, patch.modality, patch.num_tokens, slot, frames)
+        return None
+
+    def release(self, holder: str) -> list[Job]:
+        """Unpins what `holder` held; returns the jobs that now nobody waits for and that should be dropped."""
+        unwanted = []
+        for patch_hash in self.index.release(holder):
+            job = self.queue.of_patch(patch_hash)
+            if job is None or self.index.holders(patch_hash):
+                continue
+            if job.worker:
+                job.dropped = True
+                unwanted.append(job)
+            else:
+                self.queue.end(job)
+                self.index.drop(patch_hash, job.slot.generation)
+        return unwanted
+
+    def pool_lost(self, pool: Pool) -> list[Lost]:
+        """A pool is gone with all that was in it."""
+        holders = {patch_hash: self.index.holders(patch_hash) for patch_hash in self.index.in_pool(pool.pool_id)}
+        lost = []
+        for patch_hash in self.index.remove_pool(pool.pool_id):
+            job = self.queue.of_patch(patch_hash)
+            if job and not job.worker:
+                self.queue.end(job)
+            if holders[patch_hash]:
+                lost.append(Lost(patch_hash, holders[patch_hash], "its pool was lost with the cache daemon"))
+        return lost
+
+    def lift_quarantine(self, name: str, now: float) -> None:
+        """Frees the memory that a lost encode worker might have written to: it is back, or long gone."""
+        for generation, (worker, until) in list(self._quarantined.items()):
+            if worker == name or until <= now:
+                del self._quarantined[generation]
+                self.index.lift_quarantine(generation)
+
+    def readable(self, patch_hashes: Iterable[str]) -> list[PatchReady]:
+        """Those of `patch_hashes` that can be read now, with their slots."""
+        return [
+            PatchReady(patch_hash=patch_hash, slot=slot)
+            for patch_hash in patch_hashes
+            if (slot := self.index.readable(patch_hash)) is not None
+        ]
+
+    def _of(self, worker: Peer, job_id: int) -> Job | None:
+        job = self.queue.get(job_id)
+        return job if job is not None and job.worker == worker.peer_id else None
+
+    def _leave(self, worker: Peer, job: Job) -> None:
+        worker.jobs.discard(job.job_id)
+        worker.load_tokens -= job.num_tokens
+        worker.num_done += 1
+        job.worker = ""

@@ -1,0 +1,154 @@
+"""The configuration of a whole pipeline: one TOML file that every daemon reads, with command line overrides.
+
+Pure. `[engine]` holds vLLM engine options for all stages, `[encode.engine]`, `[prefill.engine]` and `[decode.engine]`
+those of one stage; their names are vLLM's own (`vllm serve --help`), with underscores.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class ConfigError(ValueError):
+    """The configuration does not say what it must; the text names the place."""
+
+
+class _Section(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: unknown keys are errors."""
+
+
+class BrokerConfig(_Section):
+    """`[broker]`: where it listens and what it admits.
+
+    `decode_reserve_tokens` is how much output is set aside in a decode worker's KV cache for a request that may be
+    longer; `max_queued` requests wait at most `max_queue_s` seconds for a place, beyond that the answer is 503.
+    """
+
+    address: str = "tcp://127.0.0.1:5840"
+    heartbeat_s: float = 0.5
+    lost_after_s: float = 3.5
+    max_queued: int = 512
+    max_queue_s: float = 60.0
+    max_in_flight: int = 1024
+    max_frames_bytes: int = 4 << 30
+    decode_reserve_tokens: int = 1024
+    encode_batches_ahead: int = 2
+    story_keep: int = 1000
+    recorder: str = ""
+
+
+class CacheConfig(_Section):
+    """`[cache]`: the pool of embeddings. `checksum` verifies every read of a slot."""
+
+    pool_bytes: int = 256 << 20
+    kind: str = "shared_memory"
+    checksum: bool = True
+
+
+class EndpointConfig(_Section):
+    """`[endpoint]`: the HTTP server and what it accepts from clients.
+
+    `allowed_media_domains` lists the hosts that pictures may be fetched from; empty means that only data URLs are
+    taken. `max_pixels` bounds one picture, `max_images` one request, `max_body_bytes` one HTTP body.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8400
+    max_body_bytes: int = 64 << 20
+    max_images: int = 32
+    max_pixels: int = 64 << 20
+    allowed_media_domains: list[str] = []
+    allowed_local_media_path: str = ""
+    request_timeout_s: float = 600.0
+    drain_s: float = 30.0
+    api_keys: list[str] = []
+    serve: dict[str, Any] = {}
+
+
+class StageConfig(_Section):
+    """`[encode]`, `[prefill]`, `[decode]`: how many workers `epd up` starts, and their vLLM engine options."""
+
+    workers: int = 1
+    engine: dict[str, Any] = {}
+
+
+class PrefillConfig(StageConfig):
+    """`[prefill]`: `min_overlap_tokens` is the least run of ready tokens worth a step while patches are missing."""
+
+    min_overlap_tokens: int = 512
+
+
+class LogConfig(_Section):
+    """`[log]`: `level` as in logging; `format` is "console" or "json"."""
+
+    level: str = "info"
+    format: str = "console"
+
+
+class Config(_Section):
+    """A whole pipeline."""
+
+    model: str = ""
+    served_model_name: str = ""
+    engine: dict[str, Any] = {}
+    broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
+    cache: CacheConfig = msgspec.field(default_factory=CacheConfig)
+    endpoint: EndpointConfig = msgspec.field(default_factory=EndpointConfig)
+    encode: StageConfig = msgspec.field(default_factory=StageConfig)
+    prefill: PrefillConfig = msgspec.field(default_factory=PrefillConfig)
+    decode: StageConfig = msgspec.field(default_factory=StageConfig)
+    log: LogConfig = msgspec.field(default_factory=LogConfig)
+
+    def engine_options(self, stage: str) -> dict[str, Any]:
+        """The vLLM options of a stage ("encode", "prefill", "decode", or "" for the endpoint's own configuration)."""
+        return self.engine | (getattr(self, stage).engine if stage else {})
+
+
+def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Reads a TOML file (or nothing) and applies `overrides` of the form `section.key=value` (value in TOML).
+
+    Raises:
+        ConfigError: the file or an override cannot be read, or has an unknown key or a wrong type.
+    """
+    tree: dict[str, Any] = {}
+    if path:
+        try:
+            tree = tomllib.loads(Path(path).read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+    for override in overrides or []:
+        _apply(tree, override)
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from None
+
+
+def dump(config: Config) -> str:
+    """`config` as JSON, for handing a whole configuration to a child process."""
+    return msgspec.json.encode(config).decode()
+
+
+def parse(text: str) -> Config:
+    """The inverse of `dump`."""
+    return msgspec.json.decode(text, type=Config)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found:
+        raise ConfigError(f"{override!r}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *path, last = key.strip().replace("-", "_").split(".")
+    for name in path:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{override!r}: {name} is no section")
+    tree[last] = value

@@ -1,0 +1,137 @@
+"""A worker daemon: one stage's engine in a thread, and beside it an event loop with one link to the broker.
+
+The engine is built first; the worker registers when it is ready. If the engine fails, the worker says goodbye and ends
+with status 1, so that its supervisor starts a new one. At the first SIGTERM it waits for what it has on its hands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+
+import structlog
+
+from epd import service
+from epd.config import Config
+from epd.link import BrokerLink
+from epd.messages import Message, Pools, Role, Welcome, WorkerInfo
+from workers.decode import DecodeStage
+from workers.encode import EncodeStage
+from workers.prefill import PrefillStage
+from workers.stage import Frames, Stage
+from workers.thread import EngineThread
+
+log = structlog.get_logger()
+
+STAGES: dict[str, type[Stage]] = {stage.role.value: stage for stage in (EncodeStage, PrefillStage, DecodeStage)}
+DRAIN_S = 10.0
+_STOP_S = 5.0
+
+
+class Worker:
+    """Joins a stage, its engine thread and the link; lives on the event loop."""
+
+    def __init__(self, config: Config, stage: str, name: str) -> None:
+        self._config, self._name = config, name
+        self._loop = asyncio.get_running_loop()
+        self._ready, self.failed = asyncio.Event(), asyncio.Event()
+        self.error: BaseException | None = None
+        self._stage = STAGES[stage](config, name, self._post)
+        self._thread = EngineThread(self._stage, self._on_ready, self._on_exit)
+        self._link = BrokerLink(
+            config.broker.address,
+            name,
+            Role(stage),
+            info=self._info,
+            on_message=self._on_message,
+            on_registered=self._on_registered,
+            on_lost=self._on_lost,
+            steps=lambda: self._thread.num_steps,
+        )
+
+    async def serve(self, stop: asyncio.Event) -> int:
+        """Serves until `stop` is set or the engine fails; returns the exit status."""
+        started = time.monotonic()
+        self._thread.start()
+        await _first(self._ready.wait(), self.failed.wait(), stop.wait())
+        if not self._ready.is_set():
+            return self._close()
+        log.info("engine ready", seconds=round(time.monotonic() - started, 1))
+        async with self._link as link:
+            await _first(link.wait_registered(), self.failed.wait(), stop.wait())
+            if link.registered:
+                log.info("registered", incarnation=link.incarnation)
+                service.notify_systemd("READY=1")
+            await _first(self.failed.wait(), stop.wait())
+            service.notify_systemd("STOPPING=1")
+            if not self.failed.is_set():
+                await self._drain()
+            await link.goodbye("the engine failed" if self.failed.is_set() else "stopped")
+        return self._close()
+
+    def _close(self) -> int:
+        if self.error is not None:
+            log.error("engine failed", error=repr(self.error), exc_info=self.error)
+            return 1
+        self._thread.close(_STOP_S)
+        return 0
+
+    async def _drain(self) -> None:
+        deadline = time.monotonic() + DRAIN_S
+        while self._stage.has_work() and time.monotonic() < deadline and not self.failed.is_set():
+            await asyncio.sleep(0.05)
+
+    # ---- called on the loop ----------------------------------------------------------------------------------------
+
+    def _info(self) -> WorkerInfo:
+        return self._stage.info
+
+    def _on_message(self, message: Message, frames: Frames) -> None:
+        if isinstance(message, Pools):
+            self._thread.call(self._stage.set_pools, message.pools)
+        else:
+            self._thread.call(self._stage.handle, message, frames)
+
+    async def _on_registered(self, welcome: Welcome) -> None:
+        self._thread.call(self._stage.set_pools, welcome.pools)
+
+    async def _on_lost(self, reason: str) -> None:
+        self._thread.call(self._stage.reset)
+
+    # ---- called in the engine thread -------------------------------------------------------------------------------
+
+    def _post(self, message: Message, frames: Frames) -> None:
+        self._loop.call_soon_threadsafe(self._link.send, message, frames)
+
+    def _on_ready(self) -> None:
+        self._loop.call_soon_threadsafe(self._ready.set)
+
+    def _on_exit(self, error: BaseException | None) -> None:
+        self.error = error
+        if error is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.failed.set)
+
+
+async def _first(*waits: Awaitable[object]) -> None:
+    """Returns when the first of these is done; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def main(config: Config, stage: str, name: str, stop: asyncio.Event) -> int:
+    """Serves one worker until `stop` is set; returns the exit status."""
+    return await Worker(config, stage, name).serve(stop)
+
+
+def run(config: Config, stage: str, name: str) -> int:
+    """Runs the daemon until SIGINT or SIGTERM; returns the exit status."""
+    service.configure_logging(config.log, name)
+    return service.run(lambda stop: main(config, stage, name, stop))

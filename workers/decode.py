@@ -1,0 +1,107 @@
+"""The decode stage: pushed KV in, tokens out. Lives in a decode worker's engine thread."""
+
+from __future__ import annotations
+
+from cache.slot import StaleSlotError
+from epd.messages import Abort, Decode, Failed, Finished, Message, NeedPatches, Pushed, Ready, Released, Role, Tokens
+from workers.stage import Frames, Stage
+
+_PUSHED_POLL_S = 0.0005
+_WAIT_POLL_S = 0.05
+_NUM_FAST_POLLS = 200
+
+
+class DecodeStage(Stage):
+    """Registers each request for its KV at once, and decodes it when it has come.
+
+    The KV arrives without an event in this process; PUSHED says that it is there, and until then the engine is looked
+    after only now and then.
+    """
+
+    role = Role.DECODE
+
+    def start(self) -> None:
+        """Builds the engine."""
+        super().start()
+        self._requests: set[str] = set()
+        self._arriving: set[str] = set()
+
+    def handle(self, message: Message, frames: Frames) -> None:
+        """Takes in DECODE, PUSHED, READY and ABORT."""
+        match message:
+            case Decode():
+                try:
+                    self.engine.add_decode(frames, message.prefill)
+                except Exception as error:
+                    text = f"{type(error).__name__}: {error}"[:500]
+                    self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
+                else:
+                    self._requests.add(message.request_id)
+            case Pushed():
+                if message.request_id in self._requests:
+                    self._arriving.add(message.request_id)
+            case Ready():
+                self._ready(message)
+            case Abort():
+                self.engine.abort([message.request_id])
+                self._forget(message.request_id)
+                self._post(Released(request_id=message.request_id), ())
+
+    def _ready(self, message: Ready) -> None:
+        self.engine.connector.expect(message.request_id, [patch.patch_hash for patch in message.ready])
+        for patch in message.ready:
+            try:
+                self.engine.connector.patch_ready(patch.patch_hash, patch.slot)
+            except StaleSlotError as error:
+                text = f"preempted, and patch {patch.patch_hash[:8]} cannot be read again: {error}"
+                self._fail(message.request_id, "preempted", text)
+                return
+
+    def step(self) -> bool:
+        """Decodes one token of every request that has its KV."""
+        outputs, executed = self.engine.step()
+        for output in outputs:
+            request_id = output.request_id
+            if request_id not in self._requests:
+                continue
+            self._arriving.discard(request_id)
+            output.kv_transfer_params = None
+            num_new_tokens = len(output.new_token_ids)
+            frames = self.engine.pack(output)
+            if output.finished:
+                self._forget(request_id)
+                reason = str(output.finish_reason)
+                self._post(Finished(request_id=request_id, num_new_tokens=num_new_tokens, finish_reason=reason), frames)
+            else:
+                self._post(Tokens(request_id=request_id, num_new_tokens=num_new_tokens), frames)
+        if not executed:
+            self._ask_for_patches()
+        return executed
+
+    def _ask_for_patches(self) -> None:
+        for request_id, patch_hashes in self.engine.connector.take_needed().items():
+            if request_id in self._requests:
+                self.engine.connector.expect(request_id, patch_hashes)
+                self._post(NeedPatches(request_id=request_id, patch_hashes=patch_hashes), ())
+
+    def _fail(self, request_id: str, code: str, text: str) -> None:
+        self.engine.abort([request_id])
+        self._forget(request_id)
+        self._post(Failed(request_id=request_id, code=code, message=text), ())
+
+    def _forget(self, request_id: str) -> None:
+        self._requests.discard(request_id)
+        self._arriving.discard(request_id)
+        self.engine.connector.forget(request_id)
+
+    def poll_s(self, num_idle_steps: int) -> float | None:
+        """KV that has been pushed is looked for at once; KV that has not, now and then."""
+        if self._arriving and num_idle_steps < _NUM_FAST_POLLS:
+            return _PUSHED_POLL_S
+        return _WAIT_POLL_S
+
+    def reset(self) -> None:
+        """Drops all requests."""
+        self.engine.abort(list(self._requests))
+        self._requests.clear()
+        self._arriving.clear()

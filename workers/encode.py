@@ -1,0 +1,74 @@
+"""The encode stage: patches in, embeddings into their slots. Lives in an encode worker's engine thread."""
+
+from __future__ import annotations
+
+import time
+
+from epd.messages import DropEncode, Encode, Encoded, EncodeFailed, Message, Role
+from workers.stage import Frames, Stage
+
+
+class EncodeStage(Stage):
+    """Encodes each patch as an engine request of its own; vLLM batches those that wait together."""
+
+    role = Role.ENCODE
+
+    def start(self) -> None:
+        """Builds the engine."""
+        super().start()
+        self._jobs: dict[str, Encode] = {}
+
+    def handle(self, message: Message, frames: Frames) -> None:
+        """Takes in ENCODE and DROP_ENCODE."""
+        match message:
+            case Encode():
+                try:
+                    job = self.engine.add_encode(message, frames)
+                except Exception as error:  # whatever the engine makes of the patch is this patch's failure only
+                    self._post(EncodeFailed(job_id=message.job_id, message=_reason(error)), ())
+                else:
+                    self._jobs[job] = message
+            case DropEncode():
+                job = str(message.job_id)
+                if self._jobs.pop(job, None):
+                    self.engine.abort([job])
+                    self._post(EncodeFailed(job_id=message.job_id, message="dropped", dropped=True), ())
+
+    def step(self) -> bool:
+        """Encodes what waits, as far as one batch takes it, and reports each patch that is in its slot."""
+        started = time.monotonic()
+        outputs, executed = self.engine.step()
+        took_s = time.monotonic() - started
+        written = self.engine.connector.take_written()
+        for job in written.done:
+            if message := self._jobs.pop(job, None):
+                done = Encoded(
+                    job_id=message.job_id,
+                    generation=message.slot.generation,
+                    took_s=took_s,
+                    batch_size=len(written.done),
+                )
+                self._post(done, ())
+        failed = dict(written.failed)
+        failed |= {
+            output.request_id: f"the engine ended with {output.finish_reason}"
+            for output in outputs
+            if output.finished and output.request_id in self._jobs
+        }
+        for job, reason in failed.items():
+            if message := self._jobs.pop(job, None):
+                self._post(EncodeFailed(job_id=message.job_id, message=reason), ())
+        return executed
+
+    def poll_s(self, num_idle_steps: int) -> float | None:
+        """Nothing is waited for here; a step without the model only clears what has finished."""
+        return 0.0 if num_idle_steps < 3 else 0.05
+
+    def reset(self) -> None:
+        """Drops all jobs."""
+        self.engine.abort(list(self._jobs))
+        self._jobs.clear()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]

@@ -1,0 +1,301 @@
+"""A stage's vLLM engine (0.32): how it is configured, fed and stepped. The one module of `workers` that touches vLLM.
+
+Lives in a worker process; everything here is called from its engine thread. An encode engine holds no language model, a
+prefill or decode engine no vision tower; embeddings go through `cache.ec_connector`, KV through vLLM's
+`NixlPushConnector`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from cache import ec_connector
+from cache.ec_connector import PatchCacheConnector
+from epd.config import Config
+from epd.messages import Encode, KvPeer, Role, WorkerInfo
+
+DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
+_ENDLESS = 1 << 40
+
+
+class EngineError(RuntimeError):
+    """The engine was given something it cannot run; the text says what."""
+
+
+class ReadyPatchCache(EncoderCacheManager):
+    """vLLM's encoder cache accounting, ruled by the patches that are ready, and keeping nothing for later.
+
+    vLLM prefills up to the first item that cannot be allocated: here, the first whose embeddings have not arrived.
+    There is no budget, since the embeddings already exist, in a pool of bounded size. An item is forgotten as soon as
+    no request uses it, so that vLLM never holds a view of a slot that has been released.
+    """
+
+    def __init__(self, connector: PatchCacheConnector, gated: bool) -> None:
+        super().__init__(cache_size=_ENDLESS)
+        self._connector, self._gated = connector, gated
+
+    def can_allocate(
+        self, request: Request, input_id: int, encoder_compute_budget: int, num_embeds_to_schedule: int
+    ) -> bool:
+        """Whether the item may be scheduled: encode engines keep vLLM's compute budget, readers wait for the slot."""
+        if self._gated:
+            return self._connector.has_cache_item(request.mm_features[input_id].identifier)
+        return bool(request.get_num_encoder_embeds(input_id) <= encoder_compute_budget)
+
+    def free_encoder_input(self, request: Request, input_id: int) -> None:
+        """Frees the request's reference, and the item with the last one."""
+        super().free_encoder_input(request, input_id)
+        patch_hash = request.mm_features[input_id].identifier
+        if patch_hash in self.freeable:
+            self.num_free_slots += self.freeable.pop(patch_hash)
+            del self.cached[patch_hash]
+            del self.num_embeds_by_hash[patch_hash]
+            self.freed.append(patch_hash)
+
+
+def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
+    """The vLLM engine options of a stage: the user's own, over what the stage needs, under what it cannot do without.
+
+    Raises:
+        EngineError: the user asks for something that the stage decides.
+    """
+    user = config.engine_options(role.value)
+    if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
+        raise EngineError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
+    options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni"}
+    if current_platform.is_cpu():
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
+    if int(user.get("tensor_parallel_size", 1)) > 1 or int(user.get("pipeline_parallel_size", 1)) > 1:
+        del options["distributed_executor_backend"]
+    engine_id = f"{name}-{secrets.token_hex(4)}"
+    ec = {
+        "ec_connector": ec_connector.CONNECTOR,
+        "ec_connector_module_path": ec_connector.MODULE,
+        "ec_role": "ec_producer" if role is Role.ENCODE else "ec_consumer",
+        "engine_id": engine_id,
+        "ec_connector_extra_config": {
+            "owner": engine_id,
+            "min_overlap_tokens": config.prefill.min_overlap_tokens if role is Role.PREFILL else 0,
+        },
+    }
+    options |= user
+    options |= {"mm_processor_cache_gb": 0, "ec_transfer_config": ec}
+    if role is Role.ENCODE:
+        options |= {"enable_prefix_caching": False}
+        options.setdefault("enable_chunked_prefill", False)
+        options.setdefault("max_num_batched_tokens", max(4096, int(user.get("max_model_len") or 0)))
+    else:
+        kv = {
+            "kv_connector": "NixlPushConnector",
+            "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
+            "engine_id": engine_id,
+            "kv_buffer_device": "cpu" if current_platform.is_cpu() else "cuda",
+        }
+        options |= {"kv_transfer_config": kv, "limit_mm_per_prompt": _no_items(config)}
+    return options
+
+
+def _no_items(config: Config) -> dict[str, int]:
+    limits = config.engine_options("").get("limit_mm_per_prompt") or {"image": 0}
+    return dict.fromkeys(limits, 0)
+
+
+class Engine:
+    """One stage's `EngineCore`, in the thread that constructs it.
+
+    Args:
+        config: the pipeline's configuration.
+        role: encode, prefill or decode.
+        name: this worker's name.
+    """
+
+    def __init__(self, config: Config, role: Role, name: str) -> None:
+        started = time.monotonic()
+        self.role = role
+        args = EngineArgs(**engine_options(config, role, name))
+        self.vllm_config: VllmConfig = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
+        executor = Executor.get_class(self.vllm_config)
+        self.core = EngineCore(self.vllm_config, executor, log_stats=False)
+        self.scheduler = self.core.scheduler
+        connector = self.scheduler.get_ec_connector()
+        assert isinstance(connector, PatchCacheConnector)
+        self.connector = connector
+        self.scheduler.encoder_cache_manager = ReadyPatchCache(connector, gated=role is not Role.ENCODE)
+        self._encoder = MsgpackEncoder()
+        self._request_decoder = MsgpackDecoder(EngineCoreRequest)
+        self._item_decoder = MsgpackDecoder(MultiModalKwargsItem)
+        self.start_s = time.monotonic() - started
+
+    # ---- what it is ------------------------------------------------------------------------------------------------
+
+    def info(self) -> WorkerInfo:
+        """What this worker tells the broker when it registers."""
+        config = self.vllm_config
+        tower_bytes, language_bytes = self.parameter_bytes()
+        widths = dict(config.ec_transfer_config.mm_encoder_output_widths) if self.role is Role.ENCODE else {}
+        return WorkerInfo(
+            model=config.model_config.model,
+            widths=widths,
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            kv=self._kv_peer() if self.role is Role.PREFILL else None,
+            kv_capacity_tokens=self._kv_capacity_tokens(),
+            tower_bytes=tower_bytes,
+            language_bytes=language_bytes,
+            start_s=self.start_s,
+        )
+
+    def parameter_bytes(self) -> tuple[int, int]:
+        """Bytes of parameters that this engine holds: those of the vision tower and projector, and the rest."""
+        [counts] = self.core.collective_rpc(_parameter_bytes)[:1]
+        return counts[0], counts[1]
+
+    def _kv_peer(self) -> KvPeer:
+        connector = self.scheduler.get_kv_connector().connector_scheduler
+        return KvPeer(
+            engine_id=connector.engine_id,
+            host=connector.side_channel_host,
+            port=connector.side_channel_port,
+            tp_size=connector.transfer_tp_size,
+        )
+
+    def _kv_capacity_tokens(self) -> int:
+        cache = self.vllm_config.cache_config
+        return 0 if self.role is Role.ENCODE else int(cache.num_gpu_blocks or 0) * int(cache.block_size)
+
+    # ---- feeding it ------------------------------------------------------------------------------------------------
+
+    def add_encode(self, message: Encode, frames: Sequence[bytes]) -> str:
+        """Queues one patch; returns the id of its engine request, which is also the item's identifier."""
+        item = self._item_decoder.decode(frames)
+        job = str(message.job_id)
+        feature = MultiModalFeatureSpec(
+            data=item,
+            modality=message.modality,
+            identifier=job,
+            mm_position=PlaceholderRange(offset=0, length=message.num_tokens),
+        )
+        request = EngineCoreRequest(
+            request_id=job,
+            prompt_token_ids=[0] * message.num_tokens,
+            mm_features=[feature],
+            sampling_params=SamplingParams(max_tokens=1, temperature=0.0),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        self.connector.set_write_slot(job, message.slot)
+        self._add(request)
+        return job
+
+    def add_prefill(self, frames: Sequence[bytes]) -> EngineCoreRequest:
+        """Queues a request to be prefilled and its KV kept for a decode worker."""
+        request = self._request_decoder.decode(frames)
+        sampling = request.sampling_params
+        request.sampling_params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=sampling.prompt_logprobs,
+            detokenize=False,
+            extra_args={"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}},
+        )
+        self.connector.expect(request.request_id, _hashes(request))
+        self._add(request)
+        return request
+
+    def add_decode(self, frames: Sequence[bytes], peer: KvPeer) -> EngineCoreRequest:
+        """Queues a request whose KV `peer` will push."""
+        request = self._request_decoder.decode(frames)
+        sampling = request.sampling_params
+        sampling.prompt_logprobs = None  # the prefill worker gives them
+        sampling.extra_args = (sampling.extra_args or {}) | {
+            "kv_transfer_params": {
+                "do_remote_prefill": True,
+                "do_remote_decode": False,
+                "remote_engine_id": peer.engine_id,
+                "remote_request_id": request.request_id,
+                "remote_host": peer.host,
+                "remote_port": peer.port,
+                "remote_block_ids": (),
+                "tp_size": peer.tp_size,
+            }
+        }
+        self._add(request)
+        return request
+
+    def _add(self, request: EngineCoreRequest) -> None:
+        self.core.add_request(*self.core.preprocess_add_request(request))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drops requests that are not finished; their blocks are freed with the next step."""
+        self.core.abort_requests([one for one in request_ids if one in self.scheduler.requests])
+        for request_id in request_ids:
+            self.connector.forget(request_id)
+
+    # ---- stepping it -----------------------------------------------------------------------------------------------
+
+    def has_requests(self) -> bool:
+        """Whether there is anything to step for, a KV push still under way included."""
+        return bool(self.scheduler.has_requests())
+
+    def holds(self, request_id: str) -> bool:
+        """Whether the scheduler still has this request; a finished prefill stays until its KV has been pushed."""
+        return request_id in self.scheduler.requests
+
+    def step(self) -> tuple[list[EngineCoreOutput], bool]:
+        """One engine step: its outputs, and whether the model ran."""
+        outputs, executed = self.core.step_fn()
+        self.core.post_step(executed)
+        return [one for each in (outputs or {}).values() for one in each.outputs], executed
+
+    def preempted(self) -> list[str]:
+        """Multimodal requests that were preempted here and must be prefilled again."""
+        return [
+            request.request_id
+            for request in self.scheduler.waiting
+            if request.status == RequestStatus.PREEMPTED and request.mm_features
+        ]
+
+    def pack(self, output: EngineCoreOutput) -> list[bytes]:
+        """An engine output as opaque frames."""
+        return [bytes(frame) for frame in self._encoder.encode(output)]
+
+    def shutdown(self) -> None:
+        """Frees the engine."""
+        self.core.shutdown()
+
+
+def _hashes(request: EngineCoreRequest) -> list[str]:
+    return [feature.identifier for feature in request.mm_features or ()]
+
+
+def _parameter_bytes(worker: Any) -> tuple[int, int]:
+    """Runs beside the model: bytes of tower parameters and of language parameters."""
+    model = worker.get_model()
+    language = tuple(f"{name}." for name in getattr(model, "_language_model_names", ()))
+    counts = {True: 0, False: 0}
+    parameter: torch.nn.Parameter
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta":
+            counts[name.startswith(language) or not language] += parameter.nbytes
+    return counts[False], counts[True]

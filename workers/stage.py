@@ -1,0 +1,78 @@
+"""What the three stages share: the engine, its pools, and messages out. Lives in a worker's engine thread.
+
+A stage's `handle` runs in the engine thread between two steps; `post` hands messages to the event loop.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import structlog
+
+from epd.config import Config
+from epd.messages import Message, Pool, Role, WorkerInfo
+
+if TYPE_CHECKING:
+    from workers.engine import Engine
+
+log = structlog.get_logger()
+
+Frames = Sequence[bytes]
+Post = Callable[[Message, Frames], None]
+
+
+class Stage(abc.ABC):
+    """One stage's side of the engine thread (`workers.thread.Steps`).
+
+    Args:
+        config: the pipeline's configuration.
+        name: this worker's name.
+        post: sends a message to the broker; called in the engine thread.
+    """
+
+    role: Role
+
+    def __init__(self, config: Config, name: str, post: Post) -> None:
+        self._config, self._name, self._post = config, name, post
+        self.engine: Engine
+        self.info = WorkerInfo()
+
+    def start(self) -> None:
+        """Builds the engine."""
+        from workers.engine import Engine
+
+        self.engine = Engine(self._config, self.role, self._name)
+        self.info = self.engine.info()
+
+    def stop(self) -> None:
+        """Frees the engine."""
+        self.engine.shutdown()
+
+    def has_work(self) -> bool:
+        """Whether the engine has anything to step for."""
+        return self.engine.has_requests()
+
+    def set_pools(self, pools: list[Pool]) -> None:
+        """The pools have changed."""
+        try:
+            self.engine.connector.set_pools(pools)
+        except OSError as error:  # a pool that was just replaced; the next list will be right
+            log.warning("pool not opened", reason=str(error))
+
+    @abc.abstractmethod
+    def handle(self, message: Message, frames: Frames) -> None:
+        """Takes in a message from the broker."""
+
+    @abc.abstractmethod
+    def step(self) -> bool:
+        """Makes one engine step and reports what came of it; returns whether the model ran."""
+
+    @abc.abstractmethod
+    def poll_s(self, num_idle_steps: int) -> float | None:
+        """See `workers.thread.Steps`."""
+
+    @abc.abstractmethod
+    def reset(self) -> None:
+        """Drops everything held for a broker that is lost."""
