@@ -1,0 +1,64 @@
+"""The Python client of an EPD endpoint: text and pictures in, text out, all at once or as a stream.
+
+    from epd.client import Client
+
+    with Client() as client:                       # the endpoint that `epd up` starts
+        answer = client.generate("Which digits?", images=["scan.png"], max_tokens=16)
+        print(answer.text, answer.usage)
+
+        for chunk in client.stream("Describe it.", images=[pil_image], temperature=0):
+            print(chunk.text, end="", flush=True)
+
+``AsyncClient`` has the same methods as coroutines. A picture is a path, a URL, bytes or a PIL image
+(``epd.client.pictures``). Every wait has a clock (``Timeouts``), and everything raised is in one tree
+(``epd.client.errors``). Lives in the user's process; needs neither torch nor vLLM.
+"""
+
+from epd.client.async_client import AsyncClient
+from epd.client.errors import (
+    APIError,
+    AuthenticationError,
+    BadRequest,
+    ConnectFailed,
+    ConnectTimeout,
+    EPDError,
+    FirstTokenTimeout,
+    NotFound,
+    Overloaded,
+    PictureError,
+    ServerError,
+    StreamInterrupted,
+    Timeout,
+    TokenTimeout,
+    TotalTimeout,
+    TransportError,
+)
+from epd.client.pictures import Picture
+from epd.client.sync_client import Client
+from epd.client.types import Chunk, Completion, Timeouts, Usage
+
+__all__ = [
+    "APIError",
+    "AsyncClient",
+    "AuthenticationError",
+    "BadRequest",
+    "Chunk",
+    "Client",
+    "Completion",
+    "ConnectFailed",
+    "ConnectTimeout",
+    "EPDError",
+    "FirstTokenTimeout",
+    "NotFound",
+    "Overloaded",
+    "Picture",
+    "PictureError",
+    "ServerError",
+    "StreamInterrupted",
+    "Timeout",
+    "Timeouts",
+    "TokenTimeout",
+    "TotalTimeout",
+    "TransportError",
+    "Usage",
+]

@@ -1,0 +1,321 @@
+"""The asynchronous client. Lives in the user's process; owns one aiohttp session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+from yarl import URL
+
+from epd.client.errors import APIError, Overloaded, TotalTimeout, error_from_answer
+from epd.client.pictures import Picture
+from epd.client.request import chat_body
+from epd.client.transport import (
+    AnswerReader,
+    Limit,
+    first_token_limit,
+    total_limit,
+    transport_errors,
+    until,
+)
+from epd.client.types import Chunk, Completion, Timeouts
+
+__all__ = ["AsyncClient"]
+
+_CHAT = "/v1/chat/completions"
+
+
+class AsyncClient:
+    """Talks to an EPD endpoint; use it as ``async with AsyncClient() as client``.
+
+    Calls may run concurrently, as many as you like. Nothing is retried: see ``Overloaded``.
+
+    Args:
+        base_url: Where the endpoint listens, with or without ``/v1``.
+        api_key: Sent as a bearer token.
+        model: The model of every call that names none; without it the server uses its own.
+        timeouts: The clocks of every call.
+
+    Raises:
+        ValueError: ``base_url`` is not an http or https URL.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8400",
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - immutable
+    ) -> None:
+        if not _is_http_url(base_url):
+            raise ValueError(f"base_url must look like http://host:port, not {base_url!r}")
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self.model = model
+        self.timeouts = timeouts
+        self._headers = {"Content-Type": "application/json", "User-Agent": "epd-client"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._session is not None:
+            raise RuntimeError("this client is already open")
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),  # a queue in here would eat the connect clock
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+            timeout=aiohttp.ClientTimeout(
+                total=None, connect=self.timeouts.connect_s, sock_connect=self.timeouts.connect_s
+            ),
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close every connection; calls in progress fail. May be called again."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def generate(
+        self,
+        /,
+        prompt: str | None = None,
+        *,
+        images: Sequence[Picture] = (),
+        model: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        n: int | None = None,
+        logprobs: bool | int | None = None,
+        system: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        **extra: Any,
+    ) -> Completion:
+        """Ask, and wait for the whole answer.
+
+        Args:
+            prompt: The question.
+            images: Pictures it is about: paths, URLs, bytes or PIL images; they precede the text.
+            model: Instead of the client's model.
+            max_tokens: Longest answer, in tokens.
+            temperature: 0 always takes the likeliest token.
+            top_p: Sample among the likeliest tokens that make up this probability.
+            seed: Makes sampling repeatable.
+            stop: End the answer before any of these strings.
+            n: Number of answers, see ``Completion.texts``.
+            logprobs: True, or how many alternatives to report for each token.
+            system: Text of a system message that goes first.
+            messages: A whole OpenAI chat instead of ``prompt`` and ``images``; a content part may be
+                ``{"type": "image", "image": picture}``.
+            extra: Further fields of the body, such as ``top_k`` or ``response_format``.
+
+        Raises:
+            APIError: The server answered with an error; see its subclasses.
+            TransportError: There is no complete answer; see its subclasses.
+            PictureError: A picture cannot be read.
+        """
+        payload = await self._payload(
+            prompt,
+            images=images,
+            system=system,
+            messages=messages,
+            logprobs=logprobs,
+            stream=False,
+            options={
+                **extra,
+                "model": model or self.model,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+                "stop": stop,
+                "n": n,
+            },
+        )
+        limit = total_limit(self.timeouts, asyncio.get_running_loop().time())
+        raw = await self._fetch_json("POST", _CHAT, limit, payload)
+        try:
+            return Completion.from_json(raw)
+        except ValueError as error:
+            raise self._not_ours(raw) from error
+
+    async def stream(
+        self,
+        /,
+        prompt: str | None = None,
+        *,
+        images: Sequence[Picture] = (),
+        model: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        n: int | None = None,
+        logprobs: bool | int | None = None,
+        system: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        **extra: Any,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Ask, and iterate over the answer as it is made. Takes the arguments of ``generate``.
+
+        Nothing is sent before the first step. Closing the iterator (``aclose``, or dropping it after
+        a ``break``) closes the connection, and the server cancels the request.
+
+        Raises:
+            APIError: The server answered with an error, at once or in the middle of the stream.
+            TransportError: There is no complete answer; what came so far is incomplete.
+            PictureError: A picture cannot be read.
+        """
+        payload = await self._payload(
+            prompt,
+            images=images,
+            system=system,
+            messages=messages,
+            logprobs=logprobs,
+            stream=True,
+            options={
+                **extra,
+                "model": model or self.model,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+                "stop": stop,
+                "n": n,
+            },
+        )
+        sent_at = asyncio.get_running_loop().time()
+        limit = min(
+            first_token_limit(self.timeouts, sent_at),
+            total_limit(self.timeouts, sent_at),
+            key=lambda limit: limit.at,
+        )
+        response = await self._send("POST", _CHAT, limit, payload)
+        reader = AnswerReader(
+            response, base_url=self.base_url, timeouts=self.timeouts, sent_at=sent_at, num_choices=n or 1
+        )
+        try:
+            while (chunks := await reader.next_chunks()) is not None:
+                for chunk in chunks:
+                    yield chunk
+        finally:
+            reader.close()
+
+    async def models(self, /) -> list[str]:
+        """Return the ids of the models that the server offers.
+
+        Raises:
+            APIError, TransportError: As ``generate``.
+        """
+        raw = await self._get("/v1/models")
+        try:
+            return [str(model["id"]) for model in raw["data"]]
+        except (KeyError, TypeError) as error:
+            raise self._not_ours(raw) from error
+
+    async def health(self, /) -> bool:
+        """Return whether the server is alive (``GET /health``); False if it answers 503.
+
+        Raises:
+            APIError, TransportError: As ``generate``; a server that is not there is a ``ConnectFailed``.
+        """
+        return await self._is_up("/health")
+
+    async def ready(self, /) -> bool:
+        """Return whether the server can take requests now (``GET /ready``); False if it answers 503.
+
+        Raises:
+            APIError, TransportError: As ``generate``; a server that is not there is a ``ConnectFailed``.
+        """
+        return await self._is_up("/ready")
+
+    async def request(self, /, request_id: str) -> dict[str, Any]:
+        """Return what the server knows of a request: its stages, times and workers.
+
+        Raises:
+            NotFound: It knows no such request.
+            APIError, TransportError: As ``generate``.
+        """
+        raw = await self._get(f"/v1/requests/{quote(request_id, safe='')}")
+        if not isinstance(raw, dict):
+            raise self._not_ours(raw)
+        return raw
+
+    async def _payload(self, prompt: str | None, **arguments: Any) -> bytes:
+        return await asyncio.to_thread(chat_body, prompt, **arguments)  # reads files, encodes pictures
+
+    async def _get(self, path: str) -> Any:
+        return await self._fetch_json("GET", path, self._small_call_limit())
+
+    async def _is_up(self, path: str) -> bool:
+        try:
+            (await self._send("GET", path, self._small_call_limit())).release()
+        except Overloaded:
+            return False
+        return True
+
+    def _small_call_limit(self) -> Limit:
+        seconds = min(self.timeouts.token_s, self.timeouts.total_s)
+        at = asyncio.get_running_loop().time() + seconds
+        return Limit(at, TotalTimeout, f"no answer within {seconds:g} s (the smaller of token_s and total_s)")
+
+    async def _fetch_json(self, method: str, path: str, limit: Limit, payload: bytes | None = None) -> Any:
+        response = await self._send(method, path, limit, payload)
+        body = await self._read(response, limit)
+        try:
+            return msgspec.json.decode(body)
+        except msgspec.DecodeError as error:
+            raise self._not_ours(body.decode("utf-8", "replace")) from error
+
+    async def _send(self, method: str, path: str, limit: Limit, payload: bytes | None = None) -> aiohttp.ClientResponse:
+        """Send a request and return the response once its headers say 2xx."""
+        if self._session is None:
+            raise RuntimeError("open the client first: async with AsyncClient() as client")
+        if self._session.closed:
+            raise RuntimeError("this client is closed")
+        url = URL(self.base_url + path, encoded=True)
+        async with until(limit):
+            with transport_errors(self.base_url, self.timeouts):
+                response = await self._session.request(method, url, data=payload, allow_redirects=False)
+        if response.status >= 300:
+            body = await self._read(response, limit)
+            raise error_from_answer(response.status, response.headers, body)
+        return response
+
+    async def _read(self, response: aiohttp.ClientResponse, limit: Limit) -> bytes:
+        request_id = response.headers.get("X-Request-Id")
+        try:
+            async with until(limit, request_id):
+                with transport_errors(self.base_url, self.timeouts, request_id):
+                    return await response.read()
+        finally:
+            response.release()  # closes the connection if the body was not read to its end
+
+    def _not_ours(self, body: Any) -> APIError:
+        message = f"what answers at {self.base_url} does not speak the OpenAI API"
+        return APIError(200, "invalid_answer", message, None, body)
+
+
+def _is_http_url(url: str) -> bool:
+    try:
+        parsed = URL(url)
+    except ValueError:  # such as a port beyond 65535
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)

@@ -1,0 +1,133 @@
+"""A broker core with peers that tests speak for: no sockets, no clock but `World.now`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from broker.core import Core, Send
+from cache.slot import slot_bytes
+from epd import messages as m
+from epd.config import BrokerConfig
+from epd.messages import Message, Role
+
+POOL_BYTES = 1 << 20
+SLOT_BYTES = slot_bytes(4, 64, "bfloat16")
+WIDTHS = {"image": 64}
+
+
+def encode_info(**changes: object) -> m.WorkerInfo:
+    return m.WorkerInfo(**{"model": "toy", "widths": WIDTHS, "dtype": "bfloat16", "max_batch_tokens": 64, **changes})
+
+
+def prefill_info(name: str, **changes: object) -> m.WorkerInfo:
+    kv = m.KvPeer(engine_id=f"engine-{name}", host="127.0.0.1", port=5600)
+    return m.WorkerInfo(**{"model": "toy", "kv": kv, "kv_capacity_tokens": 4096, "max_num_seqs": 8, **changes})
+
+
+def decode_info(**changes: object) -> m.WorkerInfo:
+    return m.WorkerInfo(**{"model": "toy", "kv_capacity_tokens": 4096, "max_num_seqs": 8, **changes})
+
+
+@dataclasses.dataclass
+class World:
+    """A core, the time, and everything it has sent that no test has taken yet."""
+
+    config: BrokerConfig = dataclasses.field(default_factory=BrokerConfig)
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.core = Core(self.config)
+        self.sent: list[Send] = []
+        self.names: dict[str, str] = {}
+
+    def join(self, name: str, role: Role, info: m.WorkerInfo | None = None, pools: list[m.Pool] | None = None) -> str:
+        """Registers a peer; its id is its name and the number of times it has joined."""
+        number = sum(one == name for one in self.names.values()) + 1
+        peer_id = f"{name}#{number}"
+        self.names[peer_id] = name
+        hello = m.Hello(
+            name=name, role=role, incarnation=peer_id, host="h", pid=number, info=info or m.WorkerInfo(),
+            pools=pools or [],
+        )  # fmt: skip
+        self.say(peer_id, hello)
+        return peer_id
+
+    def pipeline(self, encode: int = 2, prefill: int = 1, decode: int = 1, pool_bytes: int = POOL_BYTES) -> None:
+        """Registers an endpoint `ep`, a cache and the workers e0.., p0.., d0.. and forgets what that sent."""
+        self.endpoint = self.join("ep", Role.ENDPOINT)
+        pool = m.Pool(pool_id="pool", kind="shared_memory", name="pool", nbytes=pool_bytes, host="h")
+        self.cache = self.join("cache", Role.CACHE, pools=[pool])
+        self.e = [self.join(f"e{i}", Role.ENCODE, encode_info()) for i in range(encode)]
+        self.p = [self.join(f"p{i}", Role.PREFILL, prefill_info(f"p{i}")) for i in range(prefill)]
+        self.d = [self.join(f"d{i}", Role.DECODE, decode_info()) for i in range(decode)]
+        self.sent.clear()
+
+    def say(self, peer_id: str, message: Message, frames: list[bytes] | None = None) -> None:
+        """Has a peer send a message."""
+        self.sent += self.core.handle(peer_id, message, frames or [], self.now)
+
+    def wait(self, seconds: float, but: tuple[str, ...] = ()) -> None:
+        """Lets time pass in steps of a quarter second; all peers but those named keep sending heartbeats."""
+        for _ in range(round(seconds / 0.25)):
+            self.now += 0.25
+            for peer in list(self.core.registry):
+                if peer.peer_id not in but:
+                    self.say(peer.peer_id, m.Heartbeat())
+            self.sent += self.core.tick(self.now)
+
+    def submit(self, request_id: str, patches: list[str] = (), *, tokens: int = 4, prompt: int = 32, **more) -> None:
+        """Submits a request with one-frame patches."""
+        items = [m.Patch(patch_hash=h, modality="image", num_tokens=tokens, num_frames=1) for h in patches]
+        submit = m.Submit(
+            **{
+                "request_id": request_id,
+                "num_prompt_tokens": prompt,
+                "max_tokens": 16,
+                "num_engine_frames": 1,
+                "patches": items,
+                **more,
+            }
+        )
+        self.say(self.endpoint, submit, [b"engine", *(f"pixels of {h}".encode() for h in patches)])
+
+    def take(self, kind: type, peer_id: str | None = None) -> list:
+        """Takes the messages of one kind (to one peer) that were sent, in order."""
+        found = [s for s in self.sent if isinstance(s.message, kind) and peer_id in (None, s.peer_id)]
+        self.sent = [s for s in self.sent if s not in found]
+        return [s.message for s in found]
+
+    def take_sends(self, kind: type) -> list[Send]:
+        """Like `take`, with peers and frames."""
+        found = [s for s in self.sent if isinstance(s.message, kind)]
+        self.sent = [s for s in self.sent if s not in found]
+        return found
+
+    def encode_all(self) -> list[tuple[str, m.Encode]]:
+        """Answers every ENCODE until there are no more; returns (worker, message) in order."""
+        done = []
+        while sends := self.take_sends(m.Encode):
+            for send in sends:
+                message = send.message
+                done.append((send.peer_id, message))
+                self.say(
+                    send.peer_id, m.Encoded(job_id=message.job_id, generation=message.slot.generation, took_s=0.01)
+                )
+        return done
+
+    def finish(self, request_id: str, p: str, d: str) -> None:
+        """Has the legs of a request run to their ends."""
+        self.say(p, m.Prefilled(request_id=request_id))
+        self.say(p, m.Pushed(request_id=request_id))
+        self.say(d, m.Tokens(request_id=request_id, num_new_tokens=1), [b"t1"])
+        self.say(d, m.Finished(request_id=request_id, num_new_tokens=1, finish_reason="stop"), [b"t2"])
+
+    def assert_idle(self) -> None:
+        """Nothing is held by anyone."""
+        counters = self.core.counters()
+        held = {k: getattr(counters, k) for k in m.Counters.__struct_fields__ if k.startswith("held_")}
+        assert not any(held.values()), held
+        for peer in self.core.registry:
+            assert not peer.jobs, peer
+            assert not peer.requests, peer
+            assert peer.load_tokens == 0, peer
+        assert self.core._frames_bytes == 0
