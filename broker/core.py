@@ -214,7 +214,6 @@ class Core:
             case m.Pushed() if not request.pushed and request.allows(Event.PUSHED):
                 request.pushed = True
                 request.tell(now, "pushed", worker=peer.name)
-                self._send(request.decode, message)
             case m.Stale():
                 self._count("num_stale")
                 request.tell(now, "stale", worker=peer.name, patch=message.patch_hash, detail=message.reason)
@@ -345,7 +344,7 @@ class Core:
         prefill.requests.add(request.request_id)
         decode.requests.add(request.request_id)
         request.tell(now, "started", detail=f"prefill on {prefill.name}, decode on {decode.name}")
-        ready = self.patches.readable(request.patches.keys() - request.missing)
+        ready = self.patches.readable(one for one in request.patches if one not in request.missing)
         frames = request.engine_frames
         self._send(prefill.peer_id, m.Prefill(request_id=request.request_id, ready=ready), frames)
         assert prefill.info.kv is not None
@@ -362,7 +361,7 @@ class Core:
                 slot=job.slot,
             )
             self._send(worker.peer_id, message, job.frames)
-            for holder in self.patches.index.holders(job.patch_hash):
+            for holder in sorted(self.patches.index.holders(job.patch_hash)):
                 if request := self.requests.get(holder):
                     request.tell(now, "encode", worker=worker.name, patch=job.patch_hash)
 
@@ -390,6 +389,7 @@ class Core:
         request.tell(now, "prefilled", worker=peer.name, took_s=message.took_s, detail=detail)
         self._frames_bytes -= request.frames_bytes
         request.patch_frames, request.engine_frames = {}, []
+        self._send(request.decode, message)
         self._leave_prefill(request)
         peer.num_done += 1
         self._drop_unwanted(self.patches.release(request.request_id))

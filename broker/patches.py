@@ -28,7 +28,7 @@ class Lost:
     """A patch that will not be encoded: every holder fails, and why."""
 
     patch_hash: str
-    holders: frozenset[str]
+    holders: tuple[str, ...]
     reason: str
 
 
@@ -38,7 +38,7 @@ class Done:
 
     patch_hash: str
     slot: Slot
-    holders: frozenset[str]
+    holders: tuple[str, ...]
     job: Job
 
 
@@ -94,7 +94,7 @@ class Patches:
         if not self.index.commit(job.patch_hash, generation):
             return None
         self.num_encoded += 1
-        return Done(job.patch_hash, job.slot, self.index.holders(job.patch_hash), job)
+        return Done(job.patch_hash, job.slot, self._holders(job.patch_hash), job)
 
     def not_encoded(self, worker: Peer, job_id: int, reason: str) -> Lost | None:
         """A worker could not encode a patch, or dropped it: nobody else is tried, since the input is to blame."""
@@ -102,7 +102,7 @@ class Patches:
         if job is None:
             return None
         self._leave(worker, job)
-        holders = self.index.holders(job.patch_hash)
+        holders = self._holders(job.patch_hash)
         if job.dropped and holders:  # wanted again since it was dropped
             self.queue.again(job, job.slot)
             job.dropped = False
@@ -119,7 +119,7 @@ class Patches:
             if job is None or job.worker != worker.peer_id:
                 continue
             self._quarantined[job.slot.generation] = (worker.name, now + QUARANTINE_S)
-            holders = self.index.holders(job.patch_hash)
+            holders = self._holders(job.patch_hash)
             if not holders:
                 self.index.drop(job.patch_hash, job.slot.generation, quarantine=True)
                 self.queue.end(job)
@@ -142,7 +142,7 @@ class Patches:
         if not self.index.is_current(patch_hash, generation):
             return None
         patch, frames = request.patches.get(patch_hash), request.patch_frames.get(patch_hash)
-        holders = self.index.holders(patch_hash)
+        holders = self._holders(patch_hash)
         slot = None if patch is None or frames is None else self.index.renew(patch_hash, generation)
         if patch is None or frames is None or slot is None:
             self.index.drop(patch_hash, generation)
@@ -167,7 +167,7 @@ class Patches:
 
     def pool_lost(self, pool: Pool) -> list[Lost]:
         """A pool is gone with all that was in it."""
-        holders = {patch_hash: self.index.holders(patch_hash) for patch_hash in self.index.in_pool(pool.pool_id)}
+        holders = {patch_hash: self._holders(patch_hash) for patch_hash in self.index.in_pool(pool.pool_id)}
         lost = []
         for patch_hash in self.index.remove_pool(pool.pool_id):
             job = self.queue.of_patch(patch_hash)
@@ -191,6 +191,10 @@ class Patches:
             for patch_hash in patch_hashes
             if (slot := self.index.readable(patch_hash)) is not None
         ]
+
+    def _holders(self, patch_hash: str) -> tuple[str, ...]:
+        """Who pins a patch, always in the same order: the core's decisions do not depend on hashing."""
+        return tuple(sorted(self.index.holders(patch_hash)))
 
     def _of(self, worker: Peer, job_id: int) -> Job | None:
         job = self.queue.get(job_id)

@@ -361,7 +361,8 @@ class Stale(Struct, frozen=True):
 
 
 class Prefilled(Struct, frozen=True):
-    """Prefill → Broker: all prompt tokens are computed; the request's slots may be unpinned.
+    """Prefill → Broker → Decode: all prompt tokens are computed; the request's slots may be unpinned,
+    and the KV is on its way to the decode worker, which looks for it from now on.
 
     Opaque frames: an engine output with prompt log-probabilities where they were asked for, else none.
     """
@@ -373,7 +374,7 @@ class Prefilled(Struct, frozen=True):
 
 
 class Pushed(Struct, frozen=True):
-    """Prefill → Broker → Decode: the KV of this request has been written to the decode worker."""
+    """Prefill → Broker: the KV of this request has been written to the decode worker."""
 
     request_id: str
 
@@ -475,8 +476,15 @@ TABLE: tuple[Command, ...] = (
     Command(code=48, struct=Prefill, from_broker=_P, state="request admitted", frames="engine request"),
     Command(code=49, struct=Ready, from_broker=_PD, state="request prefilling"),
     Command(code=50, struct=Stale, to_broker=_PD, state="request prefilling"),
-    Command(code=51, struct=Prefilled, to_broker=_P, state="request prefilling", frames="engine output or none"),
-    Command(code=52, struct=Pushed, to_broker=_P, from_broker=_D, state="request prefilled"),
+    Command(
+        code=51,
+        struct=Prefilled,
+        to_broker=_P,
+        from_broker=_D,
+        state="request prefilling",
+        frames="engine output or none",
+    ),
+    Command(code=52, struct=Pushed, to_broker=_P, state="request prefilled"),
     Command(code=53, struct=Released, to_broker=_PD, state="request aborted"),
     Command(code=54, struct=Abort, from_broker=_PD, state="request in flight"),
     Command(code=64, struct=Decode, from_broker=_D, state="request admitted", frames="engine request"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from cache.slot import StaleSlotError
-from epd.messages import Abort, Decode, Failed, Finished, Message, NeedPatches, Pushed, Ready, Released, Role, Tokens
+from epd.messages import Abort, Decode, Failed, Finished, Message, NeedPatches, Prefilled, Ready, Released, Role, Tokens
 from workers.stage import Frames, Stage
 
-_PUSHED_POLL_S = 0.0005
+_ARRIVING_POLL_S = 0.0005
 _WAIT_POLL_S = 0.05
 _NUM_FAST_POLLS = 200
 
@@ -14,8 +14,8 @@ _NUM_FAST_POLLS = 200
 class DecodeStage(Stage):
     """Registers each request for its KV at once, and decodes it when it has come.
 
-    The KV arrives without an event in this process; PUSHED says that it is there, and until then the engine is looked
-    after only now and then.
+    The KV arrives without an event in this process; PREFILLED says that it is on its way, and until then the engine is
+    looked after only now and then.
     """
 
     role = Role.DECODE
@@ -27,7 +27,7 @@ class DecodeStage(Stage):
         self._arriving: set[str] = set()
 
     def handle(self, message: Message, frames: Frames) -> None:
-        """Takes in DECODE, PUSHED, READY and ABORT."""
+        """Takes in DECODE, PREFILLED, READY and ABORT."""
         match message:
             case Decode():
                 try:
@@ -37,7 +37,7 @@ class DecodeStage(Stage):
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
                 else:
                     self._requests.add(message.request_id)
-            case Pushed():
+            case Prefilled():
                 if message.request_id in self._requests:
                     self._arriving.add(message.request_id)
             case Ready():
@@ -95,9 +95,9 @@ class DecodeStage(Stage):
         self.engine.connector.forget(request_id)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
-        """KV that has been pushed is looked for at once; KV that has not, now and then."""
+        """KV that is on its way is looked for all the time; KV that is not, now and then."""
         if self._arriving and num_idle_steps < _NUM_FAST_POLLS:
-            return _PUSHED_POLL_S
+            return _ARRIVING_POLL_S
         return _WAIT_POLL_S
 
     def reset(self) -> None:

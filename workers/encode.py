@@ -30,7 +30,7 @@ class EncodeStage(Stage):
                     self._jobs[job] = message
             case DropEncode():
                 job = str(message.job_id)
-                if self._jobs.pop(job, None):
+                if self._end(job):
                     self.engine.abort([job])
                     self._post(EncodeFailed(job_id=message.job_id, message="dropped", dropped=True), ())
 
@@ -38,10 +38,10 @@ class EncodeStage(Stage):
         """Encodes what waits, as far as one batch takes it, and reports each patch that is in its slot."""
         started = time.monotonic()
         outputs, executed = self.engine.step()
+        written = self.engine.take_written()
         took_s = time.monotonic() - started
-        written = self.engine.connector.take_written()
         for job in written.done:
-            if message := self._jobs.pop(job, None):
+            if message := self._end(job):
                 done = Encoded(
                     job_id=message.job_id,
                     generation=message.slot.generation,
@@ -56,9 +56,13 @@ class EncodeStage(Stage):
             if output.finished and output.request_id in self._jobs
         }
         for job, reason in failed.items():
-            if message := self._jobs.pop(job, None):
+            if message := self._end(job):
                 self._post(EncodeFailed(job_id=message.job_id, message=reason), ())
         return executed
+
+    def _end(self, job: str) -> Encode | None:
+        self.engine.connector.forget_job(job)
+        return self._jobs.pop(job, None)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
         """Nothing is waited for here; a step without the model only clears what has finished."""
@@ -67,7 +71,8 @@ class EncodeStage(Stage):
     def reset(self) -> None:
         """Drops all jobs."""
         self.engine.abort(list(self._jobs))
-        self._jobs.clear()
+        for job in list(self._jobs):
+            self._end(job)
 
 
 def _reason(error: Exception) -> str:

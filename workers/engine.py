@@ -8,12 +8,14 @@ prefill or decode engine no vision tower; embeddings go through `cache.ec_connec
 from __future__ import annotations
 
 import secrets
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import nixl_utils
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.platforms import current_platform
@@ -23,20 +25,47 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor import Executor
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cache import ec_connector
-from cache.ec_connector import PatchCacheConnector
+from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config
 from epd.messages import Encode, KvPeer, Role, WorkerInfo
 
 DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
+NIXL_PROGRESS_US = 100_000
 _ENDLESS = 1 << 40
 
 
 class EngineError(RuntimeError):
     """The engine was given something it cannot run; the text says what."""
+
+
+def calm_nixl() -> None:
+    """Lets NIXL's progress thread sleep until something happens; call it before the engine is built.
+
+    NIXL 1.5's Python API sets the thread's delay to 0, which makes it spin; with any other delay it waits for events of
+    the transport and looks around every `NIXL_PROGRESS_US` microseconds.
+    """
+    bindings = sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind
+    config = bindings.nixlAgentConfig
+    if config.__name__ == "EventDrivenConfig":
+        return
+
+    class EventDrivenConfig(config):
+        """NIXL's agent configuration, deaf to a delay of 0."""
+
+        @property
+        def pthrDelay(self) -> int:  # noqa: N802 - NIXL's name
+            """Microseconds that the progress thread sleeps at most."""
+            return int(config.pthrDelay.__get__(self))
+
+        @pthrDelay.setter
+        def pthrDelay(self, delay_us: int) -> None:  # noqa: N802
+            config.pthrDelay.__set__(self, delay_us or NIXL_PROGRESS_US)
+
+    bindings.nixlAgentConfig = EventDrivenConfig
 
 
 class ReadyPatchCache(EncoderCacheManager):
@@ -129,6 +158,8 @@ class Engine:
     def __init__(self, config: Config, role: Role, name: str) -> None:
         started = time.monotonic()
         self.role = role
+        if role is not Role.ENCODE:
+            calm_nixl()
         args = EngineArgs(**engine_options(config, role, name))
         self.vllm_config: VllmConfig = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
         executor = Executor.get_class(self.vllm_config)
@@ -268,13 +299,13 @@ class Engine:
         self.core.post_step(executed)
         return [one for each in (outputs or {}).values() for one in each.outputs], executed
 
-    def preempted(self) -> list[str]:
-        """Multimodal requests that were preempted here and must be prefilled again."""
-        return [
-            request.request_id
-            for request in self.scheduler.waiting
-            if request.status == RequestStatus.PREEMPTED and request.mm_features
-        ]
+    def take_written(self) -> Written:
+        """The encode jobs whose slots have been written since the last call, and the ones that could not be."""
+        written = Written()
+        for report in self.core.collective_rpc(ec_connector.take_written):
+            written.done |= report.done
+            written.failed |= report.failed
+        return written
 
     def pack(self, output: EngineCoreOutput) -> list[bytes]:
         """An engine output as opaque frames."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from cache.pools import PoolError
 from epd.config import Config
 from epd.messages import Message, Pool, Role, WorkerInfo
 
@@ -58,7 +59,7 @@ class Stage(abc.ABC):
         """The pools have changed."""
         try:
             self.engine.connector.set_pools(pools)
-        except OSError as error:  # a pool that was just replaced; the next list will be right
+        except PoolError as error:  # a pool that was just replaced; the next list will be right
             log.warning("pool not opened", reason=str(error))
 
     @abc.abstractmethod

@@ -60,11 +60,10 @@ def test_tokens_and_the_end_reach_the_endpoint_with_their_frames_and_the_story(w
     world.assert_idle()
 
 
-def test_the_decode_worker_is_woken_when_its_kv_has_been_pushed(world: World) -> None:
+def test_the_decode_worker_is_woken_when_its_kv_is_on_its_way(world: World) -> None:
     world.submit("r")
     world.say(world.p[0], m.Prefilled(request_id="r"))
-    world.say(world.p[0], m.Pushed(request_id="r"))
-    assert [one.request_id for one in world.take(m.Pushed, world.d[0])] == ["r"]
+    assert [one.request_id for one in world.take(m.Prefilled, world.d[0])] == ["r"]
 
 
 def test_a_text_only_request_needs_no_encode_worker() -> None:

@@ -1,0 +1,217 @@
+"""The memory of all pools together: where a patch goes, and what must leave for it.
+
+Lives in the broker's decision core; pure. Owns the extents of each pool and the order of eviction; who pins what and
+which generation is where is the index's business (`cache.index`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from cache.eviction import Clock, EvictionQueue, Rank
+from cache.extents import Extents, align
+from epd.messages import Pool
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes of a pool."""
+
+    pool_id: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each key has its memory now, and the keys that had to leave."""
+
+    extents: dict[str, Extent]
+    evicted: list[str]
+
+
+@dataclass(slots=True)
+class _Memory:
+    pool: Pool
+    extents: Extents
+    evictable: EvictionQueue = field(default_factory=EvictionQueue)
+
+
+_Victim = tuple[str, Extent, Rank]
+
+
+class Arena:
+    """Allocates extents in all pools, evicting what may be evicted in the order of `cache.eviction`."""
+
+    def __init__(self, pools: Iterable[Pool] = ()) -> None:
+        self._memories: dict[str, _Memory] = {}
+        self._evictable: dict[str, Extent] = {}
+        self._evictable_bytes = 0
+        self._clock = Clock()
+        for pool in pools:
+            self.add(pool)
+
+    @property
+    def pools(self) -> list[Pool]:
+        """All pools, in the order they were added."""
+        return [memory.pool for memory in self._memories.values()]
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all pools that can be used."""
+        return sum(memory.extents.capacity_bytes for memory in self._memories.values())
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes allocated in all pools, those that may be evicted included."""
+        return sum(memory.extents.used_bytes for memory in self._memories.values())
+
+    def add(self, pool: Pool) -> None:
+        """Adds a pool, all of it free.
+
+        Raises:
+            ValueError: another pool has its `pool_id`.
+        """
+        if pool.pool_id in self._memories:
+            raise ValueError(f"pool {pool.pool_id} is there already")
+        self._memories[pool.pool_id] = _Memory(pool, Extents(pool.nbytes))
+
+    def remove(self, pool_id: str) -> None:
+        """Forgets a pool and all extents in it.
+
+        Raises:
+            KeyError: there is no such pool.
+        """
+        del self._memories[pool_id]
+        for key in [key for key, extent in self._evictable.items() if extent.pool_id == pool_id]:
+            self._evictable_bytes -= self._evictable.pop(key).nbytes
+
+    def allow_eviction(self, key: str, extent: Extent, cost_s: float) -> None:
+        """From now on `key` may leave `extent` when room is needed; `cost_s` is what encoding it again takes."""
+        self._put(key, extent, self._clock.rank(cost_s / extent.nbytes))
+
+    def forbid_eviction(self, key: str) -> None:
+        """From now on `key` stays; nothing happens where it could not be evicted anyway."""
+        if key in self._evictable:
+            self._pull(key)
+
+    def free(self, extent: Extent) -> None:
+        """Frees an extent that is not evictable."""
+        self._memories[extent.pool_id].extents.free(extent.offset)
+
+    def place(
+        self, sizes: Mapping[str, int], *, keep: Collection[str] = (), prefer: str | None = None
+    ) -> Placement | None:
+        """Allocates `sizes` (key -> bytes), all or nothing; evicts as little as it can, and never `keep`.
+
+        The pool named by `prefer` is used as long as anything can be evicted there; else the pool with the most free
+        bytes, and where none has room, the lowest rank of all pools leaves.
+
+        Returns:
+            None, with nothing changed, where they do not fit at present.
+        """
+        free_bytes = self.capacity_bytes - self.used_bytes
+        if sum(sizes.values()) > free_bytes + self._evictable_bytes:
+            return None
+        kept = [(key, *self._pull(key)) for key in keep if key in self._evictable]
+        victims: list[_Victim] = []
+        placed: dict[str, Extent] = {}
+        for key, nbytes in sorted(sizes.items(), key=lambda item: -item[1]):
+            extent = self._find(nbytes, prefer, victims)
+            if extent is None:
+                break
+            placed[key] = extent
+        else:
+            self._spare(victims)
+        for item in kept:
+            self._put(*item)
+        if len(placed) < len(sizes):
+            self._undo(placed.values(), victims)
+            return None
+        return Placement(placed, [key for key, _, _ in victims])
+
+    def place_anew(self, sizes: Mapping[str, int]) -> Placement | None:
+        """Places `sizes` as in empty pools, whatever has to leave for it; some of `sizes` may be evictable here now.
+
+        For when nothing is in the pools but what may be evicted: then it gives None only where `fits_empty` is false.
+        """
+        plan = Arena(self.pools).place(sizes)
+        if plan is None or self.used_bytes > self._evictable_bytes:
+            return None
+        victims = []
+        for key in list(self._evictable):
+            extent, rank = self._pull(key)
+            self.free(extent)
+            victims.append((key, extent, rank))
+        victims.sort(key=lambda victim: victim[2])
+        for extent in plan.extents.values():
+            taken = self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes)
+            assert taken, f"{extent} is not free in empty pools"
+        moved = [victim for victim in victims if victim[0] in sizes]
+        left = [victim for victim in victims if victim[0] not in sizes]
+        self._spare(left)
+        return Placement(plan.extents, [key for key, _, _ in moved + left])
+
+    def fits_empty(self, sizes: Mapping[str, int]) -> bool:
+        """Whether `sizes` fit together into these pools when they are empty."""
+        return Arena(self.pools).place(sizes) is not None
+
+    def _find(self, nbytes: int, prefer: str | None, victims: list[_Victim]) -> Extent | None:
+        everywhere = [m for m in self._memories.values() if m.extents.capacity_bytes >= nbytes]
+        preferred = [memory for memory in everywhere if memory.pool.pool_id == prefer]
+        for memories in (preferred, everywhere):
+            for memory in sorted(memories, key=lambda memory: -memory.extents.free_bytes):
+                if extent := _allocate(memory, nbytes):
+                    return extent
+            while (lowest := _lowest(memories)) is not None:
+                memory, key = lowest
+                victim, rank = self._pull(key)
+                memory.extents.free(victim.offset)
+                victims.append((key, victim, rank))
+                if extent := _allocate(memory, nbytes):
+                    return extent
+        return None
+
+    def _spare(self, victims: list[_Victim]) -> None:
+        """Takes back, most valuable first, those `victims` whose memory was not needed after all."""
+        for victim in reversed(list(victims)):
+            key, extent, rank = victim
+            if self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes):
+                self._put(key, extent, rank)
+                victims.remove(victim)
+            else:
+                self._clock.advance(rank)
+
+    def _undo(self, placed: Iterable[Extent], victims: list[_Victim]) -> None:
+        for extent in placed:
+            self.free(extent)
+        for key, extent, rank in victims:
+            taken = self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes)
+            assert taken, f"{extent} was in use before and is not free"
+            self._put(key, extent, rank)
+
+    def _put(self, key: str, extent: Extent, rank: Rank) -> None:
+        self._evictable[key] = extent
+        self._evictable_bytes += extent.nbytes
+        self._memories[extent.pool_id].evictable.put(key, rank)
+
+    def _pull(self, key: str) -> tuple[Extent, Rank]:
+        extent = self._evictable.pop(key)
+        self._evictable_bytes -= extent.nbytes
+        rank = self._memories[extent.pool_id].evictable.remove(key)
+        assert rank is not None, f"{key} has no rank"
+        return extent, rank
+
+
+def _allocate(memory: _Memory, nbytes: int) -> Extent | None:
+    offset = memory.extents.allocate(nbytes)
+    return None if offset is None else Extent(memory.pool.pool_id, offset, align(nbytes))
+
+
+def _lowest(memories: list[_Memory]) -> tuple[_Memory, str] | None:
+    found = [(lowest, memory) for memory in memories if (lowest := memory.evictable.lowest())]
+    if not found:
+        return None
+    (_, key), memory = min(found, key=lambda item: item[0])
+    return memory, key

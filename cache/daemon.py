@@ -1,0 +1,76 @@
+"""The cache daemon: owns one pool of embeddings, so that they outlive every worker, and tells the broker of it.
+
+Lives in a process of its own; owns the pool's memory. What is in the pool is the business of the index, in the broker;
+this process copies nothing and decides nothing. Each start makes a new pool under a new random id: whatever names the
+old one is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+
+import structlog
+
+from cache import pools
+from cache.pools.shared_memory import sweep_stale
+from epd import service
+from epd.config import Config
+from epd.link import BrokerLink
+from epd.messages import Message, Role, Welcome
+
+log = structlog.get_logger()
+
+GOODBYE_S = 1.0
+
+
+def run(config: Config, name: str) -> int:
+    """Runs the cache daemon `name` until SIGINT or SIGTERM; returns the exit status."""
+    service.configure_logging(config.log, name)
+    return service.run(lambda stop: main(config, name, stop))
+
+
+async def main(config: Config, name: str, stop: asyncio.Event) -> int:
+    """Owns a pool and keeps it registered with the broker until `stop` is set.
+
+    While the broker is lost the pool stays, and registration goes on by itself.
+
+    Returns:
+        The exit status: 1 where the pool cannot be made.
+    """
+    if swept := sweep_stale():
+        log.info("removed segments of dead owners", names=swept)
+    pool_id = secrets.token_hex(8)
+    try:
+        pool = pools.create(config.cache.kind, pool_id, config.cache.pool_bytes, config.cache.checksum)
+    except pools.PoolError as error:
+        log.error("no pool", reason=str(error))
+        return 1
+    with contextlib.closing(pool):
+        descriptor = pool.descriptor()
+        log.info("pool made", pool=descriptor.name, nbytes=descriptor.nbytes)
+        async with BrokerLink(
+            config.broker.address,
+            name,
+            Role.CACHE,
+            on_message=_unexpected,
+            pools=lambda: [descriptor],
+            on_registered=_registered,
+        ) as link:
+            await stop.wait()
+            service.notify_systemd("STOPPING=1")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GOODBYE_S):
+                    await link.goodbye("stopped")
+    log.info("pool removed", pool=descriptor.name)
+    return 0
+
+
+async def _registered(welcome: Welcome) -> None:
+    log.info("registered with the broker", lost_after_s=welcome.lost_after_s)
+    service.notify_systemd("READY=1")
+
+
+def _unexpected(message: Message, frames: list[bytes]) -> None:
+    log.warning("a message that is not for a cache", message=type(message).__name__)

@@ -1,0 +1,281 @@
+"""vLLM's encoder-cache connector over the shared pools; the one module of `cache` that touches vLLM (0.32).
+
+Lives in encode, prefill and decode workers. vLLM makes two instances: one beside the scheduler, which knows which patch
+is in which slot, and one beside each model runner, which copies embeddings out of and into vLLM's encoder cache. What
+the first decides in a step travels to the second as connector metadata, so it also works where they are in different
+processes.
+
+Encode workers write: the item's identifier is the id of the encode job, the slot is known before the job is scheduled,
+and the job is done once its model runner says that it is written. Prefill and decode workers read: a patch counts as
+available only after its slot was read and verified here, beside the scheduler; a slot that holds anything else is
+reported stale and never reaches the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.ec_transfer import get_ec_transfer
+from vllm.distributed.ec_transfer.ec_connector.base import (
+    ECConnectorBase,
+    ECConnectorMetadata,
+    ECConnectorRole,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from cache.pools import PoolError, PoolView, open_view
+from cache.slot import StaleSlotError
+from epd.messages import Pool, Slot
+
+CONNECTOR = "PatchCacheConnector"
+MODULE = __name__
+
+
+@dataclasses.dataclass
+class StepPlan(ECConnectorMetadata):
+    """What the model runner does in one step: slots to write by job id, and slots to read by patch hash."""
+
+    writes: dict[str, Slot]
+    reads: dict[str, Slot]
+    pools: list[Pool]
+    owner: str
+
+
+@dataclasses.dataclass
+class Written:
+    """What a model runner has written since it was last asked: the jobs that are in their slots, and why others are not."""
+
+    done: set[str] = dataclasses.field(default_factory=set)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def take_written(worker: Any) -> Written:
+    """Runs beside a model runner (`collective_rpc`): its report.
+
+    vLLM 0.32 drops the connector's own report to the scheduler on the encode-only path, so it is fetched.
+    """
+    connector = get_ec_transfer()
+    assert isinstance(connector, PatchCacheConnector)
+    return connector.take_report()
+
+
+class PoolTable:
+    """The pools this process has opened, by id. Each is opened once and closed when it leaves the list."""
+
+    def __init__(self) -> None:
+        self._views: dict[str, PoolView] = {}
+        self.pools: list[Pool] = []
+
+    def update(self, pools: Iterable[Pool]) -> None:
+        """Opens the pools that are new and closes those that are gone."""
+        self.pools = list(pools)
+        wanted = {pool.pool_id for pool in self.pools}
+        for pool in self.pools:
+            if pool.pool_id not in self._views:
+                self._views[pool.pool_id] = open_view(pool)
+        for pool_id in self._views.keys() - wanted:
+            self._views.pop(pool_id).close()
+
+    def view(self, slot: Slot) -> PoolView:
+        """The pool of a slot.
+
+        Raises:
+            StaleSlotError: that pool is not (or no longer) there.
+        """
+        try:
+            return self._views[slot.pool_id]
+        except KeyError:
+            raise StaleSlotError(f"pool {slot.pool_id} is gone") from None
+
+    def close(self) -> None:
+        """Closes all of them."""
+        self.update([])
+
+
+def read_tensor(pools: PoolTable, slot: Slot) -> torch.Tensor:
+    """The embeddings in a slot: `(num_tokens, width)` of the slot's dtype, on the CPU.
+
+    Raises:
+        StaleSlotError: the slot does not hold what `slot` says.
+    """
+    data = pools.view(slot).read(slot)
+    return torch.frombuffer(data, dtype=getattr(torch, slot.dtype)).view(slot.num_tokens, slot.width)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, on the CPU and contiguous."""
+    flat = tensor.detach().to("cpu").contiguous().view(torch.uint8).reshape(-1)
+    return memoryview(flat.numpy())
+
+
+# Embeddings verified beside the scheduler, for a model runner in the same process (the "uni" executor).
+_verified: dict[str, torch.Tensor] = {}
+
+
+class PatchCacheConnector(ECConnectorBase):
+    """See the module. The engine thread calls the methods of the first block; vLLM calls the others.
+
+    `ec_connector_extra_config`: `min_overlap_tokens` is the least run of ready tokens worth a prefill step while later
+    patches of the request are still being encoded; `owner` is written into slot headers.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
+        super().__init__(vllm_config, role)
+        extra = vllm_config.ec_transfer_config.ec_connector_extra_config
+        self._min_overlap_tokens = int(extra.get("min_overlap_tokens", 0))
+        self._owner = str(extra.get("owner", ""))
+        self._pools = PoolTable()
+        # Beside the scheduler:
+        self._write_slots: dict[str, Slot] = {}
+        self._read_slots: dict[str, Slot] = {}
+        self._readers: dict[str, set[str]] = {}
+        self._wants: dict[str, set[str]] = {}
+        self._needed: dict[str, list[str]] = {}
+        self._plan_writes: dict[str, Slot] = {}
+        self._plan_reads: dict[str, Slot] = {}
+        # Beside the model runner:
+        self._report = Written()
+
+    # ---- called by the engine thread, beside the scheduler ---------------------------------------------------------
+
+    def set_pools(self, pools: Iterable[Pool]) -> None:
+        """The pools that slots may be in from now on."""
+        self._pools.update(pools)
+
+    def set_write_slot(self, job: str, slot: Slot) -> None:
+        """The slot that an encode job goes to."""
+        self._write_slots[job] = slot
+
+    def expect(self, request_id: str, patch_hashes: Iterable[str]) -> None:
+        """A request will read these patches; they are kept once they are there."""
+        for patch_hash in patch_hashes:
+            self._wants.setdefault(request_id, set()).add(patch_hash)
+            self._readers.setdefault(patch_hash, set()).add(request_id)
+
+    def patch_ready(self, patch_hash: str, slot: Slot) -> None:
+        """Reads and verifies a slot; from now on its patch is available.
+
+        Raises:
+            StaleSlotError: the slot holds something else.
+        """
+        if patch_hash in self._read_slots or patch_hash not in self._readers:
+            return
+        _verified[patch_hash] = read_tensor(self._pools, slot)
+        self._read_slots[patch_hash] = slot
+
+    def forget(self, request_id: str) -> None:
+        """A request reads no patches any more."""
+        self._needed.pop(request_id, None)
+        for patch_hash in self._wants.pop(request_id, ()):
+            readers = self._readers[patch_hash]
+            readers.discard(request_id)
+            if not readers:
+                del self._readers[patch_hash]
+                self._read_slots.pop(patch_hash, None)
+                _verified.pop(patch_hash, None)
+
+    def forget_job(self, job: str) -> None:
+        """An encode job has ended, one way or the other."""
+        self._write_slots.pop(job, None)
+
+    def take_needed(self) -> dict[str, list[str]]:
+        """Requests that cannot be scheduled because of patches that nobody has announced, and those patches."""
+        needed = {
+            request_id: missing
+            for request_id, hashes in self._needed.items()
+            if (missing := [h for h in hashes if h not in self._wants.get(request_id, ())])
+        }
+        self._needed.clear()
+        return needed
+
+    @property
+    def num_held(self) -> int:
+        """Patches held for requests, plus write slots of jobs that are not done."""
+        return len(self._read_slots) + len(self._write_slots)
+
+    # ---- called by vLLM beside the scheduler -----------------------------------------------------------------------
+
+    def has_cache_item(self, identifier: str) -> bool:
+        """Whether a patch can be loaded from its slot."""
+        return identifier in self._read_slots
+
+    def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
+        """Whether enough of what comes after `num_computed_tokens` is ready to be worth a step."""
+        if not self.is_consumer:
+            return True
+        ready_until, missing = request.num_tokens, []
+        for feature in request.mm_features:
+            position = feature.mm_position
+            if position.offset + position.length <= num_computed_tokens:
+                continue
+            if feature.identifier not in self._read_slots:
+                missing.append(feature.identifier)
+                ready_until = min(ready_until, position.offset)
+        if not missing:
+            return True
+        self._needed[request.request_id] = missing
+        run = ready_until - num_computed_tokens
+        return self._min_overlap_tokens > 0 and run >= self._min_overlap_tokens
+
+    def update_state_after_alloc(self, request: Request, index: int) -> None:
+        """Plans the write of an item that will be encoded, or the read of one that will be loaded."""
+        identifier = request.mm_features[index].identifier
+        if self.is_producer and identifier in self._write_slots:
+            self._plan_writes[identifier] = self._write_slots[identifier]
+        elif identifier in self._read_slots:
+            self._plan_reads[identifier] = self._read_slots[identifier]
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepPlan:
+        """Hands this step's plan to the model runner."""
+        plan = StepPlan(self._plan_writes, self._plan_reads, self._pools.pools, self._owner)
+        self._plan_writes, self._plan_reads = {}, {}
+        return plan
+
+    def shutdown(self) -> None:
+        """Closes the pools."""
+        self._pools.close()
+
+    # ---- called by vLLM beside the model runner --------------------------------------------------------------------
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
+        """Puts this step's embeddings into vLLM's encoder cache."""
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, StepPlan)
+        for patch_hash, slot in plan.reads.items():
+            if patch_hash in encoder_cache:
+                continue
+            embeddings = _verified.get(patch_hash)
+            if embeddings is None:
+                self._pools.update(plan.pools)
+                embeddings = read_tensor(self._pools, slot)
+            device = self._vllm_config.device_config.device
+            encoder_cache[patch_hash] = embeddings.to(device, non_blocking=True)
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
+        """Writes one encoded item into its slot."""
+        plan = self._get_connector_metadata()
+        assert isinstance(plan, StepPlan)
+        slot = plan.writes.get(mm_hash)
+        if slot is None or get_tensor_model_parallel_rank() != 0:
+            return
+        try:
+            embeddings = encoder_cache[mm_hash]
+            found = (embeddings.shape[0], embeddings.shape[-1], str(embeddings.dtype).removeprefix("torch."))
+            if found != (slot.num_tokens, slot.width, slot.dtype):
+                raise ValueError(f"the encoder gave {found}, the slot is for {slot.num_tokens, slot.width, slot.dtype}")
+            self._pools.update(plan.pools)
+            self._pools.view(slot).write(slot, tensor_bytes(embeddings), plan.owner)
+            self._report.done.add(mm_hash)
+        except (PoolError, ValueError, StaleSlotError) as error:
+            self._report.failed[mm_hash] = str(error)
+
+    def take_report(self) -> Written:
+        """What was written since the last call."""
+        report, self._report = self._report, Written()
+        return report

@@ -1,0 +1,399 @@
+"""The index of the shared multimodal cache: which patch is in which slot, who needs it, and what may leave.
+
+Lives in the broker's decision core, which is its only caller; pure: no clock, no I/O. Owns all entries, their pins and
+generations, and through `cache.arena` the memory of all pools.
+
+An entry is named by the hash of its patch's content (pixels, model, processor settings, tenant salt):
+
+    absent --acquire_all--> ALLOCATED --commit--> READY --evicted--> absent
+    ALLOCATED, READY, LOST --renew--> ALLOCATED    a new generation: what was there is not trusted
+    ALLOCATED, READY --drop, pool removed, renew without room--> LOST while it is pinned, then absent
+
+Every allocation and every renewal has a generation of its own; whoever names an earlier one (an encoder that comes
+late) is refused. A holder is a request, by its id.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cache.arena import Arena, Extent, Placement
+from cache.slot import slot_bytes
+from epd.messages import Pool, Slot
+
+
+class State(enum.StrEnum):
+    """Where an entry is in its life."""
+
+    ALLOCATED = "allocated"  # an encoder is to write it
+    READY = "ready"  # it can be read
+    LOST = "lost"  # it has no memory any more, but pins
+
+
+class Outcome(enum.StrEnum):
+    """What acquiring a patch found."""
+
+    HIT = "hit"  # ready: read it
+    PENDING = "pending"  # being encoded for someone else: wait for it
+    NEW = "new"  # allocated now: have it encoded
+
+
+class FencedError(LookupError):
+    """The generation named is not the entry's current one: somebody comes late."""
+
+
+class ShapeError(ValueError):
+    """A patch is asked for with another shape than the one it has under the same hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchNeed:
+    """A patch that a request needs: `num_tokens` x `width` elements of `dtype`.
+
+    `encode_cost_s` is what encoding it takes, in seconds; it decides what is kept longer. With equal costs per byte
+    the least recently used leaves first.
+    """
+
+    patch_hash: str
+    num_tokens: int
+    width: int
+    dtype: str
+    encode_cost_s: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int, str]:
+        """What must be equal wherever the hash is."""
+        return self.num_tokens, self.width, self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its slot."""
+        return slot_bytes(*self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """A patch pinned by `acquire_all`, and its slot."""
+
+    patch_hash: str
+    outcome: Outcome
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """The index in numbers: gauges, but for the last four, which count from the start.
+
+    `used_bytes` includes everything that is allocated: pinned, quarantined and what could be evicted.
+    `num_embeddings` are the rows that can be read.
+    """
+
+    total_bytes: int
+    used_bytes: int
+    pinned_bytes: int
+    quarantined_bytes: int
+    num_allocated: int
+    num_ready: int
+    num_lost: int
+    num_pins: int
+    num_embeddings: int
+    num_hits: int
+    num_coalesced: int
+    num_new: int
+    num_evictions: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    need: PatchNeed
+    extent: Extent | None
+    generation: int
+    state: State = State.ALLOCATED
+    holders: set[str] = field(default_factory=set)
+
+    @property
+    def slot(self) -> Slot | None:
+        if self.extent is None:
+            return None
+        where, need = self.extent, self.need
+        return Slot(
+            pool_id=where.pool_id, offset=where.offset, nbytes=where.nbytes, generation=self.generation,
+            num_tokens=need.num_tokens, width=need.width, dtype=need.dtype,
+        )  # fmt: skip
+
+
+class CacheIndex:
+    """The index; without pools at first.
+
+    Args:
+        first_generation: the first generation given out. Pools outlive the broker, so each run of it must begin above
+            all that came before: pass `time.time_ns()`.
+    """
+
+    def __init__(self, first_generation: int = 1) -> None:
+        self._generations = itertools.count(first_generation)
+        self._arena = Arena()
+        self._entries: dict[str, _Entry] = {}
+        self._pins: dict[str, dict[str, None]] = {}  # holder -> hashes
+        self._quarantined: dict[int, Extent] = {}  # by the generation that may still be written there
+        self._num_hits = self._num_coalesced = self._num_new = self._num_evictions = 0
+
+    @property
+    def pools(self) -> list[Pool]:
+        """All pools, in the order they were added."""
+        return self._arena.pools
+
+    def add_pool(self, pool: Pool) -> None:
+        """Adds an empty pool.
+
+        Raises:
+            ValueError: a pool with its id is there already.
+        """
+        self._arena.add(pool)
+
+    def remove_pool(self, pool_id: str) -> list[str]:
+        """Forgets a pool and what is in it.
+
+        Returns:
+            The hashes of the patches that were there. Those that are pinned are LOST now: `renew` gives them another
+            slot, or their holders fail. The others are absent.
+
+        Raises:
+            KeyError: there is no such pool.
+        """
+        self._arena.remove(pool_id)
+        self._quarantined = {g: extent for g, extent in self._quarantined.items() if extent.pool_id != pool_id}
+        gone = self.in_pool(pool_id)
+        for patch_hash in gone:
+            self._entries[patch_hash].extent = None
+            self._lose(patch_hash)
+        return gone
+
+    def in_pool(self, pool_id: str) -> list[str]:
+        """The hashes of the patches that have a slot in a pool."""
+        return [h for h, entry in self._entries.items() if entry.extent and entry.extent.pool_id == pool_id]
+
+    def acquire_all(
+        self, needs: Sequence[PatchNeed], holder: str, *, prefer_pool: str | None = None
+    ) -> list[Acquired] | None:
+        """Pins all of `needs` for `holder`, allocating what is absent; all or nothing.
+
+        What must leave for it is unpinned and READY, and none of `needs`, with one exception: where nothing else is in
+        the pools and the patches found ready lie in the way, these are encoded again too, as waiting would not help.
+        So `could_ever_fit` and an otherwise unused cache always give a result.
+
+        Args:
+            needs: the patches; a hash that comes twice is acquired once.
+            holder: who pins them until `release`.
+            prefer_pool: use this pool as long as anything in it can be evicted.
+
+        Returns:
+            Each patch once, in the order of `needs`; or None, with nothing changed, where they do not fit at present.
+
+        Raises:
+            ShapeError: a hash is known with another shape, or comes twice with different ones.
+            ValueError: a need has an unknown dtype or an impossible shape.
+        """
+        wanted = self._distinct(needs)
+        kept = {h for h in wanted if (entry := self._entries.get(h)) and entry.state is not State.LOST}
+        missing = {h: need.nbytes for h, need in wanted.items() if h not in kept}
+        placement = self._arena.place(missing, keep=kept, prefer=prefer_pool)
+        placement = placement or self._arena.place_anew({h: need.nbytes for h, need in wanted.items()})
+        if placement is None:
+            return None
+        self._forget_evicted(placement)
+        return [self._pin(need, holder, placement.extents.get(h)) for h, need in wanted.items()]
+
+    def could_ever_fit(self, needs: Sequence[PatchNeed]) -> bool:
+        """Whether `needs` fit together into the pools there are when nothing else is in them.
+
+        Raises:
+            ShapeError, ValueError: as `acquire_all`.
+        """
+        return self._arena.fits_empty({h: need.nbytes for h, need in self._distinct(needs).items()})
+
+    def commit(self, patch_hash: str, generation: int) -> bool:
+        """The patch has been written: ALLOCATED becomes READY; False where `generation` is not the one awaited."""
+        if not self.is_current(patch_hash, generation) or self.state(patch_hash) is not State.ALLOCATED:
+            return False
+        self._entries[patch_hash].state = State.READY
+        self._allow_eviction_if_unpinned(patch_hash)
+        return True
+
+    def is_current(self, patch_hash: str, generation: int) -> bool:
+        """Whether `generation` is the patch's current one; if not, whoever names it comes late."""
+        entry = self._entries.get(patch_hash)
+        return entry is not None and entry.generation == generation
+
+    def renew(self, patch_hash: str, generation: int, *, quarantine: bool = False) -> Slot | None:
+        """What is in the slot of `generation` is not to be trusted: ALLOCATED again with a new one; pins are kept.
+
+        For a slot found stale; with `quarantine`, for an encoder that was lost and might still write: then the memory
+        is another one, and the old one out of use until `lift_quarantine(generation)`. A LOST patch gets new memory.
+
+        Returns:
+            The slot to encode into, or None where there is no other room. The patch is LOST then (absent if nobody
+            pins it): its holders should fail, or `renew` be tried again with the same generation.
+
+        Raises:
+            FencedError: `generation` is not the current one (see `is_current`).
+        """
+        if not self.is_current(patch_hash, generation):
+            raise FencedError(f"patch {patch_hash} is not at generation {generation}")
+        entry = self._entries[patch_hash]
+        self._arena.forbid_eviction(patch_hash)
+        if quarantine or entry.extent is None:
+            placement = self._arena.place({patch_hash: entry.need.nbytes})
+            if placement is None:
+                self._retire(entry, quarantine)
+                self._lose(patch_hash)
+                return None
+            self._forget_evicted(placement)
+            self._retire(entry, quarantine)
+            entry.extent = placement.extents[patch_hash]
+        entry.generation = next(self._generations)
+        entry.state = State.ALLOCATED
+        return entry.slot
+
+    def drop(self, patch_hash: str, generation: int, *, quarantine: bool = False) -> bool:
+        """Gives a patch up and frees its memory (with `quarantine`: at `lift_quarantine`).
+
+        For an encode that failed or was cancelled, and for a slot found stale that cannot be encoded again. While it
+        is pinned it is LOST: its holders should fail, and the next who acquires it gets it anew.
+
+        Returns:
+            False, with nothing changed, where `generation` is not the current one.
+        """
+        if not self.is_current(patch_hash, generation):
+            return False
+        self._arena.forbid_eviction(patch_hash)
+        self._retire(self._entries[patch_hash], quarantine)
+        self._lose(patch_hash)
+        return True
+
+    def lift_quarantine(self, generation: int) -> bool:
+        """Nobody can write into the slot of `generation` any more: its memory is free. False where none was held."""
+        if (extent := self._quarantined.pop(generation, None)) is None:
+            return False
+        self._arena.free(extent)
+        return True
+
+    def release(self, holder: str) -> list[str]:
+        """Unpins all that `holder` pins; nothing happens where it pins nothing.
+
+        READY patches that nobody else pins are kept for reuse until they are evicted.
+
+        Returns:
+            The hashes that are ALLOCATED but not needed now: the caller commits or drops them.
+        """
+        unneeded = []
+        for patch_hash in self._pins.pop(holder, ()):
+            entry = self._entries[patch_hash]
+            entry.holders.remove(holder)
+            if entry.holders:
+                continue
+            if entry.state is State.LOST:
+                del self._entries[patch_hash]
+            elif entry.state is State.ALLOCATED:
+                unneeded.append(patch_hash)
+            else:
+                self._allow_eviction_if_unpinned(patch_hash)
+        return unneeded
+
+    def holders(self, patch_hash: str) -> frozenset[str]:
+        """Who pins a patch."""
+        entry = self._entries.get(patch_hash)
+        return frozenset(entry.holders) if entry else frozenset()
+
+    def slot(self, patch_hash: str) -> Slot | None:
+        """A patch's current slot; None where it is absent or LOST."""
+        entry = self._entries.get(patch_hash)
+        return entry.slot if entry else None
+
+    def readable(self, patch_hash: str) -> Slot | None:
+        """A patch's slot where it is READY, else None."""
+        entry = self._entries.get(patch_hash)
+        return entry.slot if entry and entry.state is State.READY else None
+
+    def state(self, patch_hash: str) -> State | None:
+        """A patch's state; None where it is absent."""
+        entry = self._entries.get(patch_hash)
+        return entry.state if entry else None
+
+    def stats(self) -> IndexStats:
+        """The index in numbers; takes time in proportion to the number of entries."""
+        states = [entry.state for entry in self._entries.values()]
+        ready = [entry for entry in self._entries.values() if entry.state is State.READY]
+        return IndexStats(
+            total_bytes=self._arena.capacity_bytes,
+            used_bytes=self._arena.used_bytes,
+            pinned_bytes=sum(e.extent.nbytes for e in self._entries.values() if e.extent and e.holders),
+            quarantined_bytes=sum(extent.nbytes for extent in self._quarantined.values()),
+            num_allocated=states.count(State.ALLOCATED),
+            num_ready=len(ready),
+            num_lost=states.count(State.LOST),
+            num_pins=sum(len(hashes) for hashes in self._pins.values()),
+            num_embeddings=sum(entry.need.num_tokens for entry in ready),
+            num_hits=self._num_hits,
+            num_coalesced=self._num_coalesced,
+            num_new=self._num_new,
+            num_evictions=self._num_evictions,
+        )
+
+    def _distinct(self, needs: Sequence[PatchNeed]) -> dict[str, PatchNeed]:
+        wanted: dict[str, PatchNeed] = {}
+        for need in needs:
+            entry = self._entries.get(need.patch_hash)
+            known = entry.need if entry else wanted.get(need.patch_hash)
+            if known and known.shape != need.shape:
+                raise ShapeError(f"patch {need.patch_hash} is {known.shape}, and asked for as {need.shape}")
+            wanted.setdefault(need.patch_hash, need)
+        return wanted
+
+    def _pin(self, need: PatchNeed, holder: str, extent: Extent | None) -> Acquired:
+        """Pins a patch, in `extent` where it is new."""
+        patch_hash = need.patch_hash
+        if extent:
+            self._num_new += 1
+            outcome = Outcome.NEW
+            entry = self._entries.setdefault(patch_hash, _Entry(need, extent, 0))
+            entry.need, entry.extent, entry.state = need, extent, State.ALLOCATED
+            entry.generation = next(self._generations)
+        else:
+            entry = self._entries[patch_hash]
+            outcome = Outcome.HIT if entry.state is State.READY else Outcome.PENDING
+            self._num_hits += outcome is Outcome.HIT
+            self._num_coalesced += outcome is Outcome.PENDING
+            self._arena.forbid_eviction(patch_hash)
+        entry.holders.add(holder)
+        self._pins.setdefault(holder, {})[patch_hash] = None
+        slot = entry.slot
+        assert slot is not None, f"{patch_hash} is pinned without memory"
+        return Acquired(patch_hash, outcome, slot)
+
+    def _forget_evicted(self, placement: Placement) -> None:
+        self._num_evictions += len(placement.evicted)
+        for patch_hash in placement.evicted:
+            del self._entries[patch_hash]
+
+    def _allow_eviction_if_unpinned(self, patch_hash: str) -> None:
+        entry = self._entries[patch_hash]
+        if entry.extent and entry.state is State.READY and not entry.holders:
+            self._arena.allow_eviction(patch_hash, entry.extent, entry.need.encode_cost_s)
+
+    def _retire(self, entry: _Entry, quarantine: bool) -> None:
+        """Frees an entry's memory, or sets it aside under its generation."""
+        if entry.extent and quarantine:
+            self._quarantined[entry.generation] = entry.extent
+        elif entry.extent:
+            self._arena.free(entry.extent)
+        entry.extent = None
+
+    def _lose(self, patch_hash: str) -> None:
+        """Marks an entry that has no memory any more."""
+        self._entries[patch_hash].state = State.LOST
+        if not self._entries[patch_hash].holders:
+            del self._entries[patch_hash]
