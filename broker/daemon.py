@@ -13,7 +13,8 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from broker.core import Core, Send
+from broker.board import Send
+from broker.core import Core
 from epd import service, wire
 from epd.config import Config
 
@@ -74,7 +75,12 @@ class Broker:
         except wire.WireError as error:
             self._complain(peer_id, str(error))
             return
-        await self._perform(self.core.handle(peer_id, message, frames, time.monotonic()))
+        try:
+            sends = self.core.handle(peer_id, message, frames, time.monotonic())
+        except Exception:  # an error in the core is ours, but one request's message must not end all others
+            log.exception("not handled", peer=peer_id, command=type(message).__name__)
+            sends = self.core.board.take()
+        await self._perform(sends)
 
     async def _tick(self) -> None:
         while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from epd.messages import Patch, StoryEvent, Submit
+from epd.messages import Finished, Patch, StoryEvent, Submit
 
 MAX_STORY_EVENTS = 4096
 
@@ -67,7 +67,7 @@ class Request:
 
     `engine_frames` go to the prefill and the decode worker; `patch_frames` (by hash) to whoever encodes a patch, and
     are kept until the prompt is computed so that a patch can be encoded again. `missing` are the hashes that the
-    prefill worker still waits for.
+    prefill worker still waits for. `early_finish` is a FINISHED that overtook PREFILLED, with its frames.
     """
 
     submit: Submit
@@ -85,6 +85,7 @@ class Request:
     prefilled: bool = False
     pushed: bool = False
     num_tokens_out: int = 0
+    early_finish: tuple[Finished, list[bytes]] | None = None
     story: list[StoryEvent] = dataclasses.field(default_factory=list)
 
     @property

@@ -29,7 +29,7 @@ class BrokerConfig(_Section):
     """
 
     address: str = "tcp://127.0.0.1:5840"
-    heartbeat_s: float = 0.5
+    heartbeat_s: float = 1.0
     lost_after_s: float = 3.5
     max_queued: int = 512
     max_queue_s: float = 60.0

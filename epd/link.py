@@ -77,6 +77,7 @@ class BrokerLink:
         self._heard_at = 0.0
         self._task: asyncio.Task[None] | None = None
         self._ended: str | None = None
+        self._leaving = False
         self.incarnation = ""
 
     async def __aenter__(self) -> Self:
@@ -114,14 +115,18 @@ class BrokerLink:
             raise LinkOverloadedError(f"{MAX_OUTBOX} messages wait for the broker") from None
 
     async def goodbye(self, reason: str) -> None:
-        """Says GOODBYE after all that was sent before, and waits (a second at most) until ZeroMQ has it."""
+        """Says GOODBYE after all that was sent before, and waits (a second at most) until ZeroMQ has it.
+
+        This peer does not register again.
+        """
+        self._leaving = True
         if self.registered:
             self.send(Goodbye(reason=reason))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._outbox.join(), _GOODBYE_S)
 
     async def _keep_registered(self) -> None:
-        while True:
+        while not self._leaving:
             self.incarnation = secrets.token_hex(8)
             sock: zmq.asyncio.Socket = self._context.socket(zmq.DEALER)
             sock.setsockopt(zmq.IDENTITY, self.incarnation.encode())
@@ -136,6 +141,8 @@ class BrokerLink:
             finally:
                 self._registered.clear()
                 sock.close()
+            if self._leaving:
+                return
             reason = self._ended or "the link ended"
             log.warning("broker lost", peer=self._name, reason=reason)
             if self._on_lost:
@@ -214,6 +221,8 @@ class BrokerLink:
     async def _beat(self, welcome: Welcome) -> None:
         while True:
             await asyncio.sleep(welcome.heartbeat_s)
+            if self._leaving:
+                return
             self.send(Heartbeat(num_steps=self._steps()))
             silent_s = time.monotonic() - self._heard_at
             if silent_s > welcome.lost_after_s:

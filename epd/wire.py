@@ -56,5 +56,5 @@ def decode(parts: Frames) -> tuple[Message, list[bytes]]:
         raise WireError(f"{total} bytes of opaque frames; at most {MAX_MESSAGE_BYTES}")
     try:
         return decoder.decode(header), frames
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"{BY_CODE[prefix[1]].name}: {error}") from None

@@ -60,7 +60,7 @@ def test_the_patches_of_a_lost_encode_worker_go_to_another_one_and_to_other_memo
     for send in again + [one for one in sends if one.peer_id == world.e[1]]:
         message = send.message
         world.say(world.e[1], m.Encoded(job_id=message.job_id, generation=message.slot.generation, took_s=0.0))
-    assert world.core.requests["r"].missing == set()
+    assert world.core.board.requests["r"].missing == set()
     assert world.take(m.Failed) == []
 
 
@@ -90,9 +90,9 @@ def test_the_memory_of_a_lost_encode_worker_is_used_again_once_it_is_back() -> N
     world.pipeline(pool_bytes=2 * SLOT_BYTES)
     encoding(world, patches=["a"])
     world.wait(4.0, but=(world.e[0],))
-    assert world.core.patches.index.stats().quarantined_bytes == SLOT_BYTES
+    assert world.core.board.patches.index.stats().quarantined_bytes == SLOT_BYTES
     world.join("e0", Role.ENCODE, encode_info())
-    assert world.core.patches.index.stats().quarantined_bytes == 0
+    assert world.core.board.patches.index.stats().quarantined_bytes == 0
 
 
 def test_a_late_encoded_of_an_earlier_generation_or_worker_changes_nothing(world: World) -> None:
@@ -100,7 +100,7 @@ def test_a_late_encoded_of_an_earlier_generation_or_worker_changes_nothing(world
     message = first.message
     world.say(second.peer_id, m.Encoded(job_id=message.job_id, generation=message.slot.generation, took_s=0.0))
     assert world.take(m.Ready) == []
-    assert world.core.counters().num_fenced == 1
+    assert world.core.board.counters().num_fenced == 1
     world.say(first.peer_id, m.Encoded(job_id=message.job_id, generation=message.slot.generation - 1, took_s=0.0))
     assert world.take(m.Ready) == []
 
@@ -142,7 +142,7 @@ def test_a_cancelled_request_drops_what_was_not_encoded_and_frees_its_slots_when
     sends = encoding(world, patches=["a", "b"])
     world.say(world.endpoint, m.Cancel(request_id="r", reason="disconnect"))
     assert {one.request_id for one in world.take(m.Abort)} == {"r"}
-    assert world.core.counters().held_pins == 2, "the prefill worker may still be reading"
+    assert world.core.board.counters().held_pins == 2, "the prefill worker may still be reading"
     world.say(world.p[0], m.Released(request_id="r"))
     world.say(world.d[0], m.Released(request_id="r"))
     drops = world.take_sends(m.DropEncode)
@@ -204,15 +204,15 @@ def test_a_worker_that_registers_again_under_its_name_replaces_the_earlier_incar
 def test_a_message_of_a_peer_that_is_not_registered_is_answered_with_unknown(world: World) -> None:
     world.say("stranger", m.Heartbeat())
     assert len(world.take(m.Unknown, "stranger")) == 1
-    assert world.core.counters().num_fenced == 1
+    assert world.core.board.counters().num_fenced == 1
 
 
 def test_a_message_that_the_sender_s_role_may_not_send_changes_nothing(world: World) -> None:
     world.submit("r")
     world.say(world.e[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="stop"))
     world.say(world.endpoint, m.Prefilled(request_id="r"))
-    assert world.core.counters().num_fenced == 2
-    assert "r" in world.core.requests
+    assert world.core.board.counters().num_fenced == 2
+    assert "r" in world.core.board.requests
 
 
 def test_an_accepted_request_ends_exactly_once(world: World) -> None:
@@ -284,7 +284,7 @@ def test_a_second_request_under_the_same_id_is_refused(world: World) -> None:
     world.submit("r")
     world.submit("r")
     assert [one.code for one in world.take(m.Failed)] == ["duplicate_request"]
-    assert "r" in world.core.requests
+    assert "r" in world.core.board.requests
 
 
 def test_a_preempted_request_whose_patches_are_gone_fails_explicitly(world: World) -> None:

@@ -91,7 +91,7 @@ def test_a_patch_wanted_by_two_requests_at_once_is_encoded_once_and_both_hear_of
     world.submit("r2", ["a"])
     assert len(world.encode_all()) == 1
     assert [one.request_id for one in world.take(m.Ready)] == ["r1", "r2"]
-    assert world.core.counters().num_coalesced == 1
+    assert world.core.board.counters().num_coalesced == 1
 
 
 def test_a_patch_repeated_in_one_request_is_encoded_once(world: World) -> None:
@@ -115,7 +115,7 @@ def test_requests_wait_in_order_while_the_decode_workers_are_full() -> None:
     for i in range(10):  # the decode worker's batch holds 8
         world.submit(f"r{i}")
     assert len(world.take(m.Prefill)) == 8
-    assert world.core.counters().held_queued == 2
+    assert world.core.board.counters().held_queued == 2
     world.finish("r3", world.p[0], world.d[0])
     assert [one.request_id for one in world.take(m.Prefill)] == ["r8"]
 
@@ -132,14 +132,24 @@ def test_requests_wait_while_every_slot_is_pinned_and_start_in_order_when_some_a
     assert [one.request_id for one in world.take(m.Prefill)] == ["r2", "r3"]
 
 
-def test_tokens_that_overtake_prefilled_are_delivered_and_nothing_stays_pinned(world: World) -> None:
+def test_tokens_that_overtake_prefilled_are_delivered_and_the_end_waits_for_it(world: World) -> None:
     world.submit("r", ["a"])
     world.encode_all()
     world.say(world.d[0], m.Tokens(request_id="r", num_new_tokens=1), [b"t1"])
     world.say(world.d[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="length"), [b"t2"])
-    assert len(world.take(m.Finished)) == 1
-    assert world.take(m.Abort, world.p[0]), "the prefill worker has not said that it is done"
-    world.say(world.p[0], m.Prefilled(request_id="r"))
+    assert len(world.take(m.Tokens)) == 1
+    assert world.take(m.Finished) == [], "prompt log-probabilities may still come"
+    world.say(world.p[0], m.Prefilled(request_id="r"), [b"logprobs"])
+    kinds = [type(send.message) for send in world.sent if send.peer_id == world.endpoint]
+    assert kinds == [m.Tokens, m.Finished]
+    world.assert_idle()
+
+
+def test_an_answer_that_is_complete_survives_the_loss_of_its_prefill_worker(world: World) -> None:
+    world.submit("r")
+    world.say(world.d[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="length"), [b"t"])
+    world.say(world.p[0], m.Goodbye(reason="killed"))
+    assert len(world.take(m.Finished, world.endpoint)) == 1
     world.assert_idle()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from broker.core import Core, Send
+from broker.board import Send
+from broker.core import Core
 from cache.slot import slot_bytes
 from epd import messages as m
 from epd.config import BrokerConfig
@@ -70,7 +71,7 @@ class World:
         """Lets time pass in steps of a quarter second; all peers but those named keep sending heartbeats."""
         for _ in range(round(seconds / 0.25)):
             self.now += 0.25
-            for peer in list(self.core.registry):
+            for peer in list(self.core.board.registry):
                 if peer.peer_id not in but:
                     self.say(peer.peer_id, m.Heartbeat())
             self.sent += self.core.tick(self.now)
@@ -123,11 +124,11 @@ class World:
 
     def assert_idle(self) -> None:
         """Nothing is held by anyone."""
-        counters = self.core.counters()
+        counters = self.core.board.counters()
         held = {k: getattr(counters, k) for k in m.Counters.__struct_fields__ if k.startswith("held_")}
         assert not any(held.values()), held
-        for peer in self.core.registry:
+        for peer in self.core.board.registry:
             assert not peer.jobs, peer
             assert not peer.requests, peer
             assert peer.load_tokens == 0, peer
-        assert self.core._frames_bytes == 0
+        assert self.core.board.frames_bytes == 0

@@ -1,0 +1,112 @@
+"""What the broker knows and what it is about to send: the state that the parts of the decision core share. Pure."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import NamedTuple
+
+from broker.patches import Patches
+from broker.registry import Registry
+from broker.request import Request
+from epd import messages as m
+from epd.config import BrokerConfig
+from epd.messages import Message, Role
+
+
+class Send(NamedTuple):
+    """Something to do: send this message with these opaque frames to that peer."""
+
+    peer_id: str
+    message: Message
+    frames: list[bytes]
+
+
+class Board:
+    """Peers, patches, requests in flight, stories of the ended ones, counts, and the messages to send next.
+
+    `queue` holds the ids of requests that wait for a place, in order; `releasing` the ended requests whose slots a
+    peer may still be reading, with those peers; `frames_bytes` counts the opaque frames held for requests.
+    """
+
+    def __init__(self, config: BrokerConfig, first_generation: int) -> None:
+        self.config = config
+        self.registry = Registry()
+        self.patches = Patches(config.encode_batches_ahead, first_generation)
+        self.requests: dict[str, Request] = {}
+        self.queue: deque[str] = deque()
+        self.releasing: dict[str, set[str]] = {}
+        self.frames_bytes = 0
+        self._stories: OrderedDict[str, m.Story] = OrderedDict()
+        self._out: list[Send] = []
+        self._counts = dict.fromkeys(m.Counters.__struct_fields__, 0)
+
+    # ---- out -------------------------------------------------------------------------------------------------------
+
+    def send(self, peer_id: str, message: Message, frames: list[bytes] | None = None) -> None:
+        """Puts a message on the list of what to send."""
+        self._out.append(Send(peer_id, message, frames or []))
+
+    def take(self) -> list[Send]:
+        """Empties the list of what to send."""
+        out, self._out = self._out, []
+        return out
+
+    def count(self, name: str) -> None:
+        """Adds one to a counter."""
+        self._counts[name] += 1
+
+    def tell_pools(self) -> None:
+        """Tells all workers which pools there are."""
+        for peer in self.registry:
+            if peer.role in m.STAGES:
+                self.send(peer.peer_id, m.Pools(pools=self.pools()))
+
+    def tell_status(self) -> None:
+        """Tells all endpoints which workers there are."""
+        for peer in self.registry.of(Role.ENDPOINT):
+            self.send(peer.peer_id, self.status())
+
+    # ---- what there is ---------------------------------------------------------------------------------------------
+
+    def pools(self) -> list[m.Pool]:
+        """The pools of all registered caches."""
+        return [pool for peer in self.registry for pool in peer.pools]
+
+    def status(self) -> m.Status:
+        """Workers, pools and counters as they are now."""
+        peers = [peer for peer in self.registry if peer.role in m.STAGES]
+        pools = sum(len(peer.pools) for peer in self.registry)
+        return m.Status(workers=[peer.status() for peer in peers], counters=self.counters(), num_pools=pools)
+
+    def counters(self) -> m.Counters:
+        """The counts; the `held_*` ones are 0 when nothing is in flight."""
+        stats = self.patches.index.stats()
+        self._counts.update(
+            num_encoded=self.patches.num_encoded,
+            num_cache_hits=stats.num_hits,
+            num_coalesced=stats.num_coalesced,
+            num_evicted=stats.num_evictions,
+            held_requests=len(self.requests) + len(self.releasing),
+            held_queued=len(self.queue),
+            held_pins=stats.num_pins,
+            held_encodes=len(self.patches.queue),
+            cache_bytes_used=stats.used_bytes,
+            cache_bytes_total=stats.total_bytes,
+        )
+        return m.Counters(**self._counts)
+
+    # ---- stories ---------------------------------------------------------------------------------------------------
+
+    def remember(self, request: Request) -> None:
+        """Keeps the story of a request that has ended, in place of the oldest."""
+        story = m.Story(request_id=request.request_id, found=True, state=request.state, events=request.story)
+        self._stories[request.request_id] = story
+        while len(self._stories) > self.config.story_keep:
+            self._stories.popitem(last=False)
+
+    def story(self, request_id: str) -> m.Story:
+        """A request's story so far, whether it is in flight or has ended."""
+        if request := self.requests.get(request_id):
+            events = list(request.story)
+            return m.Story(request_id=request_id, found=True, state=request.state, events=events)
+        return self._stories.get(request_id) or m.Story(request_id=request_id, found=False)

@@ -1,0 +1,92 @@
+"""The endpoint daemon: starts, listens, drains, stops.
+
+Lives in the endpoint process; owns its life. vLLM is imported when it starts, not when this module is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import structlog
+
+from epd import service
+from epd.config import Config, ConfigError
+
+log = structlog.get_logger()
+
+PORT_FILE = "EPD_PORT_FILE"
+
+
+async def main(config: Config, name: str, stop: asyncio.Event) -> int:
+    """Serves until `stop` is set, then drains.
+
+    Returns:
+        The exit status: 0 after a drain, 1 where the endpoint cannot start or has died.
+    """
+    started_at = time.monotonic()
+    _set_vllm_environment(config)
+    from epd.endpoint.server import Endpoint
+
+    imported_at = time.monotonic()
+    endpoint = Endpoint(config, name)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(endpoint)
+        except (ConfigError, OSError) as error:
+            log.error("the endpoint cannot start", reason=str(error))
+            return 1
+        log.info(
+            "listening",
+            host=config.endpoint.host,
+            port=endpoint.port,
+            import_s=round(imported_at - started_at, 2),
+            start_s=round(time.monotonic() - started_at, 2),
+        )
+        _write_port(endpoint.port)
+        service.notify_systemd("READY=1")
+        died = await _first(stop, endpoint.died)
+        service.notify_systemd("STOPPING=1")
+        if died:
+            log.error("vLLM's output handler has died")
+        await endpoint.drain(0.0 if died else config.endpoint.drain_s)
+        log.info("drained")
+    return 1 if died else 0
+
+
+def run(config: Config, name: str) -> int:
+    """Runs the daemon until a signal; returns the exit status."""
+    service.configure_logging(config.log, name)
+    return service.run(lambda stop: main(config, name, stop))
+
+
+async def _first(stop: asyncio.Event, died: asyncio.Event) -> bool:
+    """Waits for either; whether it was `died`."""
+    waits = [asyncio.create_task(stop.wait(), name="stop"), asyncio.create_task(died.wait(), name="died")]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+    return died.is_set() and not stop.is_set()
+
+
+def _write_port(port: int) -> None:
+    """Writes the port into the file named by EPD_PORT_FILE, whole or not at all."""
+    name = os.environ.get(PORT_FILE)
+    if name:
+        part = Path(f"{name}.part")
+        part.write_text(f"{port}\n")
+        part.replace(name)
+
+
+def _set_vllm_environment(config: Config) -> None:
+    """VLLM's own bounds on media that it fetches itself; what the user has set stays."""
+    endpoint = config.endpoint
+    os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(endpoint.max_pixels))
+    os.environ.setdefault("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", str(max(endpoint.max_body_bytes >> 20, 1)))
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")

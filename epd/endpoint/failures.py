@@ -1,0 +1,185 @@
+"""Why a request failed, and how an HTTP client is told: a status where there is still time, else an error event.
+
+Lives in the endpoint process; owns nothing. The engine client notes the failure of a request on the HTTP exchange
+it belongs to (a context variable); `ExplicitErrors` then makes the answer say so whatever vLLM's handlers made of the
+exception. Pure ASGI, no vLLM.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import structlog
+
+from epd.endpoint.asgi import App, Message, Receive, Scope, Send
+
+log = structlog.get_logger()
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a request ended without an answer.
+
+    `code` is a stable word (`epd.errors.ErrorCode`), `status` the HTTP status, `retry_after_s` > 0 where it helps.
+    """
+
+    code: str
+    message: str
+    status: int
+    retry_after_s: float = 0.0
+
+    def body(self, path: str) -> dict[str, Any]:
+        """The JSON body in the shape that the clients of `path` expect: Anthropic's on /v1/messages, else OpenAI's.
+
+        As in vLLM, `code` is the HTTP status; the stable word is `type`.
+        """
+        if is_anthropic(path):
+            return {"type": "error", "error": {"type": self.code, "message": self.message}}
+        error = {"message": self.message, "type": self.code, "param": None, "code": self.status}
+        return {"error": error}
+
+    def event(self, path: str) -> bytes:
+        """The server-sent event that ends a stream of `path` which has begun."""
+        if is_anthropic(path):
+            return f"event: error\ndata: {json.dumps(self.body(path))}\n\n".encode()
+        if path.startswith("/v1/responses"):
+            data = {"type": "error", "code": self.code, "message": self.message, "param": None}
+            return f"event: error\ndata: {json.dumps(data)}\n\n".encode()
+        return f"data: {json.dumps(self.body(path))}\n\n".encode()
+
+
+class Exchange:
+    """One HTTP request and its answer, as far as failures are concerned."""
+
+    failure: Failure | None = None
+
+
+_OWN_HEADERS = frozenset({b"content-type", b"content-length", b"retry-after", b"cache-control"})
+
+current_exchange: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar("exchange", default=None)
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether the clients of `path` expect Anthropic's JSON."""
+    return path.startswith("/v1/messages")
+
+
+async def send_failure(send: Send, path: str, failure: Failure, kept: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    """Answers with `failure` as a whole response; `kept` are the headers of one it takes the place of."""
+    body = json.dumps(failure.body(path)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name, value) for name, value in kept if name.lower() not in _OWN_HEADERS]
+    if failure.retry_after_s > 0:
+        headers.append((b"retry-after", str(math.ceil(failure.retry_after_s)).encode()))
+    await send({"type": "http.response.start", "status": failure.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class ExplicitErrors:
+    """ASGI middleware: a failed request is answered by its status, or by an error event once a stream has begun.
+
+    vLLM answers every stream with 200 and puts whatever happens later into the stream. Here the start of an event
+    stream is held back until its first bytes, so that a failure before them is still a status.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the application with its own `Exchange`."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(scope["path"].removeprefix(scope.get("root_path", "")), send)
+        token = current_exchange.set(answer.exchange)
+        try:
+            await self._app(scope, receive, answer.send)
+        except Exception as error:
+            if not answer.can_explain():
+                raise
+            log.warning("a stream ended by an exception", path=answer.path, error=repr(error))
+            await answer.explain()
+        finally:
+            current_exchange.reset(token)
+
+
+class _Answer:
+    """What has been sent of one response; `replaced` once ours stands for the application's."""
+
+    def __init__(self, path: str, send: Send) -> None:
+        self.path, self._send = path, send
+        self.exchange = Exchange()
+        self._held: Message | None = None
+        self._is_stream = self._begun = self._ended = self._replaced = False
+
+    async def send(self, message: Message) -> None:
+        if self._replaced:
+            return
+        if message["type"] == "http.response.start":
+            await self._start(message)
+        elif message["type"] == "http.response.body":
+            await self._body(message)
+        else:
+            await self._send(message)
+
+    async def _start(self, message: Message) -> None:
+        if message["status"] >= 400 and self.exchange.failure is not None:
+            await self._replace(self.exchange.failure, message)
+            return
+        content_types = [v for k, v in message.get("headers", ()) if k.lower() == b"content-type"]
+        self._is_stream = bool(content_types) and content_types[0].startswith(b"text/event-stream")
+        if self._is_stream:
+            self._held = message
+        else:
+            await self._send(message)
+
+    async def _body(self, message: Message) -> None:
+        body = bytes(message.get("body", b""))
+        if self._held is not None:
+            if not body and message.get("more_body", False):
+                return
+            failure = self.exchange.failure or _first_error(body)
+            if failure is not None:
+                await self._replace(failure, self._held)
+                return
+            start, self._held, self._begun = self._held, None, True
+            await self._send(start)
+        elif self._is_stream and self.exchange.failure is not None and body.startswith(b"event: error"):
+            body = self.exchange.failure.event(self.path)
+        self._ended = not message.get("more_body", False)
+        await self._send({**message, "body": body})
+
+    async def _replace(self, failure: Failure, start: Message) -> None:
+        self._held, self._replaced = None, True
+        await send_failure(self._send, self.path, failure, start.get("headers", ()))
+
+    def can_explain(self) -> bool:
+        """Whether an exception of the application leaves an event stream open."""
+        return self._is_stream and not self._ended and not self._replaced
+
+    async def explain(self) -> None:
+        """Ends the stream, or what was to become one, by the reason."""
+        unknown = Failure(code="engine_failed", message="internal server error", status=500)
+        failure = self.exchange.failure or unknown
+        if self._held is not None:
+            await self._replace(failure, self._held)
+            return
+        await self._send({"type": "http.response.body", "body": failure.event(self.path), "more_body": False})
+
+
+def _first_error(body: bytes) -> Failure | None:
+    """The error that vLLM put into a stream as its first event, if `body` is one."""
+    if not body.startswith(b'data: {"error"'):
+        return None
+    try:
+        error = json.loads(body[len(b"data: ") :].split(b"\n", 1)[0])["error"]
+        status = int(error["code"])
+        if not 400 <= status < 600:
+            return None
+        return Failure(code=str(error["type"]), message=str(error["message"]), status=status)
+    except (ValueError, KeyError, TypeError):
+        return None

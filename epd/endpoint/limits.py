@@ -1,0 +1,274 @@
+"""Refuses bad input with a reason before any engine or picture decoder sees it.
+
+Lives in the endpoint process, as an ASGI middleware inside vLLM's own (so that a client without a key is refused
+first). Bodies are bounded, JSON must parse, and every picture in it must be one that may be opened: its address
+allowed, its header read, its size bounded. Pixels are never decoded here; vLLM answers 400 for a picture that turns
+out to be truncated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import ipaddress
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+from PIL import Image
+
+from epd.config import EndpointConfig
+from epd.endpoint.asgi import App, Message, Receive, Scope, Send
+from epd.endpoint.failures import Failure, send_failure
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_DEPTH = 64
+_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+_THREAD_BYTES = 128 << 10
+
+Resolve = Callable[[str], list[str]]
+
+
+class RefusedError(Exception):
+    """The request is the client's fault; `failure` is the answer."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.failure = Failure(code=code, message=message, status=status)
+
+
+class Limits:
+    """ASGI middleware that reads and checks the body of every request that has one.
+
+    Args:
+        app: what to call with a request that is fine.
+        config: the bounds.
+        resolve: host name -> its addresses, for tests.
+    """
+
+    def __init__(self, app: App, config: EndpointConfig, resolve: Resolve | None = None) -> None:
+        self._app, self._config, self._resolve = app, config, resolve or addresses_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers with the refusal, or runs the application with the body already read."""
+        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        try:
+            body = await self._read(scope, receive)
+            if body is None:
+                return
+            if body and _is_json(scope):
+                if len(body) < _THREAD_BYTES and not self._config.allowed_media_domains:
+                    check_json(path, body, self._config, self._resolve)
+                else:
+                    await asyncio.to_thread(check_json, path, body, self._config, self._resolve)
+        except RefusedError as error:
+            await send_failure(send, path, error.failure)
+            return
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body, or None where the client went away before its end."""
+        limit = self._config.max_body_bytes
+        declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+        if declared.isdigit() and int(declared) > limit:
+            raise _too_large(int(declared), limit)
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > limit:
+                raise _too_large(size, limit)
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+
+def check_json(path: str, body: bytes, config: EndpointConfig, resolve: Resolve) -> None:
+    """Checks a JSON body and the pictures in it; blocking where names have to be resolved.
+
+    Raises:
+        RefusedError: with the reason.
+    """
+    try:
+        data = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        raise RefusedError(400, "invalid_json", f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise RefusedError(400, "invalid_json", "the body is nested too deeply") from None
+    if not isinstance(data, dict):
+        return  # vLLM says which fields it expects
+    if path.startswith("/inference") and data.get("features"):
+        raise RefusedError(400, "unsupported", "ready-made multimodal features are not supported")
+    num_images = 0
+    for kind, url in media_in([data.get("messages"), data.get("input"), data.get("system")]):
+        if kind == "image":
+            num_images += 1
+            if num_images > config.max_images:
+                raise RefusedError(400, "too_many_images", f"more than {config.max_images} images in one request")
+        check_media(kind, url, config, resolve)
+
+
+def media_in(tree: Any) -> Iterator[tuple[str, str]]:
+    """The (kind, address) of each picture, sound and film in messages, in any of the three APIs' shapes.
+
+    `kind` is "image" or "media". Base64 sources of Anthropic's shape come out as data URLs.
+    """
+    stack = [(tree, 0)]
+    while stack:
+        node, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise RefusedError(400, "invalid_json", f"messages are nested deeper than {MAX_DEPTH}")
+        if isinstance(node, list):
+            stack.extend((each, depth + 1) for each in reversed(node))
+        elif isinstance(node, dict):
+            yield from _media_of(node)
+            stack.extend((each, depth + 1) for each in reversed(node.values()) if isinstance(each, dict | list))
+
+
+def _media_of(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, kind in (("image_url", "image"), ("video_url", "media"), ("audio_url", "media")):
+        value = part.get(key)
+        url = value.get("url") if isinstance(value, dict) else value
+        if isinstance(url, str):
+            yield kind, url
+    source = part.get("source")
+    if part.get("type") == "image" and isinstance(source, dict):
+        if source.get("type") == "base64" and isinstance(source.get("data"), str):
+            yield "image", f"data:{source.get('media_type', 'image/png')};base64,{source['data']}"
+        elif isinstance(source.get("url"), str):
+            yield "image", source["url"]
+
+
+def check_media(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -> None:
+    """Checks one address and, where it carries an image, the image's header.
+
+    Raises:
+        RefusedError: with the reason.
+    """
+    scheme = url.partition(":")[0].strip().lower()
+    if scheme == "data":
+        if kind == "image":
+            check_image(_decoded(url), config)
+    elif scheme in ("http", "https"):
+        _check_host(url, config, resolve)
+    elif scheme == "file":
+        _check_file(kind, url, config)
+    else:
+        raise RefusedError(400, "invalid_url", f"media must be given as a data URL, not as {scheme[:16]!r}")
+
+
+def check_image(content: bytes, config: EndpointConfig) -> None:
+    """Reads the header of an image file, never its pixels.
+
+    Raises:
+        RefusedError: no known format, or a size that is nothing or too much.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        raise RefusedError(400, "image_too_large", "the image has too many pixels") from None
+    except Exception:  # a decoder may raise anything on hostile bytes
+        known = ", ".join(FORMATS)
+        raise RefusedError(400, "invalid_image", f"the image is not one of {known}, or is damaged") from None
+    if width < 1 or height < 1:
+        raise RefusedError(400, "invalid_image", f"the image has {width} x {height} pixels")
+    if width * height > config.max_pixels:
+        raise RefusedError(
+            400,
+            "image_too_large",
+            f"the image has {width} x {height} pixels; at most {config.max_pixels} are accepted",
+        )
+
+
+def addresses_of(host: str) -> list[str]:
+    """The addresses that a host name stands for; blocking."""
+    return [str(found[4][0]) for found in socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)]
+
+
+def _decoded(url: str) -> bytes:
+    header, found, data = url.partition(",")
+    if not found or not header.endswith(";base64"):
+        raise RefusedError(400, "invalid_url", "a data URL must be of the form data:image/...;base64,...")
+    try:
+        content = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise RefusedError(400, "invalid_image", "the data URL is not valid base64") from None
+    if not content:
+        raise RefusedError(400, "invalid_image", "the data URL is empty")
+    return content
+
+
+def _check_host(url: str, config: EndpointConfig, resolve: Resolve) -> None:
+    try:
+        host = (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        host = ""
+    if not host or any(c in url for c in "\\\r\n\t "):
+        raise RefusedError(400, "invalid_url", "the media URL is malformed")
+    if host not in [domain.lower() for domain in config.allowed_media_domains]:
+        raise RefusedError(
+            400,
+            "url_not_allowed",
+            f"media from {host!r} is not allowed here; send a data URL (allowed_media_domains)",
+        )
+    try:
+        found = resolve(host)
+    except OSError as error:
+        raise RefusedError(400, "url_not_allowed", f"{host!r} cannot be resolved: {error.strerror}") from None
+    if not found or not all(_is_public(address) for address in found):
+        raise RefusedError(400, "url_not_allowed", f"{host!r} is not a public address")
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
+    return ip.is_global and not ip.is_multicast and (mapped is None or mapped.is_global)
+
+
+def _check_file(kind: str, url: str, config: EndpointConfig) -> None:
+    if not config.allowed_local_media_path:
+        raise RefusedError(400, "url_not_allowed", "local files are not allowed here")
+    allowed = Path(config.allowed_local_media_path).resolve()
+    parts = urlsplit(url)
+    path = Path(unquote(parts.netloc + parts.path)).resolve()
+    if not path.is_relative_to(allowed):
+        raise RefusedError(400, "url_not_allowed", "the file is outside the allowed folder")
+    if not path.is_file():
+        raise RefusedError(400, "invalid_image", "no such file")
+    if path.stat().st_size > config.max_body_bytes:
+        raise RefusedError(413, "too_large", f"the file is larger than {config.max_body_bytes} bytes")
+    if kind == "image":
+        check_image(path.read_bytes(), config)
+
+
+def _is_json(scope: Scope) -> bool:
+    content_type: bytes = next((v for k, v in scope["headers"] if k == b"content-type"), b"application/json")
+    essence = content_type.partition(b";")[0].strip().lower()
+    return essence == b"application/json" or essence.endswith(b"+json")
+
+
+def _too_large(size: int, limit: int) -> RefusedError:
+    return RefusedError(413, "too_large", f"the body has {size} bytes or more; at most {limit} are accepted")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body that was read, then whatever comes."""
+    first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return first.pop() if first else await receive()
+
+    return replay

@@ -1,0 +1,91 @@
+"""Whether the pipeline can answer, and its numbers for Prometheus.
+
+Lives in the endpoint process; pure but for `prometheus_client`. What it knows is the broker's last STATUS and
+whether the link is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from epd.messages import STAGES, Counters, Status
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """What the endpoint sees of the pipeline at one moment."""
+
+    registered: bool
+    draining: bool
+    num_in_flight: int
+    status: Status | None
+
+
+def num_workers(status: Status | None) -> dict[str, int]:
+    """Workers of each stage; zero for all where there is no status."""
+    roles = [worker.role for worker in status.workers] if status is not None else []
+    return {str(stage): roles.count(stage) for stage in STAGES}
+
+
+def missing(view: View) -> list[str]:
+    """What keeps the pipeline from answering, in words; empty where nothing does."""
+    reasons = []
+    if view.draining:
+        reasons.append("this endpoint is shutting down")
+    if not view.registered:
+        reasons.append("no registration with the broker")
+    elif view.status is None:
+        reasons.append("no status from the broker yet")
+    else:
+        counts = num_workers(view.status)
+        reasons += [f"no {stage} worker" for stage, count in counts.items() if not count]
+        if not view.status.num_pools:
+            reasons.append("no pool for embeddings")
+    return reasons
+
+
+def describe(view: View) -> dict[str, Any]:
+    """The JSON of /ready."""
+    reasons = missing(view)
+    return {"ready": not reasons, "missing": reasons, "workers": num_workers(view.status)}
+
+
+class Collector:
+    """Gives Prometheus the pipeline's numbers beside vLLM's; register it with the registry vLLM uses."""
+
+    def __init__(self, view: Callable[[], View]) -> None:
+        self._view = view
+
+    def describe(self) -> list[Metric]:
+        """No names in advance: registering must not collect."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics at this moment."""
+        view = self._view()
+        workers = GaugeMetricFamily("epd_workers", "Workers registered with the broker.", labels=["stage"])
+        for stage, count in num_workers(view.status).items():
+            workers.add_metric([stage], count)
+        yield workers
+        yield GaugeMetricFamily("epd_link_registered", "1 while the broker knows this endpoint.", view.registered)
+        yield GaugeMetricFamily("epd_ready", "1 while requests can be answered.", not missing(view))
+        yield GaugeMetricFamily("epd_requests_in_flight", "Requests submitted here.", view.num_in_flight)
+        if view.status is None:
+            return
+        yield GaugeMetricFamily("epd_pools", "Pools that hold embeddings.", view.status.num_pools)
+        yield from _counters(view.status.counters)
+
+
+def _counters(counters: Counters) -> Iterator[Metric]:
+    for field in counters.__struct_fields__:
+        value = getattr(counters, field)
+        text = f"The broker's {field}."
+        if field.startswith("num_"):
+            yield CounterMetricFamily(f"epd_broker_{field.removeprefix('num_')}", text, value)
+        else:
+            # "_total" is the suffix of counters
+            name = field.replace("bytes_total", "bytes_capacity")
+            yield GaugeMetricFamily(f"epd_broker_{name}", text, value)

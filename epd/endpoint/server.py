@@ -1,0 +1,194 @@
+"""Puts the endpoint together: vLLM's app over our engine client, carried by aiohttp.
+
+Lives in the endpoint process; owns the HTTP server, the link's lifetime and the registered metrics. Written against
+vLLM 0.32 (`vllm.entrypoints.launchers`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ssl
+from types import TracebackType
+from typing import Any, Self
+
+import prometheus_client
+import structlog
+from aiohttp import web
+from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+
+from epd.config import Config
+from epd.endpoint import readiness, stories
+from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
+from epd.endpoint.engine_client import PipelineCore, PipelineLLM, failure_of
+from epd.endpoint.failures import ExplicitErrors
+from epd.endpoint.limits import Limits
+from epd.endpoint.options import serve_args, vllm_config_of
+from epd.errors import ErrorCode
+
+log = structlog.get_logger()
+
+_TASKS = ("generate",)
+_END_S = 2.0
+# What anyone may read of a server that asks for keys.
+_OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/ping", "/version", "/load"})
+
+
+class Endpoint:
+    """The endpoint while it is entered as an async context manager: listening, and registered as soon as it can be.
+
+    Args:
+        config: the pipeline's configuration.
+        name: this endpoint's name for the broker.
+    """
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config, self._name = config, name
+        self._stack = contextlib.AsyncExitStack()
+        self.died = asyncio.Event()
+        self.port = 0
+
+    async def __aenter__(self) -> Self:
+        args = serve_args(self._config)
+        vllm_config = vllm_config_of(args)
+        self.core = PipelineCore(self._config, vllm_config, self._name)
+        async with contextlib.AsyncExitStack() as stack:
+            llm = PipelineLLM(
+                vllm_config,
+                self.core,
+                log_stats=not args.disable_log_stats,
+                log_requests=args.enable_log_requests,
+            )
+            stack.callback(llm.shutdown)
+            self._watch(llm.output_handler)
+            app = await self._app(args, llm)
+            await stack.enter_async_context(Lifespan(app))
+            collector = readiness.Collector(self.view)
+            prometheus_client.REGISTRY.register(collector)
+            stack.callback(prometheus_client.REGISTRY.unregister, collector)
+            await stack.enter_async_context(self.core.link)
+            self.bridge = AsgiBridge(ExplicitErrors(app))
+            await self._listen(stack, _ssl_context(args))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    def view(self) -> readiness.View:
+        """What the endpoint sees of the pipeline now."""
+        return readiness.View(
+            registered=self.core.link.registered,
+            draining=self.core.draining,
+            num_in_flight=self.core.num_in_flight,
+            status=self.core.status,
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new requests, lets those under way end; what has not after `timeout_s` fails with 503."""
+        self.core.draining = True
+        try:
+            await asyncio.wait_for(self.bridge.wait_idle(), timeout_s)
+        except TimeoutError:
+            log.warning("requests are cut off", num_in_flight=self.core.num_in_flight)
+            self.core.fail_all(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.bridge.wait_idle(), _END_S)
+        await self.core.link.goodbye("drained")
+
+    async def _app(self, args: argparse.Namespace, llm: PipelineLLM) -> FastAPI:
+        if args.tool_parser_plugin:
+            ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+        if args.reasoning_parser_plugin:
+            ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+        app: FastAPI = build_app(args, _TASKS, llm.model_config)
+        app.add_api_route("/ready", self._ready, methods=["GET"])
+        app.add_api_route("/v1/requests/{request_id}", self._story, methods=["GET"])
+        # Innermost: behind keys and metrics, before any handler. Outermost: the keys of the paths vLLM leaves open.
+        app.user_middleware.append(Middleware(Limits, config=self._config.endpoint))
+        if self._config.endpoint.api_keys:
+            app.user_middleware.insert(0, Middleware(KeysEverywhere, tokens=self._config.endpoint.api_keys))
+        app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
+        await init_app_state(llm, app.state, args, _TASKS)
+        app.state.server = _Uvicorn(self.died)
+        return app
+
+    async def _listen(self, stack: contextlib.AsyncExitStack, tls: ssl.SSLContext | None) -> None:
+        http = web.Application()
+        http.router.add_route("*", "/{tail:.*}", self.bridge.handle)
+        runner = web.AppRunner(http, handler_cancellation=True, access_log=None, shutdown_timeout=_END_S)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        endpoint = self._config.endpoint
+        await web.TCPSite(runner, endpoint.host, endpoint.port, ssl_context=tls).start()
+        self.port = runner.addresses[0][1]
+
+    def _watch(self, output_handler: asyncio.Task[None]) -> None:
+        """VLLM's output handler runs for ever; when it has ended, no request can."""
+        output_handler.add_done_callback(lambda _: self.died.set())
+
+    async def _ready(self) -> JSONResponse:
+        """200 while requests can be answered, else 503 and what is missing."""
+        view = self.view()
+        return JSONResponse(readiness.describe(view), 503 if readiness.missing(view) else 200)
+
+    async def _story(self, request: Request, request_id: str) -> JSONResponse:
+        """Where the request with this id (as in the answer's `id`) is, or how it ended."""
+        found = self.core.stories.find(request_id)
+        if not found:
+            error = {"message": f"no request {request_id!r} is known here", "type": "not_found", "code": 404}
+            return JSONResponse({"error": error | {"param": None}}, 404)
+        for each in found:
+            if each.state != "failed" and not each.events:
+                told = await self.core.story(each.request_id)
+                each.events = told.events if told is not None else each.events
+        return JSONResponse(stories.describe(request_id, found))
+
+
+class KeysEverywhere(AuthenticationMiddleware):
+    """Asks for a key on every path but the few that monitoring reads; vLLM itself guards only /v1 and its like."""
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
+        """Answers 401 or runs the application."""
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or scope["path"] in _OPEN_PATHS:
+            return self.app(scope, receive, send)
+        if self.verify_token(Headers(scope=scope)):
+            return self.app(scope, receive, send)
+        error = {"message": "missing or wrong API key", "type": "unauthorized", "param": None, "code": 401}
+        return JSONResponse({"error": error}, 401)(scope, receive, send)
+
+
+class _Uvicorn:
+    """What vLLM's error handlers take for their server: they ask it to exit when the engine is dead."""
+
+    def __init__(self, died: asyncio.Event) -> None:
+        self._died = died
+
+    @property
+    def should_exit(self) -> bool:
+        return self._died.is_set()
+
+    @should_exit.setter
+    def should_exit(self, value: bool) -> None:
+        if value:
+            self._died.set()
+
+
+def _ssl_context(args: argparse.Namespace) -> ssl.SSLContext | None:
+    if not args.ssl_certfile:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=args.ssl_ca_certs)
+    context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile)
+    context.verify_mode = ssl.VerifyMode(args.ssl_cert_reqs)
+    return context

@@ -1,0 +1,94 @@
+"""The stories of requests: where each is or how it ended, by the id that the client knows.
+
+Lives in the endpoint process; pure. One HTTP request may be several requests of the pipeline (n > 1, a list of
+prompts, the turns of a tool call): each is kept under its own id and found by the client's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from epd.messages import StoryEvent
+
+IN_FLIGHT = "in_flight"
+
+
+class RequestStory(msgspec.Struct, kw_only=True):
+    """One request of the pipeline: `state` is "in_flight", "finished", "failed" or "cancelled"; `detail` says how."""
+
+    request_id: str
+    external_id: str
+    state: str = IN_FLIGHT
+    detail: str = ""
+    events: list[StoryEvent] = []
+
+
+class Stories:
+    """Keeps all requests in flight and the last `keep` that have ended."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._stories: dict[str, RequestStory] = {}
+        self._by_external: dict[str, list[str]] = {}
+        self._ended: deque[str] = deque()
+
+    def open(self, request_id: str, external_id: str) -> None:
+        """A request has been submitted."""
+        self._stories[request_id] = RequestStory(request_id=request_id, external_id=external_id)
+        self._by_external.setdefault(_stem(external_id), []).append(request_id)
+
+    def close(self, request_id: str, state: str, detail: str = "", events: Sequence[StoryEvent] = ()) -> None:
+        """A request has ended; a story that comes after that completes it."""
+        story = self._stories.get(request_id)
+        if story is None:
+            return
+        if story.state == IN_FLIGHT:
+            story.state, story.detail = state, detail
+            self._ended.append(request_id)
+        story.events = list(events) or story.events
+        self._evict()
+
+    def find(self, client_id: str) -> list[RequestStory]:
+        """The requests behind the id that a client knows, oldest first; empty where none is known."""
+        found = [self._stories[each] for each in self._by_external.get(_stem(client_id), ())]
+        exact = [each for each in found if client_id in (each.external_id, each.request_id)]
+        return exact or [each for each in found if _stem(each.external_id) == client_id]
+
+    def _evict(self) -> None:
+        while len(self._ended) > self._keep:
+            oldest = self._stories.pop(self._ended.popleft())
+            siblings = self._by_external[_stem(oldest.external_id)]
+            siblings.remove(oldest.request_id)
+            if not siblings:
+                del self._by_external[_stem(oldest.external_id)]
+
+
+def describe(client_id: str, stories: Sequence[RequestStory]) -> dict[str, Any]:
+    """The JSON of /v1/requests/{id}: the events of all parts by time, and each part with its own."""
+    parts = [
+        {
+            "request_id": each.request_id,
+            "state": each.state,
+            "detail": each.detail,
+            "events": msgspec.to_builtins(each.events),
+        }
+        for each in stories
+    ]
+    events = sorted(
+        ({"request_id": part["request_id"], **event} for part in parts for event in part["events"]),
+        key=lambda event: event["at_s"],
+    )
+    states = {each.state for each in stories}
+    order = (IN_FLIGHT, "failed", "cancelled", "finished")
+    state = next((each for each in order if each in states), "unknown")
+    return {"id": client_id, "state": state, "events": events, "requests": parts}
+
+
+def _stem(client_id: str) -> str:
+    """The id without the counter that vLLM appends: cmpl-x-0 for the first prompt, resp_x_0 for the first turn."""
+    return re.sub(r"[-_]\d{1,4}$", "", client_id)

@@ -1,0 +1,81 @@
+"""From vLLM's engine request to SUBMIT: what is refused, and the frames that are sent.
+
+Lives in the endpoint process; pure. A part of the engine client, written against vLLM 0.32 (`vllm.v1.engine`).
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from epd import wire
+from epd.endpoint.splitter import Split
+from epd.messages import Submit
+
+_FORBIDDEN_EXTRA_ARGS = ("kv_transfer_params", "ec_transfer_params")
+
+
+def check_request(request: EngineCoreRequest) -> None:
+    """Refuses what the pipeline would get wrong.
+
+    Raises:
+        VLLMValidationError: with the reason; HTTP 400.
+    """
+    params = request.sampling_params
+    if params is None:
+        raise VLLMValidationError("pooling requests are not supported")
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        raise VLLMValidationError("prompt_embeds are not supported")
+    if request.lora_request is not None:
+        raise VLLMValidationError("LoRA adapters are not supported")
+    if request.resumable:
+        raise VLLMValidationError("streaming input is not supported")
+    for name in _FORBIDDEN_EXTRA_ARGS:
+        if (params.extra_args or {}).get(name):
+            raise VLLMValidationError(f"{name} are set by the pipeline, not by clients", parameter=name)
+    # The last token's logits are the first output's: it must be computed from a token, not from an embedding that
+    # may still be on its way.
+    last = len(request.prompt_token_ids) - 1
+    for feature in request.mm_features or ():
+        if feature.mm_position.offset <= last < feature.mm_position.offset + feature.mm_position.length:
+            raise VLLMValidationError("the prompt must not end inside a multimodal item; add text after it")
+
+
+def submission(request: EngineCoreRequest, parts: Split, deadline_s: float) -> tuple[Submit, list[Any]]:
+    """The message and its opaque frames: the engine request without any pixels, then each patch's."""
+    params = request.sampling_params
+    assert params is not None and request.prompt_token_ids is not None
+    sent = copy(request)
+    sent.mm_features = parts.features or None
+    sent.data_parallel_rank = None  # a choice among this process's engines, of which there are none
+    engine_frames = MsgpackEncoder().encode(sent)
+    submit = Submit(
+        request_id=request.request_id,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        max_tokens=params.max_tokens,
+        num_engine_frames=len(engine_frames),
+        patches=parts.patches,
+        deadline_s=deadline_s,
+        tenant=request.cache_salt or "",
+    )
+    return submit, [*engine_frames, *parts.frames]
+
+
+def too_large(frames: list[Any]) -> str:
+    """Why these frames do not fit into one message, or nothing: the broker would drop such a message."""
+    num_bytes = sum(map(len, frames))
+    if len(frames) + 2 <= wire.MAX_FRAMES and num_bytes <= wire.MAX_MESSAGE_BYTES:
+        return ""
+    return f"the request has {num_bytes} bytes in {len(frames)} frames; it must be split into several requests"
+
+
+def wants_prompt_logprobs(request: EngineCoreRequest) -> bool:
+    """Whether the prefill worker will send log-probabilities of the prompt; its first token has none."""
+    params = request.sampling_params
+    if params is None or len(request.prompt_token_ids or ()) < 2:
+        return False
+    return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None

@@ -1,0 +1,66 @@
+"""What prefill and decode send, put together as one engine would have sent it."""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+
+def make(token_ids=(), finish=False, rows=None, **fields):
+    import torch
+    from vllm.v1.engine import EngineCoreOutput, FinishReason
+    from vllm.v1.outputs import LogprobsTensors
+
+    if rows:
+        fields["new_prompt_logprobs_tensors"] = LogprobsTensors(
+            torch.full((rows, 2), rows), torch.zeros(rows, 2), torch.ones(rows, dtype=torch.int64)
+        )
+    reason = FinishReason.LENGTH if finish else None
+    return EngineCoreOutput("theirs", list(token_ids), finish_reason=reason, **fields)
+
+
+def flight(wants=False):
+    from epd.endpoint.flight import Flight
+
+    return Flight("r", wants_prompt_logprobs=wants)
+
+
+def test_outputs_pass_under_our_id_with_events_of_our_clock():
+    from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType
+
+    theirs = [EngineCoreEvent.new_event(EngineCoreEventType.PREEMPTED, 1e12)]
+    one = flight()
+    (first,) = one.output(make([1], events=theirs))
+    (second,) = one.output(make([2], finish=True, events=theirs))
+    assert first.request_id == second.request_id == "r"
+    assert [event.type.name for event in first.events] == ["QUEUED", "SCHEDULED"]
+    assert all(event.timestamp < 1e12 for event in first.events)
+    assert second.finished
+
+
+def test_prompt_logprobs_go_with_the_first_output_in_their_order():
+    one = flight(wants=True)
+    assert one.partial(make(rows=2)) == []
+    assert one.partial(make(rows=3)) == []
+    (first,) = one.output(make([1]))
+    assert first.new_prompt_logprobs_tensors.logprob_token_ids[:, 0].tolist() == [2, 2, 3, 3, 3]
+    (second,) = one.output(make([2], rows=1))
+    assert second.new_prompt_logprobs_tensors is None
+
+
+def test_outputs_wait_for_prompt_logprobs_that_come_late():
+    one = flight(wants=True)
+    assert one.output(make([1], rows=1)) == []
+    assert one.output(make([2])) == []
+    first, second = one.partial(make(rows=4))
+    assert first.new_token_ids == [1] and second.new_token_ids == [2]
+    assert len(first.new_prompt_logprobs_tensors.logprobs) == 4
+    assert second.new_prompt_logprobs_tensors is None
+    assert [each.new_token_ids for each in one.output(make([3], finish=True))] == [[3]]
+
+
+def test_a_request_that_ends_without_them_is_an_error():
+    from epd.endpoint.flight import IncompleteOutputError
+
+    one = flight(wants=True)
+    with pytest.raises(IncompleteOutputError):
+        one.output(make([1], finish=True, rows=1))

@@ -1,0 +1,103 @@
+"""From the configuration to the arguments of `vllm serve`."""
+
+import pytest
+
+from epd.config import Config, ConfigError, EndpointConfig
+
+from .serving import ENGINE, MODEL, config_for
+
+pytestmark = pytest.mark.engine
+
+
+def args_of(engine=ENGINE, **endpoint):
+    from epd.endpoint.options import serve_args
+
+    return serve_args(config_for("tcp://x:1", engine, **endpoint))
+
+
+def test_engine_serve_and_endpoint_options_reach_vllm():
+    args = args_of(
+        serve={"allowed_origins": ["*"], "enable_request_id_headers": True, "middleware": ["a.b", "c.d"]},
+        api_keys=["one", "two"],
+        max_images=5,
+        allowed_media_domains=["a.example"],
+        port=1234,
+    )
+    assert args.model == MODEL and args.served_model_name == ["digits"] and args.max_model_len == 1024
+    assert args.enforce_eager and args.enable_request_id_headers and args.api_key == ["one", "two"]
+    assert args.allowed_origins == ["*"] and args.middleware == ["a.b", "c.d"]
+    assert args.allowed_media_domains == ["a.example"] and args.port == 1234
+    assert args.mm_processor_cache_gb == 0 and args.limit_mm_per_prompt == {"image": 5}
+
+
+def test_the_users_limit_of_items_stays():
+    assert args_of(ENGINE | {"limit_mm_per_prompt": {"image": 2}}).limit_mm_per_prompt == {"image": 2}
+
+
+def test_false_switches_off():
+    assert args_of(ENGINE | {"enable_prefix_caching": False}).enable_prefix_caching is False
+    assert args_of(ENGINE | {"enforce_eager": False}).enforce_eager is False
+
+
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [
+        ({"no_such_option": 1}, "no_such_option"),
+        ({"max_model_len": "many"}, "max-model-len"),
+        ({"headless": True}, "headless"),
+        ({"dtype": "int3"}, "dtype"),
+    ],
+)
+def test_wrong_options_are_named(engine, words):
+    with pytest.raises(ConfigError, match=words):
+        args_of(engine)
+
+
+def test_serve_options_are_checked_as_vllm_does():
+    with pytest.raises(ConfigError, match="tool-call-parser"):
+        args_of(serve={"enable_auto_tool_choice": True})
+
+
+def test_a_model_is_needed():
+    from epd.endpoint.options import serve_args
+
+    with pytest.raises(ConfigError, match="model"):
+        serve_args(Config(endpoint=EndpointConfig()))
+
+
+def test_a_model_with_mrope_is_refused_with_the_reason(tmp_path):
+    import json
+
+    from epd.endpoint.options import serve_args, vllm_config_of
+
+    config = {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 128,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = serve_args(Config(model=str(tmp_path), engine={"skip_tokenizer_init": True}))
+    with pytest.raises(ConfigError, match="M-RoPE"):
+        vllm_config_of(args)
+
+
+def test_a_model_that_is_not_there_is_an_error_with_its_name():
+    from epd.endpoint.options import serve_args, vllm_config_of
+
+    with pytest.raises(ConfigError, match="/no/such/model"):
+        vllm_config_of(serve_args(Config(model="/no/such/model")))
+
+
+def test_lora_is_refused():
+    from epd.endpoint.options import vllm_config_of
+
+    with pytest.raises(ConfigError, match="LoRA"):
+        vllm_config_of(args_of(ENGINE | {"enable_lora": True}))

@@ -1,0 +1,83 @@
+"""What the endpoint takes for granted of vLLM; written against 0.32. Read the failure, then the module it names."""
+
+import ast
+import inspect
+import textwrap
+
+import pytest
+
+pytestmark = pytest.mark.engine
+WRITTEN_AGAINST = "0.32"
+
+
+def test_the_version_is_the_one_this_was_written_against():
+    import vllm
+
+    assert vllm.__version__.startswith(WRITTEN_AGAINST), (
+        f"vLLM is {vllm.__version__}, epd.endpoint was written against {WRITTEN_AGAINST}: check the tests below,"
+        " then epd/endpoint/{engine_client,flight,submission,splitter,options,server}.py"
+    )
+
+
+def test_the_engine_core_is_made_in_one_place_by_keywords():
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(AsyncLLM.__init__)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    (made,) = [call for call in calls if ast.unparse(call.func) == "EngineCoreClient.make_async_mp_client"]
+    assert not made.args, "epd.endpoint.engine_client substitutes it by a function of keywords"
+
+
+def test_async_llm_asks_its_core_only_for_what_ours_or_the_base_has():
+    from vllm.v1.engine import async_llm
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    from epd.endpoint.engine_client import PipelineCore
+
+    names = {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(async_llm)))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self.engine_core", "engine_core")
+    }
+    known = set(dir(PipelineCore)) | {"resources"}
+    # Fault tolerance, which needs engines of this process; its routes are only there with --enable-fault-tolerance.
+    assert names - known <= {"handle_fault", "get_status"}
+    ours = {"add_request_async", "get_output_async", "abort_requests_async", "get_supported_tasks_async"}
+    assert ours <= names and all(getattr(PipelineCore, n) is not getattr(EngineCoreClient, n) for n in ours)
+
+
+def test_the_output_processor_has_what_failures_need():
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    assert list(inspect.signature(OutputProcessor.abort_requests).parameters) == ["self", "request_ids", "internal"]
+    source = inspect.getsource(RequestOutputCollector.put)
+    assert "isinstance(output, Exception)" in source, "an exception must take the place of what waits"
+
+
+def test_the_id_of_a_child_holds_its_parents():
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    request = EngineCoreRequest("p-1", [1], None, SamplingParams(n=2), None, 0.0, None, None, None)
+    request.external_req_id = "p"
+    child, _ = ParentRequest(request).get_child_info(1)
+    assert child == "1_p-1"
+
+
+def test_the_fields_of_messages_are_there():
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+
+    assert {"mm_features", "sampling_params", "external_req_id", "cache_salt", "abort_immediately"} <= set(
+        EngineCoreRequest.__struct_fields__
+    )
+    assert {"new_prompt_logprobs_tensors", "prompt_token_id_logprobs", "events", "finish_reason"} <= set(
+        EngineCoreOutput.__struct_fields__
+    )
+
+
+def test_the_app_can_get_middleware_after_it_was_built():
+    from vllm.entrypoints.launchers import app
+
+    source = inspect.getsource(app.build_app)
+    assert "sagemaker_standards_bootstrap(app)" in source, "it builds the middleware stack, which we build again"
