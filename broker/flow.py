@@ -98,8 +98,12 @@ class Flow:
             encoders = self._board.registry.of(Role.ENCODE)
             if not encoders:
                 return False
-            needs = self._board.patches.needs(request.patches.values(), encoders[0].info)
-            acquired = self._board.patches.acquire(request, request.request_id, needs)
+            try:
+                needs = self._board.patches.needs(request.patches.values(), encoders[0].info)
+                acquired = self._board.patches.acquire(request, request.request_id, needs)
+            except ValueError as error:  # another request has the same hash with another shape
+                self._endings.fail(request, ErrorCode.TOO_LARGE, str(error), now)
+                return True
             if acquired is None:
                 return False
             for item in acquired:

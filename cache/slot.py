@@ -180,7 +180,7 @@ def write(
         checksum_too: whether to compute a checksum.
 
     Raises:
-        ValueError: the slot lies outside the pool, or `data` or `owner` do not fit it.
+        ValueError: the slot lies outside the pool, or `data` or `owner` do not fit it; nothing has changed then.
     """
     source = memoryview(data).cast("B")
     expected = data_bytes(slot.num_tokens, slot.width, slot.dtype)
@@ -190,9 +190,9 @@ def write(
         )
     if (outside := _outside(memory, slot)) is not None:
         raise ValueError(outside)
+    header = pack_header(slot, owner, checksum(source) if checksum_too else None)
     start = slot.offset
     memory[start : start + len(MAGIC)] = bytes(len(MAGIC))
-    header = pack_header(slot, owner, checksum(source) if checksum_too else None)
     memory[start + HEADER_BYTES : start + HEADER_BYTES + expected] = source
     memory[start + len(MAGIC) : start + HEADER_BYTES] = header[len(MAGIC) :]
     memory[start : start + len(MAGIC)] = MAGIC

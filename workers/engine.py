@@ -53,7 +53,7 @@ def calm_nixl() -> None:
     if config.__name__ == "EventDrivenConfig":
         return
 
-    class EventDrivenConfig(config):
+    class EventDrivenConfig(config):  # type: ignore[valid-type, misc]
         """NIXL's agent configuration, deaf to a delay of 0."""
 
         @property
