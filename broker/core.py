@@ -18,6 +18,7 @@ from epd import messages as m
 from epd.config import BrokerConfig
 from epd.errors import ErrorCode
 from epd.messages import Message, Role
+from epd.protocol import BY_STRUCT
 
 
 class Core:
@@ -43,7 +44,7 @@ class Core:
         elif peer is None:
             self.board.count("num_fenced")
             self.board.send(peer_id, m.Unknown())
-        elif peer.role not in m.BY_STRUCT[type(message)].to_broker:
+        elif peer.role not in BY_STRUCT[type(message)].to_broker:
             self.board.count("num_fenced")
         else:
             self._from_peer(peer, message, frames, now)

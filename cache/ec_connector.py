@@ -49,7 +49,7 @@ class StepPlan(ECConnectorMetadata):
 
 @dataclasses.dataclass
 class Written:
-    """What a model runner has written since it was last asked: the jobs that are in their slots, and why others are not."""
+    """What a model runner has written since it was last asked: jobs that are in their slots, and why others are not."""
 
     done: set[str] = dataclasses.field(default_factory=set)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)

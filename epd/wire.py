@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from epd.messages import BY_CODE, BY_STRUCT, PROTOCOL_VERSION, Message
+from epd.messages import Message
+from epd.protocol import BY_CODE, BY_STRUCT, PROTOCOL_VERSION
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_FRAMES = 16_384

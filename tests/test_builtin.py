@@ -93,9 +93,7 @@ def test_card_names_the_data_its_licence_and_the_model(card: str) -> None:
 
 def test_importing_the_builtins_loads_neither_torch_nor_vllm() -> None:
     code = "import sys, epd.builtin; print(*sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.strip() == ""
 
 

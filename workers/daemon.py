@@ -66,7 +66,7 @@ class Worker:
             await _first(self.failed.wait(), stop.wait())
             service.notify_systemd("STOPPING=1")
             if not self.failed.is_set():
-                await self._drain()
+                await asyncio.to_thread(self._thread.wait_idle, DRAIN_S)
             await link.goodbye("the engine failed" if self.failed.is_set() else "stopped")
         return self._close()
 
@@ -76,11 +76,6 @@ class Worker:
             return 1
         self._thread.close(_STOP_S)
         return 0
-
-    async def _drain(self) -> None:
-        deadline = time.monotonic() + DRAIN_S
-        while self._stage.has_work() and time.monotonic() < deadline and not self.failed.is_set():
-            await asyncio.sleep(0.05)
 
     # ---- called on the loop ----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import nixl_utils
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
@@ -32,6 +34,9 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config
 from epd.messages import Encode, KvPeer, Role, WorkerInfo
+
+# Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
 NIXL_PROGRESS_US = 100_000
@@ -57,12 +62,12 @@ def calm_nixl() -> None:
         """NIXL's agent configuration, deaf to a delay of 0."""
 
         @property
-        def pthrDelay(self) -> int:  # noqa: N802 - NIXL's name
+        def pthrDelay(self) -> int:
             """Microseconds that the progress thread sleeps at most."""
             return int(config.pthrDelay.__get__(self))
 
         @pthrDelay.setter
-        def pthrDelay(self, delay_us: int) -> None:  # noqa: N802
+        def pthrDelay(self, delay_us: int) -> None:
             config.pthrDelay.__set__(self, delay_us or NIXL_PROGRESS_US)
 
     bindings.nixlAgentConfig = EventDrivenConfig
@@ -128,8 +133,6 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     options |= {"mm_processor_cache_gb": 0, "ec_transfer_config": ec}
     if role is Role.ENCODE:
         options |= {"enable_prefix_caching": False}
-        options.setdefault("enable_chunked_prefill", False)
-        options.setdefault("max_num_batched_tokens", max(4096, int(user.get("max_model_len") or 0)))
     else:
         kv = {
             "kv_connector": "NixlPushConnector",
@@ -164,6 +167,8 @@ class Engine:
         self.vllm_config: VllmConfig = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
         executor = Executor.get_class(self.vllm_config)
         self.core = EngineCore(self.vllm_config, executor, log_stats=False)
+        if role is Role.ENCODE:
+            self.core.collective_rpc(_drop_language_model)
         self.scheduler = self.core.scheduler
         connector = self.scheduler.get_ec_connector()
         assert isinstance(connector, PatchCacheConnector)
@@ -195,7 +200,7 @@ class Engine:
         )
 
     def parameter_bytes(self) -> tuple[int, int]:
-        """Bytes of parameters that this engine holds: those of the vision tower and projector, and the rest."""
+        """Bytes of parameters that this engine holds: those of the vision tower and projector, and all others."""
         [counts] = self.core.collective_rpc(_parameter_bytes)[:1]
         return counts[0], counts[1]
 
@@ -320,13 +325,38 @@ def _hashes(request: EngineCoreRequest) -> list[str]:
     return [feature.identifier for feature in request.mm_features or ()]
 
 
+def _is_tower(name: str, model: torch.nn.Module) -> bool:
+    return name.startswith(tuple(f"{tower}." for tower in model._tower_model_names))
+
+
 def _parameter_bytes(worker: Any) -> tuple[int, int]:
-    """Runs beside the model: bytes of tower parameters and of language parameters."""
+    """Runs beside the model: bytes of tower parameters and of all others.
+
+    On CPUs vLLM packs linear weights into a format of their own and leaves an empty parameter: these count as their
+    layer's size.
+    """
     model = worker.get_model()
-    language = tuple(f"{name}." for name in getattr(model, "_language_model_names", ()))
     counts = {True: 0, False: 0}
-    parameter: torch.nn.Parameter
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != "meta":
-            counts[name.startswith(language) or not language] += parameter.nbytes
-    return counts[False], counts[True]
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type == "meta":
+                continue
+            nbytes = parameter.nbytes
+            if not nbytes and name == "weight" and isinstance(module, LinearBase):
+                rows = getattr(module, "output_size_per_partition", module.output_size)
+                columns = getattr(module, "input_size_per_partition", module.input_size)
+                nbytes = rows * columns * parameter.element_size()
+            counts[_is_tower(f"{path}.{name}", model)] += nbytes
+    return counts[True], counts[False]
+
+
+def _drop_language_model(worker: Any) -> None:
+    """Runs beside an encode worker's model: frees what vLLM's encoder-only mode leaves of the language model.
+
+    That is the output head in vLLM 0.32; nothing runs it here.
+    """
+    model = worker.get_model()
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not _is_tower(f"{path}.{name}", model):
+                module.register_parameter(name, torch.nn.Parameter(parameter.new_empty(0), requires_grad=False))

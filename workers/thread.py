@@ -41,11 +41,16 @@ class EngineThread(threading.Thread):
         super().__init__(name="engine", daemon=True)
         self._steps, self._on_ready, self._on_exit = steps, on_ready, on_exit
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
         self.num_steps = 0
 
     def call(self, command: Callable[..., None], *args: Any) -> None:
         """Has `command(*args)` run between two steps; wakes the thread."""
         self._commands.put(lambda: command(*args))
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Blocks until the engine has nothing to do, or has ended; returns whether that was in time."""
+        return self._idle.wait(timeout_s)
 
     def close(self, timeout_s: float) -> bool:
         """Ends the thread after its present step; returns whether it ended in time."""
@@ -63,6 +68,7 @@ class EngineThread(threading.Thread):
             self._steps.stop()
         except BaseException as caught:  # whatever ends the engine ends the worker
             error = caught
+        self._idle.set()
         self._on_exit(error)
 
     def _loop(self) -> None:
@@ -71,9 +77,11 @@ class EngineThread(threading.Thread):
             wait_s: float | None = 0.0
             if not self._steps.has_work():
                 wait_s = None
+                self._idle.set()
             elif num_idle_steps:
                 wait_s = self._steps.poll_s(num_idle_steps)
             commands = self._take(wait_s)
+            self._idle.clear()
             if commands is None:
                 return
             for command in commands:

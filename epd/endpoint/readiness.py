@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from epd.messages import STAGES, Counters, Status
+from epd.messages import STAGES, Counters, Status, WorkerStatus
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +50,23 @@ def missing(view: View) -> list[str]:
 def describe(view: View) -> dict[str, Any]:
     """The JSON of /ready."""
     reasons = missing(view)
-    return {"ready": not reasons, "missing": reasons, "workers": num_workers(view.status)}
+    members = [] if view.status is None else [describe_worker(worker) for worker in view.status.workers]
+    return {"ready": not reasons, "missing": reasons, "workers": num_workers(view.status), "members": members}
+
+
+def describe_worker(worker: WorkerStatus) -> dict[str, Any]:
+    """One worker in the JSON of /ready; the byte counts are those of the parameters it holds."""
+    return {
+        "name": worker.name,
+        "stage": str(worker.role),
+        "host": worker.host,
+        "num_outstanding": worker.num_outstanding,
+        "num_done": worker.num_done,
+        "tower_bytes": worker.info.tower_bytes,
+        "language_bytes": worker.info.language_bytes,
+        "kv_capacity_tokens": worker.info.kv_capacity_tokens,
+        "start_s": round(worker.info.start_s, 2),
+    }
 
 
 class Collector:

@@ -119,9 +119,7 @@ class Packer:
         rows, columns = shape
         tiles = self._processor.replace_image_token({"rows": [[rows]], "cols": [[columns]]}, 0)
         picture = self._encode("User:" + tiles)
-        row = _Row(
-            list(picture), [0] * len(picture), list(range(len(picture))), [NO_TARGET] * len(picture), []
-        )
+        row = _Row(list(picture), [0] * len(picture), list(range(len(picture))), [NO_TARGET] * len(picture), [])
         for number, kind in enumerate(rng.permutation(kinds), start=1):
             qa = ask(str(kind), labels, rng, first_phrasing=first_phrasing)
             question = self._encode(f" {qa.question}{END_OF_TURN}\nAssistant:")

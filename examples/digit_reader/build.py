@@ -91,9 +91,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Idefics3Processor:
         max_image_size={"longest_edge": CELL_SIZE_PX},
         do_image_splitting=True,
     )
-    return Idefics3Processor(
-        image_processor, tokenizer, image_seq_len=NUM_TOKENS_PER_TILE, chat_template=CHAT_TEMPLATE
-    )
+    return Idefics3Processor(image_processor, tokenizer, image_seq_len=NUM_TOKENS_PER_TILE, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Idefics3ForConditionalGeneration:

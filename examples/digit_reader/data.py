@@ -165,9 +165,7 @@ def random_colours(rng: RandomState) -> tuple[NDArray[np.float32], NDArray[np.fl
     return paper.astype(np.float32), ink.astype(np.float32)
 
 
-def compose_picture(
-    coverage: NDArray[np.uint8], paper: NDArray[np.float32], ink: NDArray[np.float32]
-) -> Image.Image:
+def compose_picture(coverage: NDArray[np.uint8], paper: NDArray[np.float32], ink: NDArray[np.float32]) -> Image.Image:
     """Put cells together and colour them.
 
     Args:
@@ -184,9 +182,7 @@ def compose_picture(
     return Image.fromarray(np.clip(np.rint(paper + (ink - paper) * alpha), 0, 255).astype(np.uint8))
 
 
-def ask(
-    kind: str, labels: NDArray[np.int64], rng: RandomState, *, first_phrasing: bool = False
-) -> QuestionAnswer:
+def ask(kind: str, labels: NDArray[np.int64], rng: RandomState, *, first_phrasing: bool = False) -> QuestionAnswer:
     """Make a question about a picture, and answer it from the picture's labels.
 
     Args:
@@ -217,9 +213,7 @@ def _answer(kind: str, labels: NDArray[np.int64], present: list[int], row: int, 
         case "list":
             return " ".join(map(str, present)) or "none"
         case "grid":
-            return "\n".join(
-                " ".join("." if digit == BLANK else str(digit) for digit in line) for line in labels
-            )
+            return "\n".join(" ".join("." if digit == BLANK else str(digit) for digit in line) for line in labels)
         case "count":
             return str(len(present))
         case "largest":

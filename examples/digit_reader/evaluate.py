@@ -122,9 +122,7 @@ def evaluate(engine: "LLM", num_pictures: int, seed: int) -> Report:
     started_s = time.monotonic()
     answered = [one for example in examples for one in answer_all(engine, example)]
     elapsed_s = time.monotonic() - started_s
-    accuracy = {
-        kind: _fraction_right([one for one in answered if one.kind == kind]) for kind in QUESTION_KINDS
-    }
+    accuracy = {kind: _fraction_right([one for one in answered if one.kind == kind]) for kind in QUESTION_KINDS}
     wrong = [one for one in answered if not one.is_right]
     return Report(num_pictures, seed, elapsed_s, accuracy, _cell_accuracy(answered), wrong)
 
@@ -158,16 +156,10 @@ def print_table(report: Report) -> None:
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=Path, default=builtin.model_path(), help="model folder (the built-in one)"
-    )
-    parser.add_argument(
-        "--n", type=int, default=100, metavar="PICTURES", help="pictures to test with (%(default)s)"
-    )
+    parser.add_argument("--model", type=Path, default=builtin.model_path(), help="model folder (the built-in one)")
+    parser.add_argument("--n", type=int, default=100, metavar="PICTURES", help="pictures to test with (%(default)s)")
     parser.add_argument("--seed", type=int, default=123, help="names the test set (%(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("accuracy.json"), help="JSON to write (%(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("accuracy.json"), help="JSON to write (%(default)s)")
     args = parser.parse_args()
     if args.n < 1:
         parser.error(f"--n must be at least 1, not {args.n}")

@@ -87,9 +87,7 @@ class Reader:
         embeddings = self._model.model.text_model.embed_tokens(batch.token_ids)
         is_image = (batch.token_ids == self._model.config.image_token_id)[..., None]
         tokens = self._image_tokens(batch)
-        embeddings = embeddings.masked_scatter(
-            is_image, tokens.reshape(-1, tokens.shape[-1]).to(embeddings.dtype)
-        )
+        embeddings = embeddings.masked_scatter(is_image, tokens.reshape(-1, tokens.shape[-1]).to(embeddings.dtype))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             hidden = self._model.model.text_model(
                 inputs_embeds=embeddings,
@@ -116,9 +114,7 @@ class Reader:
             details = self._table[torch.where(batch.occupied, batch.cell_indices, blank)]
             return torch.cat([details, last[:, None]], dim=1)
         pixels = tint(torch.cat([cells, overview], dim=1), self._generator).flatten(0, 1)
-        return vision_tokens(
-            self._model, pixels + 0.02 * torch.randn(pixels.shape, generator=self._generator)
-        )
+        return vision_tokens(self._model, pixels + 0.02 * torch.randn(pixels.shape, generator=self._generator))
 
 
 def make_optimizers(model: Idefics3ForConditionalGeneration, stage: Stage) -> list[Optimizer]:
@@ -162,9 +158,7 @@ def learning_rate_factor(stage: Stage, step: int) -> float:
     The language stage ends at half the peak, because training goes on; the others fall to zero.
     """
     progress = step / stage.num_steps
-    return min(1, (step + 1) / WARM_UP_STEPS) * (
-        cosine_decay(progress) if stage.train_vision else 1 - progress / 2
-    )
+    return min(1, (step + 1) / WARM_UP_STEPS) * (cosine_decay(progress) if stage.train_vision else 1 - progress / 2)
 
 
 def train_stage(
@@ -186,9 +180,7 @@ def train_stage(
         batch_size: Pictures in a step.
     """
     optimizers = make_optimizers(model, stage)
-    params = [
-        param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]
-    ]
+    params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
     reader = Reader(model, train, use_table=not stage.train_vision)
     rng = RandomState(stage.seed)
     loss_sum = 0.0

@@ -46,9 +46,7 @@ def vision_tokens(model: Idefics3ForConditionalGeneration, pixels: Tensor) -> Te
     return model.model.connector(hidden)
 
 
-def train_vision(
-    model: Idefics3ForConditionalGeneration, train: CellBank, held_out: CellBank, num_steps: int
-) -> None:
+def train_vision(model: Idefics3ForConditionalGeneration, train: CellBank, held_out: CellBank, num_steps: int) -> None:
     """Teach the tower and the connector to name single cells: every token of a tile says its class.
 
     Args:
@@ -110,12 +108,8 @@ def balance_embeddings(model: Idefics3ForConditionalGeneration, bank: CellBank) 
 
 
 @torch.no_grad()
-def encode_bank(
-    model: Idefics3ForConditionalGeneration, bank: CellBank, generator: torch.Generator
-) -> Tensor:
+def encode_bank(model: Idefics3ForConditionalGeneration, bank: CellBank, generator: torch.Generator) -> Tensor:
     """Encode every cell of a bank once: (cells + 1, 4, hidden size), the last one a blank cell."""
     blank = torch.zeros(1, CELL_SIZE_PX, CELL_SIZE_PX, dtype=torch.uint8)
     cells = torch.cat([bank.coverage, blank])
-    return torch.cat(
-        [vision_tokens(model, tint(part[:, None], generator)[:, 0]) for part in cells.split(512)]
-    )
+    return torch.cat([vision_tokens(model, tint(part[:, None], generator)[:, 0]) for part in cells.split(512)])

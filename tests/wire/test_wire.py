@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from epd import messages as m
 from epd import wire
-from epd.messages import BY_STRUCT, PROTOCOL_VERSION, TABLE
+from epd.protocol import BY_STRUCT, PROTOCOL_VERSION, TABLE
 
 EXAMPLES = {
     m.Submit: m.Submit(

@@ -1,0 +1,93 @@
+"""The messages of every EPD socket: one typed struct per command.
+
+Lives in every process. A message travels as ZeroMQ frames (`epd.wire`): a two-byte prefix (protocol version and
+command), a MessagePack header that is one of these structs, then opaque frames that only the engines read. The broker
+reads headers and forwards opaque frames untouched. Who may send what when stands in `epd.protocol`.
+
+Each docstring opens with the message's direction. Units are in the names: `_s` seconds, `_bytes` bytes, `num_*`
+counts.
+"""
+
+from epd.messages.parts import (
+    STAGES,
+    Counters,
+    KvPeer,
+    Patch,
+    Pool,
+    Role,
+    Slot,
+    StoryEvent,
+    Struct,
+    WorkerInfo,
+    WorkerStatus,
+)
+from epd.messages.peers import Goodbye, Heartbeat, HeartbeatAck, Hello, Pools, Status, Unknown, Welcome
+from epd.messages.requests import Cancel, Failed, Finished, GetStory, Story, Submit, Tokens
+from epd.messages.stages import (
+    Abort,
+    Decode,
+    DropEncode,
+    Encode,
+    Encoded,
+    EncodeFailed,
+    NeedPatches,
+    PatchReady,
+    Prefill,
+    Prefilled,
+    Pushed,
+    Ready,
+    Released,
+    Stale,
+)
+
+Message = (
+    Hello | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Goodbye | Status
+    | Submit | Cancel | Tokens | Finished | Failed | GetStory | Story
+    | Encode | DropEncode | Encoded | EncodeFailed
+    | Prefill | Ready | Stale | Prefilled | Pushed | Released | Abort
+    | Decode | NeedPatches
+)  # fmt: skip
+
+__all__ = [
+    "STAGES",
+    "Abort",
+    "Cancel",
+    "Counters",
+    "Decode",
+    "DropEncode",
+    "Encode",
+    "EncodeFailed",
+    "Encoded",
+    "Failed",
+    "Finished",
+    "GetStory",
+    "Goodbye",
+    "Heartbeat",
+    "HeartbeatAck",
+    "Hello",
+    "KvPeer",
+    "Message",
+    "NeedPatches",
+    "Patch",
+    "PatchReady",
+    "Pool",
+    "Pools",
+    "Prefill",
+    "Prefilled",
+    "Pushed",
+    "Ready",
+    "Released",
+    "Role",
+    "Slot",
+    "Stale",
+    "Status",
+    "Story",
+    "StoryEvent",
+    "Struct",
+    "Submit",
+    "Tokens",
+    "Unknown",
+    "Welcome",
+    "WorkerInfo",
+    "WorkerStatus",
+]

@@ -1,0 +1,141 @@
+"""What messages are made of: roles, pools, slots, patches, workers and stories. See the package.
+
+`Struct` is the base of all of them: immutable, no unknown fields, defaults left out on the wire.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Role(enum.StrEnum):
+    """What a peer of the broker does. The last three are the stages of the pipeline."""
+
+    ENDPOINT = "endpoint"
+    CACHE = "cache"
+    ENCODE = "encode"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+STAGES = (Role.ENCODE, Role.PREFILL, Role.DECODE)
+
+
+class Struct(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Base of all message structs: immutable, no unknown fields, defaults left out on the wire."""
+
+
+class Pool(Struct, frozen=True):
+    """A block of memory that holds embeddings. `name` is what `cache.pools` opens it by; `nbytes` its size."""
+
+    pool_id: str
+    kind: str
+    name: str
+    nbytes: int
+    host: str
+    checksum: bool = True
+
+
+class Slot(Struct, frozen=True):
+    """An extent of a pool, for one patch: `offset` and `nbytes` cover the slot header and the embeddings.
+
+    `generation` is new at each reuse of the memory; `num_tokens` x `width` elements of `dtype` follow the header.
+    """
+
+    pool_id: str
+    offset: int
+    nbytes: int
+    generation: int
+    num_tokens: int
+    width: int
+    dtype: str
+
+
+class KvPeer(Struct, frozen=True):
+    """Where a decode worker registers for pushed KV: the prefill worker's vLLM engine id and NIXL side channel."""
+
+    engine_id: str
+    host: str
+    port: int
+    tp_size: int = 1
+
+
+class WorkerInfo(Struct, frozen=True):
+    """What a worker says of itself when it registers; fields that its stage does not have stay empty.
+
+    `widths` maps modality -> elements per embedding row; `dtype` is the embeddings' type ("bfloat16");
+    `max_batch_tokens` bounds one encode batch; `kv_capacity_tokens` is the KV cache of a prefill or decode worker;
+    `tower_bytes` and `language_bytes` count the parameters it really holds.
+    """
+
+    model: str = ""
+    widths: dict[str, int] = {}
+    dtype: str = ""
+    max_batch_tokens: int = 0
+    max_num_seqs: int = 0
+    kv: KvPeer | None = None
+    kv_capacity_tokens: int = 0
+    tower_bytes: int = 0
+    language_bytes: int = 0
+    start_s: float = 0.0
+
+
+class Patch(Struct, frozen=True):
+    """One independently encodable piece of a request's multimodal items.
+
+    `patch_hash` names its content; `num_tokens` are the embedding rows it gives; `num_frames` says how many of the
+    message's opaque frames hold its pixels (their order is the order of the patches).
+    """
+
+    patch_hash: str
+    modality: str
+    num_tokens: int
+    num_frames: int = 0
+
+
+class StoryEvent(Struct, frozen=True):
+    """One line of a request's story: `at_s` seconds after it was accepted, on the broker's clock."""
+
+    at_s: float
+    event: str
+    worker: str = ""
+    patch: str = ""
+    took_s: float = 0.0
+    detail: str = ""
+
+
+class WorkerStatus(Struct, frozen=True):
+    """One worker as the broker sees it, for `/ready`, `/metrics` and people."""
+
+    name: str
+    role: Role
+    incarnation: str
+    host: str
+    pid: int
+    num_outstanding: int = 0
+    num_done: int = 0
+    info: WorkerInfo = WorkerInfo()
+
+
+class Counters(Struct, frozen=True):
+    """The broker's own counts; monotonic but for the `held_*` gauges, which return to 0 when nothing is in flight."""
+
+    num_accepted: int = 0
+    num_refused: int = 0
+    num_finished: int = 0
+    num_failed: int = 0
+    num_cancelled: int = 0
+    num_encoded: int = 0
+    num_cache_hits: int = 0
+    num_coalesced: int = 0
+    num_evicted: int = 0
+    num_stale: int = 0
+    num_fenced: int = 0
+    held_requests: int = 0
+    held_queued: int = 0
+    held_pins: int = 0
+    held_encodes: int = 0
+    cache_bytes_used: int = 0
+    cache_bytes_total: int = 0

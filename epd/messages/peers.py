@@ -1,0 +1,61 @@
+"""Messages between the broker and any peer: registration, heartbeats, status. See the package."""
+
+from __future__ import annotations
+
+import msgspec
+
+from epd.messages.parts import Counters, Pool, Role, Struct, WorkerInfo, WorkerStatus
+
+
+class Hello(Struct, frozen=True):
+    """Any peer → Broker: registers under `name`; `incarnation` is new at each start and fences what came before."""
+
+    name: str
+    role: Role
+    incarnation: str
+    host: str
+    pid: int
+    info: WorkerInfo = WorkerInfo()
+    pools: list[Pool] = msgspec.field(default_factory=list)
+
+
+class Welcome(Struct, frozen=True):
+    """Broker → any peer: registered. Send a heartbeat every `heartbeat_s`; silent for `lost_after_s`, you are lost."""
+
+    heartbeat_s: float
+    lost_after_s: float
+    pools: list[Pool] = msgspec.field(default_factory=list)
+
+
+class Pools(Struct, frozen=True):
+    """Broker → worker: the pools have changed; slots named from now on are in these."""
+
+    pools: list[Pool]
+
+
+class Heartbeat(Struct, frozen=True):
+    """Any peer → Broker: still here. `num_steps` counts engine steps, so that a hung engine shows."""
+
+    num_steps: int = 0
+
+
+class HeartbeatAck(Struct, frozen=True):
+    """Broker → any peer: still here too."""
+
+
+class Unknown(Struct, frozen=True):
+    """Broker → any peer: you are not registered (the broker restarted, or you were silent too long). Say HELLO."""
+
+
+class Goodbye(Struct, frozen=True):
+    """Any peer → Broker: leaving in good order; nothing more will come."""
+
+    reason: str = ""
+
+
+class Status(Struct, frozen=True):
+    """Broker → Endpoint: the workers and counters, at each change of the workers and with each heartbeat's answer."""
+
+    workers: list[WorkerStatus]
+    counters: Counters
+    num_pools: int = 0

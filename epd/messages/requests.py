@@ -1,0 +1,78 @@
+"""Messages of a request between endpoint and broker, and of its end. See the package."""
+
+from __future__ import annotations
+
+import msgspec
+
+from epd.messages.parts import Patch, StoryEvent, Struct
+
+
+class Submit(Struct, frozen=True):
+    """Endpoint → Broker: a rendered request.
+
+    Opaque frames: first `num_engine_frames` with the engine request, then each patch's in the order of `patches`.
+    `max_tokens` bounds the output; `deadline_s` is how long from now the whole request may take.
+    """
+
+    request_id: str
+    num_prompt_tokens: int
+    max_tokens: int
+    num_engine_frames: int
+    patches: list[Patch] = msgspec.field(default_factory=list)
+    deadline_s: float = 600.0
+    tenant: str = ""
+
+
+class Cancel(Struct, frozen=True):
+    """Endpoint → Broker: nobody wants this request's tokens any more; `reason` is "disconnect", "stop" or "cancel"."""
+
+    request_id: str
+    reason: str = "cancel"
+
+
+class Tokens(Struct, frozen=True):
+    """Decode → Broker → Endpoint: new tokens of a request, as one opaque engine output.
+
+    `num_new_tokens` counts them for the story.
+    """
+
+    request_id: str
+    num_new_tokens: int
+
+
+class Finished(Struct, frozen=True):
+    """Decode → Broker → Endpoint: the last engine output of a request; the broker adds the story."""
+
+    request_id: str
+    num_new_tokens: int
+    finish_reason: str
+    story: list[StoryEvent] = msgspec.field(default_factory=list)
+
+
+class Failed(Struct, frozen=True):
+    """Worker → Broker → Endpoint: the request ends without an answer, and why.
+
+    `status` is the HTTP status for the client, `code` a stable word, `retry_after_s` > 0 where trying again may help.
+    """
+
+    request_id: str
+    code: str
+    message: str
+    status: int = 500
+    retry_after_s: float = 0.0
+    story: list[StoryEvent] = msgspec.field(default_factory=list)
+
+
+class GetStory(Struct, frozen=True):
+    """Endpoint → Broker: the story so far of a request in flight."""
+
+    request_id: str
+
+
+class Story(Struct, frozen=True):
+    """Broker → Endpoint: a request's story so far; `found` is false where the broker does not hold it."""
+
+    request_id: str
+    found: bool
+    state: str = ""
+    events: list[StoryEvent] = msgspec.field(default_factory=list)

@@ -1,0 +1,121 @@
+"""Messages between the broker and the stage workers: encode, prefill, decode. See the package."""
+
+from __future__ import annotations
+
+import msgspec
+
+from epd.messages.parts import KvPeer, Slot, Struct
+
+
+class Encode(Struct, frozen=True):
+    """Broker → Encode: encode this patch into this slot. Opaque frames: the patch's pixels and fields."""
+
+    job_id: int
+    patch_hash: str
+    modality: str
+    num_tokens: int
+    slot: Slot
+
+
+class DropEncode(Struct, frozen=True):
+    """Broker → Encode: nobody needs this patch any more; skip it if it has not been started. It is answered anyway."""
+
+    job_id: int
+
+
+class Encoded(Struct, frozen=True):
+    """Encode → Broker: the patch is in its slot. `took_s` is the time of the batch it was encoded in."""
+
+    job_id: int
+    generation: int
+    took_s: float
+    batch_size: int = 1
+
+
+class EncodeFailed(Struct, frozen=True):
+    """Encode → Broker: this patch could not be encoded (`dropped`: it was not started, as asked)."""
+
+    job_id: int
+    message: str
+    dropped: bool = False
+
+
+class PatchReady(Struct, frozen=True):
+    """A patch that can be read: its hash and the slot that holds it."""
+
+    patch_hash: str
+    slot: Slot
+
+
+class Prefill(Struct, frozen=True):
+    """Broker → Prefill: compute this request's KV. Opaque frames: the engine request.
+
+    `ready` are the patches that can be read already; READY brings the others.
+    """
+
+    request_id: str
+    ready: list[PatchReady] = msgspec.field(default_factory=list)
+
+
+class Ready(Struct, frozen=True):
+    """Broker → Prefill or Decode: patches that this request waits for can be read now."""
+
+    request_id: str
+    ready: list[PatchReady]
+
+
+class Stale(Struct, frozen=True):
+    """Prefill or Decode → Broker: a slot did not hold what it should; encode the patch again."""
+
+    request_id: str
+    patch_hash: str
+    generation: int
+    reason: str
+
+
+class Prefilled(Struct, frozen=True):
+    """Prefill → Broker → Decode: all prompt tokens are computed.
+
+    The request's slots may be unpinned, and the KV is on its way to the decode worker, which looks for it from now on.
+    Opaque frames: an engine output with prompt log-probabilities where they were asked for, else none.
+    """
+
+    request_id: str
+    num_cached_tokens: int = 0
+    queued_s: float = 0.0
+    took_s: float = 0.0
+
+
+class Pushed(Struct, frozen=True):
+    """Prefill → Broker: the KV of this request has been written to the decode worker."""
+
+    request_id: str
+
+
+class Released(Struct, frozen=True):
+    """Prefill or Decode → Broker: after an ABORT: the request is gone from here and its slots are not read any more."""
+
+    request_id: str
+
+
+class Abort(Struct, frozen=True):
+    """Broker → Prefill or Decode: drop this request. Answered by RELEASED."""
+
+    request_id: str
+
+
+class Decode(Struct, frozen=True):
+    """Broker → Decode: register for this request's KV with `prefill`, then decode. Opaque frames: the engine request.
+
+    Sent at the same time as PREFILL, so that the registration is never waited for.
+    """
+
+    request_id: str
+    prefill: KvPeer
+
+
+class NeedPatches(Struct, frozen=True):
+    """Decode → Broker: the request was preempted and must be prefilled here; make these patches readable."""
+
+    request_id: str
+    patch_hashes: list[str]

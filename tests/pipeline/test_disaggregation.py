@@ -1,0 +1,95 @@
+"""The stages are really apart: who encodes, who holds which weights, who computes what."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from epd.builtin import DEMO_QUESTION, model_path
+from tests.pipeline.chats import ask, chat, scribble, tokens
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+
+
+def story(epd: httpx.Client, answer: dict) -> list[dict]:
+    """The events of an answer's one request."""
+    reply = epd.get(f"/v1/requests/{answer['id']}").json()
+    [request] = reply["requests"]
+    return request["events"]
+
+
+def of(events: list[dict], name: str) -> list[dict]:
+    return [event for event in events if event["event"] == name]
+
+
+def test_the_patches_of_one_request_are_encoded_by_both_encode_workers(epd: httpx.Client) -> None:
+    events = story(epd, ask(epd, chat(DEMO_QUESTION, [scribble(100)])))
+    encoded = of(events, "encoded")
+    assert {event["worker"] for event in encoded} == {"encode-0", "encode-1"}
+    assert len({event["patch"] for event in encoded}) == len(encoded) == 9
+
+
+def test_the_story_tells_every_stage_in_order(epd: httpx.Client) -> None:
+    events = story(epd, ask(epd, chat(DEMO_QUESTION, [scribble(101)])))
+    names = [event["event"] for event in events]
+    for earlier, later in [
+        ("accepted", "started"),
+        ("started", "encode"),
+        ("encode", "encoded"),
+        ("prefilled", "finished"),
+        ("first token", "finished"),
+    ]:
+        assert names.index(earlier) < names.index(later)
+    assert names[-1] == "finished"
+    assert "pushed" in names
+    assert all(event["at_s"] >= 0 for event in events)
+
+
+def test_a_picture_seen_before_is_not_encoded_again(epd: httpx.Client) -> None:
+    body = chat(DEMO_QUESTION, [scribble(102)])
+    first, second = ask(epd, body), ask(epd, body)
+    assert tokens(first) == tokens(second)
+    assert len(of(story(epd, first), "encoded")) == 9
+    assert len(of(story(epd, second), "cache hit")) == 9
+    assert of(story(epd, second), "encode") == []
+
+
+def test_the_stages_hold_their_own_parameters_only(epd: httpx.Client) -> None:
+    members = {one["name"]: one for one in epd.get("/ready").json()["members"]}
+    assert set(members) == {"encode-0", "encode-1", "prefill-0", "decode-0"}
+    for name, member in members.items():
+        if member["stage"] == "encode":
+            assert member["language_bytes"] == 0, name
+            assert member["tower_bytes"] > 500_000, name
+        else:
+            assert member["tower_bytes"] == 0, name
+            assert member["language_bytes"] > 1_000_000, name
+    whole = sum(weight_bytes(model_path()).values())
+    held = members["encode-0"]["tower_bytes"] + members["decode-0"]["language_bytes"]
+    assert held == pytest.approx(whole, rel=0.01), "together they are the whole model"
+
+
+def weight_bytes(model: Path) -> dict[str, int]:
+    """Bytes of each tensor in a model's one safetensors file."""
+    data = (model / "model.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return {k: v["data_offsets"][1] - v["data_offsets"][0] for k, v in header.items() if k != "__metadata__"}
+
+
+def test_the_decode_worker_computes_nothing_of_the_prompt(epd: httpx.Client) -> None:
+    def by_source() -> dict[str, float]:
+        found = re.findall(
+            r'vllm:prompt_tokens_by_source_total\{.*source="(\w+)"\} ([\d.e+]+)', epd.get("/metrics").text
+        )
+        return {source: float(value) for source, value in found}
+
+    before = by_source()
+    answer = ask(epd, chat(DEMO_QUESTION, [scribble(103)], cache_salt="never seen before"))
+    after = by_source()
+    moved = {source: after[source] - before.get(source, 0.0) for source in after}
+    assert moved["external_kv_transfer"] == answer["usage"]["prompt_tokens"] > 60
+    assert moved["local_compute"] == 0

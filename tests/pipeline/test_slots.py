@@ -1,0 +1,78 @@
+"""The embeddings that prefill uses are those in the slots of the pool, and forged ones are refused."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cache.slot import HEADER_BYTES, MAGIC
+from epd.builtin import DEMO_ANSWER, DEMO_QUESTION
+from epd.config import CacheConfig, PrefillConfig
+from tests.pipeline.chats import ask, chat, demo, tokens
+from tests.pipeline.conftest import config
+from tests.pipeline.servers import Running
+from tests.pipeline.test_disaggregation import of, story
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+
+BODY = chat(DEMO_QUESTION, [demo()], cache_salt="slots")
+NUM_PATCHES = 9
+
+
+@contextlib.contextmanager
+def pool_of(running: Running) -> Iterator[mmap.mmap]:
+    """The memory of a pipeline's one pool, as its cache daemon has it open."""
+    links = Path(f"/proc/{running.pid('cache')}/fd").iterdir()
+    [path] = {os.readlink(link) for link in links if os.readlink(link).startswith("/dev/shm/epd-")}
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        yield memory
+
+
+def overwrite(memory: mmap.mmap) -> int:
+    """Replaces the embeddings of every slot, and leaves the headers; returns how many there were."""
+    at, count = memory.find(MAGIC), 0
+    while at >= 0:
+        data = slice(at + HEADER_BYTES, at + HEADER_BYTES + 256)
+        memory[data] = bytes(byte ^ 0x3F for byte in memory[data])
+        count += 1
+        at = memory.find(MAGIC, at + HEADER_BYTES)
+    return count
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> Iterator[Running]:
+    """A pipeline without checksums and without prefix caching, so that it reads the slots and believes them."""
+    settings = config()
+    settings.cache = CacheConfig(checksum=False)
+    settings.prefill = PrefillConfig(engine={"enable_prefix_caching": False})
+    running = Running(settings, encode=1, prefill=1, decode=1)
+    yield running
+    running.close()
+
+
+def test_overwritten_slots_are_refused_by_their_checksums_and_encoded_again(running: Running) -> None:
+    first = ask(running.http, BODY)
+    with pool_of(running) as memory:
+        assert overwrite(memory) >= NUM_PATCHES
+    second = ask(running.http, BODY)
+    assert tokens(second) == tokens(first)
+    assert tokens(second)[0][1].strip() == DEMO_ANSWER
+    events = story(running.http, second)
+    assert len(of(events, "stale")) == len(of(events, "encoded")) == NUM_PATCHES
+    assert "checksum" in of(events, "stale")[0]["detail"]
+    running.wait_idle()
+
+
+def test_without_checksums_overwritten_slots_change_the_answer(unchecked: Running) -> None:
+    first = ask(unchecked.http, BODY)
+    assert tokens(first) == tokens(ask(unchecked.http, BODY))
+    with pool_of(unchecked) as memory:
+        assert overwrite(memory) == NUM_PATCHES
+    second = ask(unchecked.http, BODY)
+    assert of(story(unchecked.http, second), "encode") == [], "the forged slots were used"
+    assert tokens(second) != tokens(first)
