@@ -29,6 +29,9 @@ class Broker:
 
     Args:
         config: `config.broker` says where to bind; a TCP port of 0 picks a free one, see `address`.
+
+    Raises:
+        zmq.ZMQError: it cannot bind there.
     """
 
     def __init__(self, config: Config) -> None:
@@ -41,7 +44,11 @@ class Broker:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.bind(config.broker.address)
+        try:
+            self._socket.bind(config.broker.address)
+        except zmq.ZMQError:
+            self.close()
+            raise
         self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.num_malformed = 0
         self._complained_at = 0.0
@@ -69,7 +76,7 @@ class Broker:
             await asyncio.sleep(0)
 
     async def _handle(self, parts: list[bytes]) -> None:
-        peer_id = parts[0].decode("ascii", "replace")
+        peer_id = parts[0].decode("latin-1")  # any bytes, and back
         try:
             message, frames = wire.decode(parts[1:])
         except wire.WireError as error:
@@ -90,7 +97,7 @@ class Broker:
     async def _perform(self, sends: list[Send]) -> None:
         for peer_id, message, frames in sends:
             try:
-                await self._socket.send_multipart([peer_id.encode(), *wire.encode(message, frames)])
+                await self._socket.send_multipart([peer_id.encode("latin-1"), *wire.encode(message, frames)])
             except zmq.ZMQError as error:  # the peer is gone; its silence will tell the core
                 log.debug("not sent", peer=peer_id, command=type(message).__name__, reason=str(error))
 

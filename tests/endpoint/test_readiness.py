@@ -15,11 +15,10 @@ def view(registered=True, draining=False, num_in_flight=0, status=None):
 
 
 def test_it_is_ready_with_one_worker_of_each_stage_and_a_pool():
-    assert describe(view(status=status_of(ALL_STAGES))) == {
-        "ready": True,
-        "missing": [],
-        "workers": {"encode": 1, "prefill": 1, "decode": 1},
-    }
+    told = describe(view(status=status_of(ALL_STAGES)))
+    assert (told["ready"], told["missing"]) == (True, [])
+    assert told["workers"] == {"encode": 1, "prefill": 1, "decode": 1}
+    assert [member["stage"] for member in told["members"]] == ["encode", "prefill", "decode"]
 
 
 @pytest.mark.parametrize(
