@@ -1,0 +1,7 @@
+"""`python -m epd.cli`: the same as `epd`, without relying on the search path."""
+
+import sys
+
+from epd.cli import main
+
+sys.exit(main())

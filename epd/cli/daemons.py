@@ -1,0 +1,66 @@
+"""`epd endpoint`, `epd broker`, `epd cache`, `epd worker`: one daemon each, as a systemd unit runs it.
+
+Lives in that daemon's process; hands over to it at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from epd.cli import options
+from epd.config import Config, ConfigError
+
+STAGES = ("encode", "prefill", "decode")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the four daemons to the command line."""
+    lines = {
+        "endpoint": "Run the HTTP endpoint: vLLM's OpenAI API in front of a broker.",
+        "broker": "Run the broker, which decides what each worker does next.",
+        "cache": "Run the cache daemon, which owns the embeddings' memory.",
+        "worker": "Run a worker of one stage: one vLLM engine.",
+    }
+    for name, line in lines.items():
+        parser = subparsers.add_parser(name, help=line.lower().rstrip("."), description=line)
+        if name == "worker":
+            parser.add_argument("--stage", choices=STAGES, required=True, help="what it does")
+        options.add_daemon(parser)
+        if name == "endpoint":
+            options.add_listen(parser)
+        options.add_common(parser, model=name in ("endpoint", "worker"))
+        parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the daemon until SIGTERM; returns its exit status."""
+    from epd.local import environment
+
+    config = options.configure(args)
+    name = args.name or (args.stage if args.command == "worker" else args.command)
+    if args.command in ("endpoint", "worker"):
+        config = environment.resolve_model(config)
+        environment.set_engine_environment(config.model, config.log.level)
+    if args.command == "endpoint":
+        environment.check_port(config.endpoint.host, config.endpoint.port)
+    environment.end_with_supervisor()
+    environment.title(f"epd {name}")
+    return _run_daemon(args, config, name)
+
+
+def _run_daemon(args: argparse.Namespace, config: Config, name: str) -> int:
+    if args.command == "worker":
+        from workers import daemon as worker
+
+        return worker.run(config, args.stage, name)
+    import zmq
+
+    packages = {"endpoint": "epd.endpoint", "broker": "broker", "cache": "cache"}
+    run_daemon = importlib.import_module(f"{packages[args.command]}.daemon").run
+    try:
+        return int(run_daemon(config, name))
+    except zmq.ZMQError as error:
+        if args.command != "broker":
+            raise
+        raise ConfigError(f"cannot listen on {config.broker.address}: {error.strerror}") from None

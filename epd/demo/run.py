@@ -1,0 +1,144 @@
+"""The demo from beginning to end: start, ask, show, measure, compare, stop.
+
+Lives in the user's process; owns one `LocalPipeline`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from epd import builtin
+from epd.client import AsyncClient
+from epd.config import Config, dump
+from epd.demo import measure, pictures, plain, show, timeline
+from epd.local import LocalPipeline
+from epd.local.display import Display
+
+NUM_MEASURED, NUM_WARM_UPS = 5, 2
+_COLUMNS = 48
+
+
+class Demo:
+    """Runs the demo once.
+
+    Args:
+        config: The pipeline's configuration; its model is the built-in one.
+        console: Where to.
+        encode: Number of encode workers.
+        compare: Also measure plain vLLM.
+        verbose: Also show the daemons' logs.
+    """
+
+    def __init__(
+        self, config: Config, console: Console, *, encode: int = 2, compare: bool = True, verbose: bool = False
+    ) -> None:
+        self._console, self._compare = console, compare
+        self._display = Display(console, verbose=verbose)
+        self._pipeline = LocalPipeline(config, encode=encode, progress=self._display.on_change)
+        self._picture = builtin.demo_image_path()
+
+    async def run(self) -> bool:
+        """Returns whether the answer was the truth.
+
+        Raises:
+            ConfigError, StartError: as `LocalPipeline`.
+            EPDError: the endpoint did not answer as it should.
+        """
+        async with self._display.logs():
+            async with self._display.starting():
+                await self._pipeline.start()
+            right = False
+            try:
+                async with AsyncClient(self._pipeline.url) as client:
+                    right = await self._show(client)
+            finally:
+                self._display.stopping()
+                await self._pipeline.close(keep_logs=not right)
+        return right
+
+    async def _show(self, client: AsyncClient) -> bool:
+        console = self._console
+        console.print()
+        console.print(
+            show.question(pictures.characters(self._picture, _COLUMNS), builtin.DEMO_ANSWER, builtin.DEMO_QUESTION)
+        )
+        console.print("answer:", style="dim")
+        first = await measure.ask(client, builtin.DEMO_QUESTION, self._picture, self._print_text)
+        right = measure.normal(first.answer) == measure.normal(builtin.DEMO_ANSWER)
+        console.print("\n[green]✓ that is the truth[/]" if right else "\n[bold red]✗ that is not the truth[/]")
+        second = await measure.ask(client, builtin.DEMO_QUESTION, self._picture)
+        await self._show_story(client, first.request_id, second.request_id)
+        show.heading(console, "Figures")
+        console.print(show.figures(await self._figures(client, first, second)))
+        return right
+
+    def _print_text(self, text: str) -> None:
+        self._console.print(text, end="", markup=False, highlight=False, style="bold")
+
+    async def _show_story(self, client: AsyncClient, first_id: str, second_id: str) -> None:
+        console = self._console
+        first, second = _events(await client.request(first_id)), _events(await client.request(second_id))
+        numbers = timeline.number_patches(second, first)
+        palette = show.colours([event.get("worker", "") for event in first])
+        show.heading(console, "Which encode worker took which patch of the picture")
+        answer_rows = builtin.DEMO_ANSWER.split("\n")
+        shape = (len(answer_rows), len(answer_rows[0].split()))
+        console.print(show.patches(timeline.encoded_by(first), numbers, shape, palette))
+        show.heading(console, "Where the time went, in the broker's eyes")
+        width = min(console.width, show.MAX_WIDTH)
+        unicode = (console.encoding or "").lower().startswith("utf")
+        console.print(show.story(timeline.rows(first, numbers), width, palette, unicode=unicode))
+
+    async def _figures(self, client: AsyncClient, first: measure.Asked, second: measure.Asked) -> show.Figures:
+        pipeline = self._pipeline
+        pids = [daemon.pid for daemon in pipeline.processes.values()] + [(await pipeline.supervisor.zygote()).pid]
+        with self._console.status("measuring idle CPU"):
+            idle_cpu = await measure.idle_cpu(pids)
+        fresh = pictures.variants(self._picture, NUM_WARM_UPS + NUM_MEASURED)
+        pipeline_s: list[float] = []
+        plain_s: list[float] = []
+        if self._compare:
+            with self._console.status("asking about pictures that are new to it"):
+                asked = [await measure.ask(client, builtin.DEMO_QUESTION, picture) for picture in fresh]
+            pipeline_s = [one.ttft_s for one in asked[NUM_WARM_UPS:]]
+            with self._console.status("asking plain vLLM the same"):
+                plain_s = await self._ask_plain(fresh)
+        return show.Figures(
+            ready_s=pipeline.ready_s,
+            imported_s=pipeline.imported_s,
+            num_processes=len(pids),
+            first_s=first.ttft_s,
+            second_s=second.ttft_s,
+            idle_cpu=idle_cpu,
+            pipeline_s=pipeline_s,
+            plain_s=plain_s,
+        )
+
+    async def _ask_plain(self, fresh: list[bytes]) -> list[float]:
+        """The times to first token of plain vLLM, in a process of its own; none if it failed."""
+        work, result = self._pipeline.run_dir / "plain-work.json", self._pipeline.run_dir / "plain-result.json"
+        await asyncio.to_thread(work.write_text, plain.pack(builtin.DEMO_QUESTION, fresh, NUM_WARM_UPS))
+        args = [dump(self._pipeline.config), str(work), str(result)]
+        daemon = await self._pipeline.call("plain", "epd.demo.plain:run", args)
+        if daemon.status != 0:
+            self._console.print(f"plain vLLM {daemon.how_it_ended()}; log: {daemon.log_path}", style="red")
+            return []
+        return _times(result, builtin.DEMO_ANSWER)
+
+
+def _events(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(answer.get("events") or answer["requests"][0]["events"])
+
+
+def _times(result: Path, truth: str) -> list[float]:
+    """The times in a result file; none if an answer is wrong, since then nothing was compared."""
+    found = json.loads(result.read_text())
+    if any(measure.normal(answer) != measure.normal(truth) for answer in found["answers"]):
+        return []
+    times: list[float] = found["ttft_s"]
+    return times

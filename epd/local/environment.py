@@ -1,0 +1,174 @@
+"""What a pipeline on one host needs from that host: environment variables, free ports, a run directory, a model.
+
+Lives in the supervisor's process (`epd up`, `epd demo`, tests); owns nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from epd import builtin
+from epd.config import Config, ConfigError
+from epd.service import die_with_parent
+
+PARENT_PID = "EPD_PARENT_PID"  # set for daemons that are to end with the process of this id
+ORPHANED_S = 3.0  # how long forked daemons may take to stop when the supervisor has died
+_RUN_PREFIX = "epd-run-"
+_PORTS = (20_000, 32_000)  # below what Linux gives to outgoing connections
+_STALE_AFTER_S = 24 * 3600.0
+_MAX_SOCKET_PATH = 100  # sockaddr_un holds 108 bytes, and file names are added
+
+# What makes the built-in model start at once and stay small; the user's own options win.
+_BUILTIN_ENGINE: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "max_model_len": 2048,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_num_seqs": 16,
+}
+
+
+def resolve_model(config: Config) -> Config:
+    """Returns `config` with the built-in model where it names none (or "builtin"), and names checked.
+
+    Raises:
+        ConfigError: the model looks like a folder and is none, or has no `config.json`.
+    """
+    if config.model in ("", "builtin"):
+        return msgspec.structs.replace(
+            config,
+            model=str(builtin.model_path()),
+            served_model_name=config.served_model_name or builtin.MODEL_NAME,
+            engine=_BUILTIN_ENGINE | config.engine,
+        )
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model {config.model}: the folder has no config.json")
+        return msgspec.structs.replace(config, model=str(folder.resolve()))
+    if config.model.startswith(("/", ".", "~")) or config.model.count("/") > 1:
+        raise ConfigError(f"model {config.model}: no such folder")
+    return config
+
+
+def has_cuda() -> bool:
+    """Whether this host has an NVIDIA driver; asked without loading anything."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+
+
+def set_engine_environment(model: str, log_level: str = "info") -> None:
+    """Sets what vLLM reads from the environment when it is imported; variables that are set already win."""
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "DEBUG" if log_level.lower() == "debug" else "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if Path(model).is_dir():
+        defaults["HF_HUB_OFFLINE"] = "1"
+    if not has_cuda():
+        # Several engines share the cores: more threads each, or threads bound to cores, only get in the way.
+        defaults |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Returns `count` different TCP ports of `host` that nobody listens on at this moment.
+
+    They will be bound only seconds later. So they are not what `bind` with port 0 would give: the system could give
+    those to any outgoing connection meanwhile, and vLLM's NIXL connector then waits for ever.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    first, last = _PORTS
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(first, last), last - first):
+        if len(ports) == count:
+            break
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind((host, port))
+            ports.append(port)
+    if len(ports) < count:
+        raise ConfigError(f"no {count} free TCP ports between {first} and {last} on {host}")
+    return ports
+
+
+def check_port(host: str, port: int) -> None:
+    """Makes sure that the endpoint will be able to listen, before anything is started.
+
+    Raises:
+        ConfigError: it will not; the text says why.
+    """
+    if not port:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+    except OSError as error:
+        hint = "; choose another with --port" if error.errno == 98 else ""
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}{hint}") from None
+
+
+def make_run_directory() -> Path:
+    """Makes a private folder for sockets and logs, short enough for a Unix socket's path.
+
+    Folders that earlier runs had to leave behind are removed after a day.
+    """
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) + len(_RUN_PREFIX) + 40 > _MAX_SOCKET_PATH:
+        base = Path("/tmp")
+    for left in base.glob(f"{_RUN_PREFIX}*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            owner = int(left.name.removeprefix(_RUN_PREFIX).split("-")[0])
+            if not Path(f"/proc/{owner}").exists() and time.time() - left.stat().st_mtime > _STALE_AFTER_S:
+                shutil.rmtree(left)
+    return Path(tempfile.mkdtemp(prefix=f"{_RUN_PREFIX}{os.getpid()}-", dir=base))  # 0700
+
+
+def sweep(run_dir: Path) -> None:
+    """Removes what daemons that were killed could not remove: sockets of `run_dir`, cache segments without owner."""
+    for path in run_dir.glob("*.sock"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    with contextlib.suppress(ImportError):
+        from cache.pools import shared_memory
+
+        shared_memory.sweep_stale()
+
+
+def end_with_supervisor() -> None:
+    """In a daemon with a process of its own: has the kernel send SIGTERM when the supervisor dies, if there is one."""
+    parent = os.environ.get(PARENT_PID)
+    if parent is None:
+        return
+    die_with_parent()
+    if os.getppid() != int(parent):  # it died before
+        sys.exit(1)
+
+
+def title(text: str) -> None:
+    """Names this process in `ps`, where setproctitle is installed."""
+    with contextlib.suppress(ImportError):
+        import setproctitle
+
+        setproctitle.setproctitle(text)
+
+
+def python(*arguments: str) -> list[str]:
+    """The command line of a further Python like this one."""
+    return [sys.executable, *arguments]
