@@ -7,6 +7,7 @@ with status 1, so that its supervisor starts a new one. At the first SIGTERM it 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable
 
@@ -26,6 +27,8 @@ log = structlog.get_logger()
 
 STAGES: dict[str, type[Stage]] = {stage.role.value: stage for stage in (EncodeStage, PrefillStage, DecodeStage)}
 DRAIN_S = 10.0
+# Engine thread and event loop share the interpreter: with Python's 5 ms, a message can wait that long for its turn.
+SWITCH_INTERVAL_S = 0.0002
 _STOP_S = 5.0
 
 
@@ -129,4 +132,5 @@ async def main(config: Config, stage: str, name: str, stop: asyncio.Event) -> in
 def run(config: Config, stage: str, name: str) -> int:
     """Runs the daemon until SIGINT or SIGTERM; returns the exit status."""
     service.configure_logging(config.log, name)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     return service.run(lambda stop: main(config, stage, name, stop))

@@ -52,13 +52,17 @@ class Demo:
         async with self._display.logs():
             async with self._display.starting():
                 await self._pipeline.start()
-            right = False
+            keep_logs = True
             try:
                 async with AsyncClient(self._pipeline.url) as client:
                     right = await self._show(client)
+                keep_logs = not right
+            except asyncio.CancelledError:
+                keep_logs = False
+                raise
             finally:
                 self._display.stopping()
-                await self._pipeline.close(keep_logs=not right)
+                await self._pipeline.close(keep_logs=keep_logs)
         return right
 
     async def _show(self, client: AsyncClient) -> bool:

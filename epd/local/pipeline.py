@@ -98,8 +98,10 @@ class LocalPipeline:
         self._supervisor = Supervisor(self.run_dir, preload=self._preload(), on_change=self._on_change)
         try:
             await self._start(started + self._start_s)
-        except BaseException:
+        except BaseException as error:
             await self._supervisor.stop(at_once=True)
+            if not isinstance(error, Exception):  # somebody does not want it any more: nobody will read the logs
+                shutil.rmtree(self.run_dir, ignore_errors=True)
             raise
         self._supervisor.restart_crashed = self._restart
         self.ready_s = time.monotonic() - started

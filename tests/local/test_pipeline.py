@@ -22,8 +22,9 @@ ROOT = HERE.parent.parent
 
 
 @pytest.fixture(autouse=True)
-def stand_ins_can_be_imported(monkeypatch):
+def stand_ins_can_be_imported(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{ROOT}")
+    tmp_path_factory.getbasetemp()  # before it is too late: pytest makes it where tempfile says
     base = tempfile.mkdtemp()
     monkeypatch.setattr(tempfile, "tempdir", base)  # failed starts keep their logs
     before = set(os.environ)

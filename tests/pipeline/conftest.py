@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from benchmarks.servers import MAX_IMAGES, MAX_MODEL_LEN, Running, plain_vllm
 from epd.config import Config, EndpointConfig
-from tests.pipeline.servers import MAX_IMAGES, MAX_MODEL_LEN, Running, plain_vllm
 
 
 def config(**endpoint: object) -> Config:

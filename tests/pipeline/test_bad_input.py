@@ -10,9 +10,9 @@ import zlib
 import httpx
 import pytest
 
+from benchmarks.servers import MAX_IMAGES, Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION, MODEL_NAME
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
-from tests.pipeline.servers import MAX_IMAGES, Running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 

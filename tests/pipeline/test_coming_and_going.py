@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import Running
 from epd.builtin import DEMO_QUESTION
 from tests.pipeline.chats import ask, chat, demo, scribble
 from tests.pipeline.conftest import config
-from tests.pipeline.servers import Running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 

@@ -9,9 +9,9 @@ import httpx
 import pytest
 from PIL import Image
 
+from benchmarks.servers import Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION, MODEL_NAME
 from tests.pipeline.chats import ask, chat, demo, scribble, stream, tokens
-from tests.pipeline.servers import Running
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.servers import Running
 from cache.slot import HEADER_BYTES, MAGIC
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION
 from epd.config import CacheConfig, PrefillConfig
 from tests.pipeline.chats import ask, chat, demo, tokens
 from tests.pipeline.conftest import config
-from tests.pipeline.servers import Running
 from tests.pipeline.test_disaggregation import of, story
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]

@@ -1,4 +1,4 @@
-"""A running pipeline and a running plain vLLM, for tests that talk HTTP to both."""
+"""A running pipeline and a running plain vLLM, for benchmarks and tests that talk HTTP to both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_IMAGES = 20
 
 
 class Running:
-    """A `LocalPipeline` on an event loop of its own, in a thread, for tests that are not asynchronous."""
+    """A `LocalPipeline` on an event loop of its own, in a thread, for code that is not asynchronous."""
 
     def __init__(self, config: Config | None = None, **workers: int) -> None:
         self._loop = asyncio.new_event_loop()

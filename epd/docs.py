@@ -1,0 +1,357 @@
+"""Writes the generated pages of `docs/`: `python -m epd.docs`, or `make docs`; `--check` only compares.
+
+Lives in a developer's process; owns `docs/protocol.md` and `docs/configuration.md`. The facts come from
+`epd.protocol`, `epd.messages`, `epd.errors` and `epd.config`; only the text between them stands here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from epd import config, link, wire
+from epd.errors import HTTP_STATUS
+from epd.messages import Role, Struct
+from epd.protocol import PROTOCOL_VERSION, TABLE, Command
+
+ROOT = Path(__file__).resolve().parent.parent
+_NOTE = "<!-- Written by `python -m epd.docs` (`make docs`) from {source}. Do not edit this page. -->\n"
+
+_PROTOCOL = """\
+# The broker's protocol, version {version}
+
+How the endpoint, the cache daemon and the workers talk to the broker. For people who debug a pipeline or write a peer
+of their own. The words MUST, MUST NOT, SHOULD and MAY are those of RFC 2119.
+
+## Goals
+- One broker joins any number of endpoints, cache daemons and workers; all decisions are made in one place.
+- The broker reads headers only. Pictures, engine requests and engine outputs are opaque frames that it forwards.
+- Every accepted request ends with exactly one FINISHED or FAILED; if its endpoint cancelled it or is gone, with none.
+- A peer that has restarted is never taken for its earlier self, and a message that comes too late changes nothing.
+- A malformed message costs its sender only. Everything is bounded; nothing is pickled.
+
+There is no authentication and no encryption. The broker's address MUST be reachable only from hosts that you trust;
+on one host an `ipc://` address in a private folder does that. Nothing survives a broker's restart: requests in flight
+end with `broker_lost`.
+
+## Topology
+The broker binds one ROUTER socket; each peer connects one DEALER socket. Peers do not talk to each other through
+ZeroMQ: embeddings go through the pools, KV through NIXL between prefill and decode workers. No socket has a ZeroMQ
+high-water mark; what bounds them is the broker's admission and a peer's outbox of {outbox:,} messages.
+
+The routing id of a peer's socket is its **incarnation**: a new random word for each registration, of
+16 hexadecimal digits here. ZeroMQ delivers what was meant for an earlier incarnation to nobody.
+
+## Frames
+| frame | content |
+|---|---|
+| 0 | 2 bytes: protocol version ({version}), command code |
+| 1 | header: a MessagePack map, the fields of the command's struct by name |
+| 2 … | opaque frames, as the command says |
+
+On the broker's side ROUTER puts the routing id in front. There is no empty delimiter frame.
+
+- A sender MAY leave out fields that have their default. It MUST NOT send fields that the struct does not have.
+- A header has at most {header:,} bytes, a message at most {frames:,} frames without the routing id, and its opaque
+  frames at most {message:,} bytes together. Each single frame is bounded by the last figure too (`ZMQ_MAXMSGSIZE`).
+- A receiver MUST drop a message that breaks any of this. The broker counts it, logs the reason at most once a second,
+  and sends no reply.
+
+## Registration
+```mermaid
+sequenceDiagram
+    participant P as Peer
+    participant B as Broker
+    P->>B: HELLO (again every {hello} s until answered)
+    B->>P: WELCOME
+    loop every heartbeat_s
+        P->>B: HEARTBEAT
+        B->>P: HEARTBEAT_ACK
+    end
+    P->>B: GOODBYE
+```
+- For each registration a peer MUST open a new socket with a new routing id, and name the same id in
+  `HELLO.incarnation`. The broker drops a HELLO whose incarnation is not its routing id.
+- A peer SHOULD repeat HELLO until WELCOME comes. HELLO of a registered incarnation is answered by WELCOME and changes
+  nothing else. A worker SHOULD say HELLO only when its engine is ready.
+- Names are unique. HELLO under a name that is registered ends the earlier incarnation as if it had been lost.
+- The broker answers anything else from a peer that is not registered with UNKNOWN and drops it. A peer that gets
+  UNKNOWN MUST drop all that it holds for the broker and register again.
+- A peer MUST send HEARTBEAT every `heartbeat_s`. The broker takes a peer that was silent for `lost_after_s` for lost;
+  a peer MUST do the same with the broker, and register again.
+- After GOODBYE a peer MUST NOT send anything. The broker does not answer, and lets go of the peer at once: what the
+  peer had on its hands ends as if it had been lost. A peer that wants to leave in good order finishes its work first.
+- An endpoint also gets STATUS after WELCOME, with each HEARTBEAT_ACK, and when a peer comes or goes. A worker gets
+  POOLS when the pools change.
+- The broker drops a message that its sender's role may not send, and one that is not legal in the state of the request
+  or patch it names (see the commands).
+
+## A request
+```mermaid
+sequenceDiagram
+    participant A as Endpoint
+    participant B as Broker
+    participant E as Encode
+    participant P as Prefill
+    participant D as Decode
+    A->>B: SUBMIT
+    B->>P: PREFILL
+    B->>D: DECODE
+    B->>E: ENCODE (each missing patch)
+    E->>B: ENCODED
+    B->>P: READY
+    P->>B: PREFILLED
+    B->>D: PREFILLED
+    P-->>D: KV, through NIXL
+    P->>B: PUSHED
+    D->>B: TOKENS
+    B->>A: TOKENS
+    D->>B: FINISHED
+    B->>A: FINISHED
+```
+- `request_id` MUST be new: while a request of that id is in flight, another one is refused (`duplicate_request`).
+- The broker answers SUBMIT with FAILED where it refuses the request; nothing else is sent for it then.
+- PREFILL, DECODE and the first ENCODEs go out together, once the request has all its slots and room on a decode worker.
+- READY MAY name one patch or several, in any order. A prefill worker MAY compute the tokens before the first patch that
+  is missing.
+- KV goes from worker to worker, so TOKENS and FINISHED MAY reach the broker before PREFILLED and PUSHED. The broker
+  keeps such a FINISHED until PREFILLED has come.
+- ENCODED names the generation of the slot that was written. The broker MUST ignore any other than the current one.
+- A reader that finds something else in a slot MUST NOT use it. A prefill worker says STALE and gets READY when the
+  patch has been encoded again; a decode worker ends the request with FAILED.
+- A worker MUST answer ABORT with RELEASED, or with the PREFILLED, FINISHED or FAILED that was already on its way. Until
+  then the broker keeps the request's slots pinned.
+- A worker MUST answer each ENCODE with one ENCODED or ENCODE_FAILED, also after DROP_ENCODE.
+- CANCEL has no answer. TOKENS of that request MAY still arrive and MUST be ignored.
+"""
+
+_CONFIGURATION = """\
+# Configuration
+
+One TOML file for all daemons of a pipeline: `epd up --config epd.toml`, and the same option for `epd broker`,
+`epd cache`, `epd endpoint` and `epd worker`. Every key has a default; an unknown key or a wrong type is an error, and
+the daemon does not start. There is a commented example in [examples/systemd/epd.toml](../examples/systemd/epd.toml).
+
+Single values can be given on the command line, and win over the file: `--set SECTION.KEY=VALUE`, with the value in TOML
+(a bare word is a string), e.g. `--set broker.max_queued=64`. `--engine KEY=VALUE` is short for
+`--set engine.KEY=VALUE`; `epd up` also has `--encode-engine`, `--prefill-engine` and `--decode-engine`.
+
+`epd up` chooses the broker's address itself (a socket in its run directory), so `broker.address` has no effect there.
+
+## Engine options
+`[engine]` holds vLLM's engine options for all stages and for the endpoint, `[encode.engine]`, `[prefill.engine]` and
+`[decode.engine]` those of one stage; the stage's own win. The names are those of `vllm serve --help` with underscores.
+`[endpoint.serve]` takes further options of `vllm serve` for the HTTP server (tool parsers, TLS, CORS and the like).
+
+EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_transfer_config`, `mm_encoder_only`,
+`mm_processor_cache_gb`, and for the endpoint `model`, `host`, `port`, `uds`, `headless`, `grpc`, `api_server_count` and
+`data_parallel_size`.
+
+## Environment variables
+| variable | read by | meaning |
+|---|---|---|
+| `EPD_API_KEY` | `epd ask` | the key it sends |
+| `EPD_PORT_FILE` | endpoint | a file that the port is written to once it listens |
+| `VLLM_NIXL_SIDE_CHANNEL_HOST` | prefill, decode worker | vLLM's: where its NIXL connector listens |
+| `VLLM_NIXL_SIDE_CHANNEL_PORT` | prefill, decode worker | vLLM's: the port for that |
+
+Each prefill and decode worker of a host needs a side channel port of its own; `epd up` chooses them.
+
+Further variables of vLLM work as always. `epd` sets `VLLM_ENABLE_V1_MULTIPROCESSING=0`, `VLLM_NO_USAGE_STATS=1`,
+`VLLM_LOGGING_LEVEL`, `TOKENIZERS_PARALLELISM`, for a model in a folder `HF_HUB_OFFLINE=1`, and without a GPU
+`OMP_NUM_THREADS=1` and `VLLM_CPU_OMP_THREADS_BIND=nobind`, unless they are set already.
+"""
+
+
+def protocol() -> str:
+    """The page `docs/protocol.md`."""
+    lines = [
+        _NOTE.format(source="epd/protocol.py and epd/messages/"),
+        _PROTOCOL.format(
+            version=PROTOCOL_VERSION,
+            header=wire.MAX_HEADER_BYTES,
+            frames=wire.MAX_FRAMES,
+            message=wire.MAX_MESSAGE_BYTES,
+            outbox=link.MAX_OUTBOX,
+            hello=link._HELLO_EVERY_S,
+        ),
+        "## Commands",
+        "| code | command | to the broker from | from the broker to | when | opaque frames |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row.code} | [{row.name}](#{row.name.lower()}) | {_roles(row.to_broker)} | {_roles(row.from_broker)} "
+            f"| {row.state} | {row.frames} |"
+            for row in TABLE
+        ),
+        "",
+        '"new" is before WELCOME, "registered" after it; the other words name the state that the request or patch must '
+        "be in.",
+        "",
+        *(line for row in TABLE for line in _command(row)),
+        "## Parts of messages",
+        "",
+        *(line for part in _parts() for line in _struct(part)),
+        "## Codes of FAILED",
+        "| code | HTTP status |",
+        "|---|---|",
+        *(f"| `{code}` | {status} |" for code, status in HTTP_STATUS.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def configuration() -> str:
+    """The page `docs/configuration.md`."""
+    lines = [_NOTE.format(source="epd/config.py"), _CONFIGURATION, "## Top level", "", _doc(config.Config), ""]
+    sections: list[tuple[str, Any]] = []
+    top = []
+    for field in msgspec.structs.fields(config.Config):
+        if inspect.isclass(field.type) and issubclass(field.type, msgspec.Struct):
+            sections.append((field.name, field.type))
+        else:
+            top.append(field)
+    lines += _keys(top)
+    for name, struct in sections:
+        base = struct.__mro__[1]
+        more = [] if base.__name__.startswith("_") else [_doc(base), ""]
+        text = _doc(struct).removeprefix(f"`[{name}]`: ")
+        lines += [f"## `[{name}]`", "", *more, text[:1].upper() + text[1:], "", *_keys(msgspec.structs.fields(struct))]
+    return "\n".join(lines)
+
+
+def pages() -> dict[Path, str]:
+    """All generated pages, by where they belong."""
+    return {ROOT / "docs" / "protocol.md": protocol(), ROOT / "docs" / "configuration.md": configuration()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the pages, or with `--check` returns 1 if one is out of date."""
+    parser = argparse.ArgumentParser(prog="python -m epd.docs", description="Write the generated pages of docs/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
+    check = parser.parse_args(argv).check
+    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text("utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'out of date; run `make docs`' if check else 'written'}")
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(pages()[path], "utf-8")
+    return 1 if check and stale else 0
+
+
+# ---- protocol --------------------------------------------------------------------------------------------------------
+
+
+def _roles(roles: Iterable[Role]) -> str:
+    names = [role.value for role in Role if role in frozenset(roles)]
+    return "any" if len(names) == len(Role) else ", ".join(names)
+
+
+def _command(row: Command) -> Iterator[str]:
+    yield f"### {row.name}"
+    yield f"Code {row.code} · when: {row.state} · opaque frames: {row.frames}"
+    yield ""
+    yield from _body(row.struct)
+
+
+def _struct(struct: Any) -> Iterator[str]:
+    yield f"### {struct.__name__}"
+    yield from _body(struct)
+
+
+def _body(struct: Any) -> Iterator[str]:
+    yield _doc(struct)
+    yield ""
+    fields = msgspec.structs.fields(struct)
+    if not fields:
+        yield "No fields."
+    else:
+        yield "| field | type | default |"
+        yield "|---|---|---|"
+        yield from (f"| `{field.name}` | {_python_type(field.type)} | {_default(field)} |" for field in fields)
+    yield ""
+
+
+def _parts() -> list[Any]:
+    """The structs that messages consist of, in the order in which the table reaches them."""
+    commands = {row.struct for row in TABLE}
+    found: dict[Any, None] = {}
+    waiting = [row.struct for row in TABLE]
+    while waiting:
+        for field in msgspec.structs.fields(waiting.pop(0)):
+            for each in _leaves(field.type):
+                if inspect.isclass(each) and issubclass(each, Struct) and each not in commands and each not in found:
+                    found[each] = None
+                    waiting.append(each)
+    return list(found)
+
+
+def _leaves(kind: Any) -> Iterator[Any]:
+    yield kind
+    for each in typing.get_args(kind):
+        yield from _leaves(each)
+
+
+def _python_type(kind: Any) -> str:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return " or ".join(_python_type(each) for each in typing.get_args(kind))
+    if arguments := typing.get_args(kind):
+        return f"{typing.get_origin(kind).__name__} of {' to '.join(_python_type(each) for each in arguments)}"
+    if kind is type(None):
+        return "nil"
+    if issubclass(kind, enum.Enum):
+        return ", ".join(f"`{each.value}`" for each in kind)
+    return f"[{kind.__name__}](#{kind.__name__.lower()})" if issubclass(kind, Struct) else str(kind.__name__)
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+_TOML_TYPES = {str: "string", int: "integer", float: "number", bool: "true or false"}
+
+
+def _keys(fields: Iterable[Any]) -> list[str]:
+    rows = [f"| `{field.name}` | {_toml_type(field.type)} | {_default(field)} |" for field in fields]
+    return ["| key | type | default |", "|---|---|---|", *rows, ""]
+
+
+def _toml_type(kind: Any) -> str:
+    if typing.get_origin(kind) is dict:
+        return "table"
+    if typing.get_origin(kind) is list:
+        return f"list of {_toml_type(typing.get_args(kind)[0])}s"
+    return _TOML_TYPES[kind]
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _doc(struct: Any) -> str:
+    return inspect.cleandoc(struct.__doc__)
+
+
+def _default(field: Any) -> str:
+    if field.default_factory is not msgspec.NODEFAULT:
+        value = field.default_factory()
+    elif field.default is not msgspec.NODEFAULT:
+        value = field.default
+    else:
+        return "required"
+    if value is None:
+        return "nil"
+    if isinstance(value, msgspec.Struct):
+        return "all defaults"
+    text = f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value!r}`".replace("'", '"')
+    if field.name.endswith(("_bytes", "max_pixels")) and value and value % (1 << 20) == 0:
+        text += f" ({value >> 20} Mi)"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
