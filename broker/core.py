@@ -138,10 +138,7 @@ class Core:
             case m.GetStory():
                 self.board.send(peer.peer_id, self.board.story(message.request_id))
             case m.Encoded():
-                if done := self.board.patches.encoded(peer, message.job_id, message.generation):
-                    self._flow.encoded(peer, done, message, now)
-                else:
-                    self.board.count("num_fenced")
+                self._flow.encoded(peer, message, now)
             case m.EncodeFailed():
                 if lost := self.board.patches.not_encoded(peer, message.job_id, message.message):
                     self._endings.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from broker.registry import Peer
-from epd.messages import Slot
+from epd.messages import EncodeJob, Slot
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -29,6 +29,17 @@ class Job:
     num_attempts: int = 0
     sent_at: float = 0.0
     dropped: bool = False
+
+    def message(self) -> EncodeJob:
+        """This job as its worker is told of it."""
+        return EncodeJob(
+            job_id=self.job_id,
+            patch_hash=self.patch_hash,
+            modality=self.modality,
+            num_tokens=self.num_tokens,
+            num_frames=len(self.frames),
+            slot=self.slot,
+        )
 
 
 class EncodeQueue:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from broker import placement
 from broker.board import Board
+from broker.encoding import Job
 from broker.endings import Endings, failed
-from broker.patches import Done
 from broker.registry import Peer
 from broker.request import Event, Request, State
 from cache.index import Outcome
@@ -129,33 +129,36 @@ class Flow:
         return True
 
     def dispatch(self, now: float) -> None:
-        """Gives waiting patches to encode workers."""
+        """Gives waiting patches to encode workers, each worker's in one message."""
+        given: dict[str, list[Job]] = {}
         for job, worker in self._board.patches.dispatch(self._board.registry.of(Role.ENCODE), now):
-            message = m.Encode(
-                job_id=job.job_id,
-                patch_hash=job.patch_hash,
-                modality=job.modality,
-                num_tokens=job.num_tokens,
-                slot=job.slot,
-            )
-            self._board.send(worker.peer_id, message, job.frames)
+            given.setdefault(worker.peer_id, []).append(job)
             for holder in sorted(self._board.patches.index.holders(job.patch_hash)):
                 if request := self._board.requests.get(holder):
                     request.tell(now, "encode", worker=worker.name, patch=job.patch_hash)
+        for peer_id, jobs in given.items():
+            message = m.Encode(jobs=[job.message() for job in jobs])
+            self._board.send(peer_id, message, [frame for job in jobs for frame in job.frames])
 
-    def encoded(self, worker: Peer, done: Done, message: m.Encoded, now: float) -> None:
-        """Tells the readers of a patch that it is there."""
-        for holder in done.holders:
+    def encoded(self, worker: Peer, message: m.Encoded, now: float) -> None:
+        """Tells the readers of patches that they are there."""
+        news: dict[str, list[str]] = {}
+        for one in message.jobs:
+            done = self._board.patches.encoded(worker, one.job_id, one.generation)
+            if done is None:
+                self._board.count("num_fenced")
+                continue
+            for holder in done.holders:
+                news.setdefault(holder, []).append(done.patch_hash)
+        detail = f"batch of {len(message.jobs)}"
+        for holder, hashes in news.items():
             request = self._board.requests.get(holder)
             if request is None:
                 continue
-            request.missing.discard(done.patch_hash)
-            request.tell(
-                now, "encoded", worker=worker.name, patch=done.patch_hash, took_s=message.took_s,
-                detail=f"batch of {message.batch_size}",
-            )  # fmt: skip
-            reader = request.decode if request.prefilled else request.prefill
-            self._send_ready(request, reader, [done.patch_hash])
+            for patch_hash in hashes:
+                request.missing.discard(patch_hash)
+                request.tell(now, "encoded", worker=worker.name, patch=patch_hash, took_s=message.took_s, detail=detail)
+            self._send_ready(request, request.decode if request.prefilled else request.prefill, hashes)
 
     def _send_ready(self, request: Request, reader: str, patch_hashes: list[str]) -> None:
         if ready := self._board.patches.readable(patch_hashes):

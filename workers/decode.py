@@ -6,7 +6,7 @@ from cache.slot import StaleSlotError
 from epd.messages import Abort, Decode, Failed, Finished, Message, NeedPatches, Prefilled, Ready, Released, Role, Tokens
 from workers.stage import Frames, Stage
 
-_ARRIVING_POLL_S = 0.0005
+_ARRIVING_POLL_S = 0.0002
 _WAIT_POLL_S = 0.05
 _NUM_FAST_POLLS = 200
 
@@ -96,6 +96,8 @@ class DecodeStage(Stage):
 
     def poll_s(self, num_idle_steps: int) -> float | None:
         """KV that is on its way is looked for all the time; KV that is not, now and then."""
+        if self.engine.kv_arrived():
+            return 0.0
         if self._arriving and num_idle_steps < _NUM_FAST_POLLS:
             return _ARRIVING_POLL_S
         return _WAIT_POLL_S

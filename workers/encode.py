@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from epd.messages import DropEncode, Encode, Encoded, EncodeFailed, Message, Role
+from epd.messages import DropEncode, Encode, Encoded, EncodedJob, EncodeFailed, EncodeJob, Message, Role
 from workers.stage import Frames, Stage
 
 
@@ -16,23 +16,29 @@ class EncodeStage(Stage):
     def start(self) -> None:
         """Builds the engine."""
         super().start()
-        self._jobs: dict[str, Encode] = {}
+        self._jobs: dict[str, EncodeJob] = {}
 
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in ENCODE and DROP_ENCODE."""
         match message:
             case Encode():
-                try:
-                    job = self.engine.add_encode(message, frames)
-                except Exception as error:  # whatever the engine makes of the patch is this patch's failure only
-                    self._post(EncodeFailed(job_id=message.job_id, message=_reason(error)), ())
-                else:
-                    self._jobs[job] = message
+                at = 0
+                for job in message.jobs:
+                    self._add(job, frames[at : at + job.num_frames])
+                    at += job.num_frames
             case DropEncode():
-                job = str(message.job_id)
-                if self._end(job):
-                    self.engine.abort([job])
+                name = str(message.job_id)
+                if self._end(name):
+                    self.engine.abort([name])
                     self._post(EncodeFailed(job_id=message.job_id, message="dropped", dropped=True), ())
+
+    def _add(self, job: EncodeJob, frames: Frames) -> None:
+        try:
+            name = self.engine.add_encode(job, frames)
+        except Exception as error:  # whatever the engine makes of the patch is this patch's failure only
+            self._post(EncodeFailed(job_id=job.job_id, message=_reason(error)), ())
+        else:
+            self._jobs[name] = job
 
     def step(self) -> bool:
         """Encodes what waits, as far as one batch takes it, and reports each patch that is in its slot."""
@@ -40,29 +46,27 @@ class EncodeStage(Stage):
         outputs, executed = self.engine.step()
         written = self.engine.take_written()
         took_s = time.monotonic() - started
-        for job in written.done:
-            if message := self._end(job):
-                done = Encoded(
-                    job_id=message.job_id,
-                    generation=message.slot.generation,
-                    took_s=took_s,
-                    batch_size=len(written.done),
-                )
-                self._post(done, ())
+        done = [
+            EncodedJob(job_id=job.job_id, generation=job.slot.generation)
+            for name in written.done
+            if (job := self._end(name))
+        ]
+        if done:
+            self._post(Encoded(jobs=done, took_s=took_s), ())
         failed = dict(written.failed)
         failed |= {
             output.request_id: f"the engine ended with {output.finish_reason}"
             for output in outputs
             if output.finished and output.request_id in self._jobs
         }
-        for job, reason in failed.items():
-            if message := self._end(job):
-                self._post(EncodeFailed(job_id=message.job_id, message=reason), ())
+        for name, reason in failed.items():
+            if job := self._end(name):
+                self._post(EncodeFailed(job_id=job.job_id, message=reason), ())
         return executed
 
-    def _end(self, job: str) -> Encode | None:
-        self.engine.connector.forget_job(job)
-        return self._jobs.pop(job, None)
+    def _end(self, name: str) -> EncodeJob | None:
+        self.engine.connector.forget_job(name)
+        return self._jobs.pop(name, None)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
         """Nothing is waited for here; a step without the model only clears what has finished."""

@@ -33,7 +33,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config
-from epd.messages import Encode, KvPeer, Role, WorkerInfo
+from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -219,19 +219,19 @@ class Engine:
 
     # ---- feeding it ------------------------------------------------------------------------------------------------
 
-    def add_encode(self, message: Encode, frames: Sequence[bytes]) -> str:
+    def add_encode(self, job: EncodeJob, frames: Sequence[bytes]) -> str:
         """Queues one patch; returns the id of its engine request, which is also the item's identifier."""
         item = self._item_decoder.decode(frames)
-        job = str(message.job_id)
+        name = str(job.job_id)
         feature = MultiModalFeatureSpec(
             data=item,
-            modality=message.modality,
-            identifier=job,
-            mm_position=PlaceholderRange(offset=0, length=message.num_tokens),
+            modality=job.modality,
+            identifier=name,
+            mm_position=PlaceholderRange(offset=0, length=job.num_tokens),
         )
         request = EngineCoreRequest(
-            request_id=job,
-            prompt_token_ids=[0] * message.num_tokens,
+            request_id=name,
+            prompt_token_ids=[0] * job.num_tokens,
             mm_features=[feature],
             sampling_params=SamplingParams(max_tokens=1, temperature=0.0),
             pooling_params=None,
@@ -240,9 +240,9 @@ class Engine:
             cache_salt=None,
             data_parallel_rank=None,
         )
-        self.connector.set_write_slot(job, message.slot)
+        self.connector.set_write_slot(name, job.slot)
         self._add(request)
-        return job
+        return name
 
     def add_prefill(self, frames: Sequence[bytes]) -> EngineCoreRequest:
         """Queues a request to be prefilled and its KV kept for a decode worker."""
@@ -303,6 +303,10 @@ class Engine:
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         return [one for each in (outputs or {}).values() for one in each.outputs], executed
+
+    def kv_arrived(self) -> bool:
+        """Whether pushed KV has arrived that the next step can use."""
+        return bool(self.scheduler.finished_recving_kv_req_ids)
 
     def take_written(self) -> Written:
         """The encode jobs whose slots have been written since the last call, and the ones that could not be."""

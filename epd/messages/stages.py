@@ -7,14 +7,21 @@ import msgspec
 from epd.messages.parts import KvPeer, Slot, Struct
 
 
-class Encode(Struct, frozen=True):
-    """Broker → Encode: encode this patch into this slot. Opaque frames: the patch's pixels and fields."""
+class EncodeJob(Struct, frozen=True):
+    """One patch to encode, and the slot it goes to; `num_frames` opaque frames hold its pixels and fields."""
 
     job_id: int
     patch_hash: str
     modality: str
     num_tokens: int
+    num_frames: int
     slot: Slot
+
+
+class Encode(Struct, frozen=True):
+    """Broker → Encode: encode these patches into their slots. Opaque frames: each job's, in order."""
+
+    jobs: list[EncodeJob]
 
 
 class DropEncode(Struct, frozen=True):
@@ -23,13 +30,18 @@ class DropEncode(Struct, frozen=True):
     job_id: int
 
 
-class Encoded(Struct, frozen=True):
-    """Encode → Broker: the patch is in its slot. `took_s` is the time of the batch it was encoded in."""
+class EncodedJob(Struct, frozen=True):
+    """A patch that is in its slot, and the slot's generation."""
 
     job_id: int
     generation: int
+
+
+class Encoded(Struct, frozen=True):
+    """Encode → Broker: these patches, a batch that took `took_s`, are in their slots."""
+
+    jobs: list[EncodedJob]
     took_s: float
-    batch_size: int = 1
 
 
 class EncodeFailed(Struct, frozen=True):

@@ -19,7 +19,7 @@ def world() -> World:
 
 def encoding(world: World, request_id: str = "r", patches: list[str] | None = None) -> list:
     world.submit(request_id, patches or ["a", "b"])
-    return world.take_sends(m.Encode)
+    return world.take_jobs()
 
 
 @pytest.mark.parametrize("stage", ["p", "d"])
@@ -52,14 +52,14 @@ def test_the_patches_of_a_lost_encode_worker_go_to_another_one_and_to_other_memo
     sends = encoding(world, patches=["a", "b", "c", "d"])
     mine = [send for send in sends if send.peer_id == world.e[0]]
     world.wait(4.0, but=(world.e[0],))
-    again = [send for send in world.take_sends(m.Encode) if send.peer_id == world.e[1]]
+    again = [send for send in world.take_jobs() if send.peer_id == world.e[1]]
     assert [send.message.patch_hash for send in again] == [send.message.patch_hash for send in mine]
     before = {send.message.slot.offset for send in mine}
     assert not before & {send.message.slot.offset for send in again}, "the lost worker might still write there"
     assert again[0].frames == mine[0].frames
     for send in again + [one for one in sends if one.peer_id == world.e[1]]:
         message = send.message
-        world.say(world.e[1], m.Encoded(job_id=message.job_id, generation=message.slot.generation, took_s=0.0))
+        world.say_encoded(world.e[1], message)
     assert world.core.board.requests["r"].missing == set()
     assert world.take(m.Failed) == []
 
@@ -78,9 +78,9 @@ def test_a_patch_that_was_there_when_two_workers_were_lost_fails_its_request_and
     world.join("e1", Role.ENCODE, encode_info())
     world.join("e2", Role.ENCODE, encode_info())
     for _ in range(2):
-        [send] = world.take_sends(m.Encode)
+        [send] = world.take_jobs()
         world.say(send.peer_id, m.Goodbye(reason="killed"))
-    assert world.take(m.Encode) == []
+    assert world.take_jobs() == []
     [failed] = world.take(m.Failed)
     assert "2 encode workers were lost" in failed.message
 
@@ -98,10 +98,10 @@ def test_the_memory_of_a_lost_encode_worker_is_used_again_once_it_is_back() -> N
 def test_a_late_encoded_of_an_earlier_generation_or_worker_changes_nothing(world: World) -> None:
     first, second = encoding(world)
     message = first.message
-    world.say(second.peer_id, m.Encoded(job_id=message.job_id, generation=message.slot.generation, took_s=0.0))
+    world.say_encoded(second.peer_id, message)
     assert world.take(m.Ready) == []
     assert world.core.board.counters().num_fenced == 1
-    world.say(first.peer_id, m.Encoded(job_id=message.job_id, generation=message.slot.generation - 1, took_s=0.0))
+    world.say_encoded(first.peer_id, message, message.slot.generation - 1)
     assert world.take(m.Ready) == []
 
 
@@ -110,12 +110,12 @@ def test_a_stale_slot_is_encoded_again_from_the_request_that_found_it(world: Wor
     world.take(m.Ready)
     stale = m.Stale(request_id="r", patch_hash="a", generation=message.slot.generation, reason="checksum")
     world.say(world.p[0], stale)
-    [again] = world.take_sends(m.Encode)
+    [again] = world.take_jobs()
     assert again.frames == [b"pixels of a"]
     assert again.message.slot.generation > message.slot.generation
     world.say(world.p[0], stale)
-    assert world.take(m.Encode) == [], "a second report of the same generation is late"
-    world.say(again.peer_id, m.Encoded(job_id=again.message.job_id, generation=again.message.slot.generation, took_s=0))
+    assert world.take_jobs() == [], "a second report of the same generation is late"
+    world.say_encoded(again.peer_id, again.message)
     [ready] = world.take(m.Ready, world.p[0])
     assert ready.ready[0].slot == again.message.slot
     assert worker in world.e
@@ -125,7 +125,7 @@ def test_a_patch_that_cannot_be_encoded_fails_all_that_wait_for_it_and_nobody_el
     world.submit("r1", ["bad"])
     world.submit("r2", ["bad"])
     world.submit("r3", ["good"])
-    for send in world.take_sends(m.Encode):
+    for send in world.take_jobs():
         if send.message.patch_hash == "bad":
             world.say(send.peer_id, m.EncodeFailed(job_id=send.message.job_id, message="no such pixels"))
     assert [(one.request_id, one.code) for one in world.take(m.Failed)] == [
@@ -133,7 +133,7 @@ def test_a_patch_that_cannot_be_encoded_fails_all_that_wait_for_it_and_nobody_el
         ("r2", "encode_failed"),
     ]
     world.submit("r4", ["bad"])
-    assert len(world.take(m.Encode)) == 1, "the next who asks for it gets a new try"
+    assert len(world.take_jobs()) == 1, "the next who asks for it gets a new try"
 
 
 def test_a_cancelled_request_drops_what_was_not_encoded_and_frees_its_slots_when_nobody_reads_them(
@@ -149,9 +149,7 @@ def test_a_cancelled_request_drops_what_was_not_encoded_and_frees_its_slots_when
     assert len(drops) == 2
     first, second = sends
     world.say(first.peer_id, m.EncodeFailed(job_id=first.message.job_id, message="dropped", dropped=True))
-    world.say(
-        second.peer_id, m.Encoded(job_id=second.message.job_id, generation=second.message.slot.generation, took_s=0)
-    )
+    world.say_encoded(second.peer_id, second.message)
     world.assert_idle()
     assert world.take(m.Failed) == []
     assert world.take(m.Finished) == []

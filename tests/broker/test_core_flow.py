@@ -23,12 +23,12 @@ def test_prefill_and_decode_get_their_parts_at_once_while_patches_are_being_enco
     assert (prefill.peer_id, prefill.frames, prefill.message.ready) == (world.p[0], [b"engine"], [])
     assert (decode.peer_id, decode.frames) == (world.d[0], [b"engine"])
     assert decode.message.prefill.engine_id == "engine-p0"
-    assert len(world.take(m.Encode)) == 3
+    assert len(world.take_jobs()) == 3
 
 
 def test_the_patches_of_one_request_go_to_all_encode_workers(world: World) -> None:
     world.submit("r", [f"h{i}" for i in range(7)])
-    sends = world.take_sends(m.Encode)
+    sends = world.take_jobs()
     assert sorted(send.peer_id for send in sends) == sorted([world.e[0]] * 4 + [world.e[1]] * 3)
     assert {send.message.patch_hash: send.frames for send in sends}["h3"] == [b"pixels of h3"]
     offsets = {send.message.slot.offset for send in sends}
@@ -37,8 +37,8 @@ def test_the_patches_of_one_request_go_to_all_encode_workers(world: World) -> No
 
 def test_the_prefill_worker_hears_of_each_patch_as_it_is_done(world: World) -> None:
     world.submit("r", ["a", "b"])
-    first, second = world.take_sends(m.Encode)
-    world.say(first.peer_id, m.Encoded(job_id=first.message.job_id, generation=first.message.slot.generation, took_s=0))
+    first, second = world.take_jobs()
+    world.say_encoded(first.peer_id, first.message)
     [ready] = world.take(m.Ready, world.p[0])
     assert [one.patch_hash for one in ready.ready] == ["a"]
     assert ready.ready[0].slot == first.message.slot
@@ -164,11 +164,11 @@ def test_an_encode_worker_is_not_given_more_than_a_few_batches_ahead() -> None:
     world = World(BrokerConfig(encode_batches_ahead=1))
     world.pipeline(encode=1)
     world.submit("r", [f"h{i}" for i in range(40)], prompt=200)  # 160 tokens, batches of 64
-    first = world.take_sends(m.Encode)
+    first = world.take_jobs()
     assert len(first) == 16
     one = first[0].message
-    world.say(world.e[0], m.Encoded(job_id=one.job_id, generation=one.slot.generation, took_s=0.0))
-    assert len(world.take(m.Encode)) == 1
+    world.say_encoded(world.e[0], one)
+    assert len(world.take_jobs()) == 1
 
 
 def test_a_story_can_be_asked_for_while_the_request_runs_and_after_it(world: World) -> None:

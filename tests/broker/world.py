@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from broker.board import Send
 from broker.core import Core
@@ -27,6 +28,14 @@ def prefill_info(name: str, **changes: object) -> m.WorkerInfo:
 
 def decode_info(**changes: object) -> m.WorkerInfo:
     return m.WorkerInfo(**{"model": "toy", "kv_capacity_tokens": 4096, "max_num_seqs": 8, **changes})
+
+
+class EncodeSend(NamedTuple):
+    """An encode job that was sent: to whom, what, and its opaque frames."""
+
+    peer_id: str
+    message: m.EncodeJob
+    frames: list[bytes]
 
 
 @dataclasses.dataclass
@@ -103,16 +112,28 @@ class World:
         self.sent = [s for s in self.sent if s not in found]
         return found
 
-    def encode_all(self) -> list[tuple[str, m.Encode]]:
-        """Answers every ENCODE until there are no more; returns (worker, message) in order."""
+    def take_jobs(self) -> list[EncodeSend]:
+        """Takes the encode jobs that were sent, each with its worker and frames."""
+        jobs = []
+        for send in self.take_sends(m.Encode):
+            at = 0
+            for job in send.message.jobs:
+                jobs.append(EncodeSend(send.peer_id, job, send.frames[at : at + job.num_frames]))
+                at += job.num_frames
+        return jobs
+
+    def say_encoded(self, worker: str, job: m.EncodeJob, generation: int | None = None) -> None:
+        """Has a worker say that one patch is in its slot."""
+        one = m.EncodedJob(job_id=job.job_id, generation=job.slot.generation if generation is None else generation)
+        self.say(worker, m.Encoded(jobs=[one], took_s=0.01))
+
+    def encode_all(self) -> list[tuple[str, m.EncodeJob]]:
+        """Answers every encode job until there are no more; returns (worker, job) in order."""
         done = []
-        while sends := self.take_sends(m.Encode):
-            for send in sends:
-                message = send.message
-                done.append((send.peer_id, message))
-                self.say(
-                    send.peer_id, m.Encoded(job_id=message.job_id, generation=message.slot.generation, took_s=0.01)
-                )
+        while jobs := self.take_jobs():
+            for send in jobs:
+                done.append((send.peer_id, send.message))
+                self.say_encoded(send.peer_id, send.message)
         return done
 
     def finish(self, request_id: str, p: str, d: str) -> None:
