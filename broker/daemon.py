@@ -11,21 +11,20 @@ import time
 
 import structlog
 import zmq
-import zmq.asyncio
 
 from broker.board import Send
 from broker.core import Core
 from epd import service, wire
 from epd.config import Config
+from epd.sockets import MessageSocket
 
 log = structlog.get_logger()
 
 TICK_S = 0.25
-MAX_BATCH = 256
 
 
 class Broker:
-    """Binds the socket at construction; `serve` runs until it is cancelled.
+    """Binds its socket at construction; `serve` runs until it is cancelled.
 
     Args:
         config: `config.broker` says where to bind; a TCP port of 0 picks a free one, see `address`.
@@ -37,45 +36,38 @@ class Broker:
     def __init__(self, config: Config) -> None:
         # Generations start at the time in microseconds: no earlier broker of the same pools can have got so far.
         self.core = Core(config.broker, first_generation=time.time_ns() // 1000)
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 200)
+        self._context = zmq.Context()
+        sock = self._context.socket(zmq.ROUTER)
+        sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        sock.setsockopt(zmq.SNDHWM, 0)
+        sock.setsockopt(zmq.RCVHWM, 0)
         try:
-            self._socket.bind(config.broker.address)
+            sock.bind(config.broker.address)
         except zmq.ZMQError:
-            self.close()
+            self._context.destroy(linger=0)
             raise
-        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address: str = sock.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._bound = sock
+        self._socket: MessageSocket | None = None
         self.num_malformed = 0
         self._complained_at = 0.0
 
     async def serve(self) -> None:
         """Handles messages and the passing of time, for ever."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._receive(), name="broker-receive")
-            tasks.create_task(self._tick(), name="broker-tick")
+        self._socket = MessageSocket(self._bound, self._handle)
+        try:
+            while True:
+                await asyncio.sleep(TICK_S)
+                self._perform(self.core.tick(time.monotonic()))
+        finally:
+            self._socket.close()
 
     def close(self) -> None:
-        """Closes the socket."""
-        self._socket.close()
-        self._context.term()
+        """Closes the socket; after `serve` has ended."""
+        self._context.destroy(linger=200)
 
-    async def _receive(self) -> None:
-        while True:
-            parts = await self._socket.recv_multipart()
-            for _ in range(MAX_BATCH):
-                await self._handle(parts)
-                try:
-                    parts = await self._socket.recv_multipart(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-            await asyncio.sleep(0)
-
-    async def _handle(self, parts: list[bytes]) -> None:
+    def _handle(self, parts: list[bytes]) -> None:
         peer_id = parts[0].decode("latin-1")  # any bytes, and back
         try:
             message, frames = wire.decode(parts[1:])
@@ -87,17 +79,13 @@ class Broker:
         except Exception:  # an error in the core is ours, but one request's message must not end all others
             log.exception("not handled", peer=peer_id, command=type(message).__name__)
             sends = self.core.board.take()
-        await self._perform(sends)
+        self._perform(sends)
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            await self._perform(self.core.tick(time.monotonic()))
-
-    async def _perform(self, sends: list[Send]) -> None:
+    def _perform(self, sends: list[Send]) -> None:
+        assert self._socket is not None
         for peer_id, message, frames in sends:
             try:
-                await self._socket.send_multipart([peer_id.encode("latin-1"), *wire.encode(message, frames)])
+                self._socket.send([peer_id.encode("latin-1"), *wire.encode(message, frames)])
             except zmq.ZMQError as error:  # the peer is gone; its silence will tell the core
                 log.debug("not sent", peer=peer_id, command=type(message).__name__, reason=str(error))
 

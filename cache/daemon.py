@@ -62,7 +62,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
             service.notify_systemd("STOPPING=1")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_S):
-                    await link.goodbye("stopped")
+                    link.goodbye("stopped")
     log.info("pool removed", pool=descriptor.name)
     return 0
 

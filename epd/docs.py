@@ -106,7 +106,7 @@ sequenceDiagram
     A->>B: SUBMIT
     B->>P: PREFILL
     B->>D: DECODE
-    B->>E: ENCODE (each missing patch)
+    B->>E: ENCODE (missing patches)
     E->>B: ENCODED
     B->>P: READY
     P->>B: PREFILLED
@@ -125,12 +125,12 @@ sequenceDiagram
   is missing.
 - KV goes from worker to worker, so TOKENS and FINISHED MAY reach the broker before PREFILLED and PUSHED. The broker
   keeps such a FINISHED until PREFILLED has come.
-- ENCODED names the generation of the slot that was written. The broker MUST ignore any other than the current one.
+- ENCODED names the generation of each slot that was written. The broker MUST ignore any but the current one.
 - A reader that finds something else in a slot MUST NOT use it. A prefill worker says STALE and gets READY when the
   patch has been encoded again; a decode worker ends the request with FAILED.
 - A worker MUST answer ABORT with RELEASED, or with the PREFILLED, FINISHED or FAILED that was already on its way. Until
   then the broker keeps the request's slots pinned.
-- A worker MUST answer each ENCODE with one ENCODED or ENCODE_FAILED, also after DROP_ENCODE.
+- A worker MUST answer each job of an ENCODE once, in an ENCODED or by ENCODE_FAILED, also after DROP_ENCODE.
 - CANCEL has no answer. TOKENS of that request MAY still arrive and MUST be ignored.
 """
 

@@ -1,14 +1,13 @@
 """A peer's link to the broker: one DEALER socket, registration, heartbeats, and starting over when the broker is lost.
 
-Lives in every process but the broker; owns the socket and the tasks that read it, write it and keep it alive. The
-routing id of the socket is the peer's incarnation: each registration opens a new socket with a new one, so that
-whatever was on its way to an earlier incarnation is never delivered to this one.
+Lives in every process but the broker; owns the socket and the task that keeps it registered. The routing id of the
+socket is the peer's incarnation: each registration opens a new socket with a new one, so that whatever was on its way
+to an earlier incarnation is never delivered to this one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import socket
@@ -19,16 +18,15 @@ from typing import Self
 
 import structlog
 import zmq
-import zmq.asyncio
 
 from epd import wire
 from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Message, Pool, Role, Unknown, Welcome, WorkerInfo
+from epd.sockets import MessageSocket
 
 log = structlog.get_logger()
 
 MAX_OUTBOX = 65_536
 _HELLO_EVERY_S = 0.5
-_GOODBYE_S = 1.0
 
 OnMessage = Callable[[Message, list[bytes]], None]
 OnRegistered = Callable[[Welcome], Awaitable[None]]
@@ -49,7 +47,7 @@ class BrokerLink:
         info: called at each registration.
         pools: called at each registration (cache daemons).
         on_message: called with each message after WELCOME, on the event loop, never concurrently.
-        on_registered: awaited after each WELCOME.
+        on_registered: awaited after each WELCOME, and done before `on_message` is called.
         on_lost: awaited when a registration has ended (the broker restarted or fell silent); everything held for the
             broker is to be dropped. Registration then starts again by itself.
         steps: the number of engine steps, sent with each heartbeat.
@@ -71,12 +69,14 @@ class BrokerLink:
         self._address, self._name, self._role = address, name, role
         self._info, self._pools, self._steps = info, pools, steps
         self._on_message, self._on_registered, self._on_lost = on_message, on_registered, on_lost
-        self._context = zmq.asyncio.Context()
-        self._outbox: asyncio.Queue[list[bytes]] = asyncio.Queue(MAX_OUTBOX)
+        self._context = zmq.Context()
+        self._socket: MessageSocket | None = None
+        self._welcome: asyncio.Future[Welcome] | None = None
         self._registered = asyncio.Event()
+        self._lost: asyncio.Future[str] | None = None
+        self._early: list[tuple[Message, list[bytes]]] = []
         self._heard_at = 0.0
         self._task: asyncio.Task[None] | None = None
-        self._ended: str | None = None
         self._leaving = False
         self.incarnation = ""
 
@@ -90,7 +90,7 @@ class BrokerLink:
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._context.destroy(linger=200)
+        self._context.term()
 
     @property
     def registered(self) -> bool:
@@ -102,53 +102,65 @@ class BrokerLink:
         await self._registered.wait()
 
     def send(self, message: Message, frames: wire.Frames = ()) -> None:
-        """Queues a message for the broker; without a registration it is dropped, as its state is gone there.
+        """Sends a message to the broker; without a registration it is dropped, as its state is gone there.
 
         Raises:
             LinkOverloadedError: `MAX_OUTBOX` messages wait already.
         """
-        if not self.registered:
+        if not self.registered or self._socket is None:
             return
         try:
-            self._outbox.put_nowait(wire.encode(message, frames))
-        except asyncio.QueueFull:
+            self._socket.send(wire.encode(message, frames))
+        except zmq.Again:
             raise LinkOverloadedError(f"{MAX_OUTBOX} messages wait for the broker") from None
 
-    async def goodbye(self, reason: str) -> None:
-        """Says GOODBYE after all that was sent before, and waits (a second at most) until ZeroMQ has it.
-
-        This peer does not register again.
-        """
+    def goodbye(self, reason: str) -> None:
+        """Says GOODBYE after all that was sent before; this peer does not register again."""
+        self.send(Goodbye(reason=reason))
         self._leaving = True
-        if self.registered:
-            self.send(Goodbye(reason=reason))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._outbox.join(), _GOODBYE_S)
+
+    # ---- registration ----------------------------------------------------------------------------------------------
 
     async def _keep_registered(self) -> None:
-        while not self._leaving:
-            self.incarnation = secrets.token_hex(8)
-            sock: zmq.asyncio.Socket = self._context.socket(zmq.DEALER)
-            sock.setsockopt(zmq.IDENTITY, self.incarnation.encode())
-            sock.setsockopt(zmq.LINGER, 200)
-            sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-            sock.setsockopt(zmq.SNDHWM, 0)
-            sock.setsockopt(zmq.RCVHWM, 0)
-            sock.connect(self._address)
-            try:
-                welcome = await self._register(sock)
-                await self._serve(sock, welcome)
-            finally:
-                self._registered.clear()
-                sock.close()
+        while True:
+            reason = await self._one_registration()
             if self._leaving:
                 return
-            reason = self._ended or "the link ended"
             log.warning("broker lost", peer=self._name, reason=reason)
             if self._on_lost:
                 await self._on_lost(reason)
 
-    async def _register(self, sock: zmq.asyncio.Socket) -> Welcome:
+    async def _one_registration(self) -> str:
+        """Registers a new incarnation and keeps it alive; returns why it ended."""
+        loop = asyncio.get_running_loop()
+        self._welcome, self._lost, self._early = loop.create_future(), loop.create_future(), []
+        self.incarnation = secrets.token_hex(8)
+        self._socket = MessageSocket(self._connect(), self._on_parts)
+        try:
+            welcome = await self._say_hello(self._socket, self._welcome)
+            self._heard_at = time.monotonic()
+            self._registered.set()
+            if self._on_registered:
+                await self._on_registered(welcome)
+            early, self._early, self._welcome = self._early, [], None
+            for message, frames in early:
+                self._on_message(message, frames)
+            return await self._beat(welcome, self._lost)
+        finally:
+            self._registered.clear()
+            self._socket.close()
+            self._socket = None
+
+    def _connect(self) -> zmq.Socket[bytes]:
+        sock = self._context.socket(zmq.DEALER)
+        sock.setsockopt(zmq.IDENTITY, self.incarnation.encode())
+        sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        sock.setsockopt(zmq.SNDHWM, MAX_OUTBOX)
+        sock.setsockopt(zmq.RCVHWM, 0)
+        sock.connect(self._address)
+        return sock
+
+    async def _say_hello(self, sock: MessageSocket, welcome: asyncio.Future[Welcome]) -> Welcome:
         hello = Hello(
             name=self._name,
             role=self._role,
@@ -158,73 +170,40 @@ class BrokerLink:
             info=self._info(),
             pools=self._pools(),
         )
-        sayer = asyncio.create_task(self._say_hello(sock, hello), name=f"hello-{self._name}")
-        try:
-            while True:
-                message, _ = wire.decode(await sock.recv_multipart())
-                if isinstance(message, Welcome):
-                    return message
-        finally:
-            sayer.cancel()
-
-    async def _say_hello(self, sock: zmq.asyncio.Socket, hello: Hello) -> None:
-        parts = wire.encode(hello)
         while True:
-            await sock.send_multipart(parts)
-            await asyncio.sleep(_HELLO_EVERY_S)
+            sock.send(wire.encode(hello))
+            done, _ = await asyncio.wait({welcome}, timeout=_HELLO_EVERY_S)
+            if done:
+                return welcome.result()
 
-    async def _serve(self, sock: zmq.asyncio.Socket, welcome: Welcome) -> None:
-        while not self._outbox.empty():
-            self._outbox.get_nowait()
-            self._outbox.task_done()
-        self._ended, self._heard_at = None, time.monotonic()
-        self._registered.set()
-        if self._on_registered:
-            await self._on_registered(welcome)
-        tasks = [
-            asyncio.create_task(self._read(sock), name=f"read-{self._name}"),
-            asyncio.create_task(self._write(sock), name=f"write-{self._name}"),
-            asyncio.create_task(self._beat(welcome), name=f"beat-{self._name}"),
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _read(self, sock: zmq.asyncio.Socket) -> None:
+    async def _beat(self, welcome: Welcome, lost: asyncio.Future[str]) -> str:
         while True:
-            parts = await sock.recv_multipart()
-            self._heard_at = time.monotonic()
-            try:
-                message, frames = wire.decode(parts)
-            except wire.WireError as error:
-                log.warning("malformed message from the broker", reason=str(error))
-                continue
-            match message:
-                case HeartbeatAck() | Welcome():
-                    pass
-                case Unknown():
-                    self._ended = "the broker does not know this incarnation"
-                    return
-                case _:
-                    self._on_message(message, frames)
-
-    async def _write(self, sock: zmq.asyncio.Socket) -> None:
-        while True:
-            await sock.send_multipart(await self._outbox.get())
-            self._outbox.task_done()
-
-    async def _beat(self, welcome: Welcome) -> None:
-        while True:
-            await asyncio.sleep(welcome.heartbeat_s)
-            if self._leaving:
-                return
-            self.send(Heartbeat(num_steps=self._steps()))
+            done, _ = await asyncio.wait({lost}, timeout=welcome.heartbeat_s)
+            if done:
+                return lost.result()
+            if not self._leaving:
+                self.send(Heartbeat(num_steps=self._steps()))
             silent_s = time.monotonic() - self._heard_at
             if silent_s > welcome.lost_after_s:
-                self._ended = f"the broker was silent for {silent_s:.1f} s"
-                return
+                return f"the broker was silent for {silent_s:.1f} s"
+
+    def _on_parts(self, parts: list[bytes]) -> None:
+        self._heard_at = time.monotonic()
+        try:
+            message, frames = wire.decode(parts)
+        except wire.WireError as error:
+            log.warning("malformed message from the broker", reason=str(error))
+            return
+        match message:
+            case HeartbeatAck():
+                pass
+            case Welcome():
+                if self._welcome is not None and not self._welcome.done():
+                    self._welcome.set_result(message)
+            case Unknown():
+                if self.registered and self._lost is not None and not self._lost.done():
+                    self._lost.set_result("the broker does not know this incarnation")
+            case _ if self._welcome is not None:
+                self._early.append((message, frames))
+            case _:
+                self._on_message(message, frames)

@@ -70,7 +70,7 @@ class Worker:
             service.notify_systemd("STOPPING=1")
             if not self.failed.is_set():
                 await asyncio.to_thread(self._thread.wait_idle, DRAIN_S)
-            await link.goodbye("the engine failed" if self.failed.is_set() else "stopped")
+            link.goodbye("the engine failed" if self.failed.is_set() else "stopped")
         return self._close()
 
     def _close(self) -> int:

@@ -73,6 +73,25 @@ def calm_nixl() -> None:
     bindings.nixlAgentConfig = EventDrivenConfig
 
 
+def share_process_group() -> None:
+    """Gives an engine of a single process one process group instead of a dozen; call it before the engine is built.
+
+    vLLM makes a group for each kind of parallelism, and on CPUs each has a gloo thread that wakes 100 times a second. In
+    a world of one process they are all the same group.
+    """
+    distributed = torch.distributed
+    make, destroy = distributed.new_group, distributed.destroy_process_group
+
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        return distributed.group.WORLD if distributed.get_world_size() == 1 else make(*args, **kwargs)
+
+    def destroy_process_group(group: Any = None) -> None:
+        if group is None or distributed.get_world_size() > 1:
+            destroy(group)
+
+    distributed.new_group, distributed.destroy_process_group = new_group, destroy_process_group
+
+
 class ReadyPatchCache(EncoderCacheManager):
     """vLLM's encoder cache accounting, ruled by the patches that are ready, and keeping nothing for later.
 
@@ -161,6 +180,7 @@ class Engine:
     def __init__(self, config: Config, role: Role, name: str) -> None:
         started = time.monotonic()
         self.role = role
+        share_process_group()
         if role is not Role.ENCODE:
             calm_nixl()
         args = EngineArgs(**engine_options(config, role, name))

@@ -105,7 +105,7 @@ class Endpoint:
             self.core.fail_all(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.bridge.wait_idle(), _END_S)
-        await self.core.link.goodbye("drained")
+        self.core.link.goodbye("drained")
 
     async def _app(self, args: argparse.Namespace, llm: PipelineLLM) -> FastAPI:
         if args.tool_parser_plugin:

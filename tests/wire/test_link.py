@@ -66,7 +66,7 @@ async def test_a_peer_is_registered_kept_alive_and_leaves_with_goodbye(broker: B
         await asyncio.wait_for(link.wait_registered(), 5)
         await asyncio.sleep(2 * FAST.lost_after_s)
         assert [peer.name for peer in broker.core.board.registry] == ["e0"]
-        await link.goodbye("done")
+        link.goodbye("done")
         await asyncio.sleep(0.1)
         assert not list(broker.core.board.registry)
     assert heard.losses.empty()

@@ -1,0 +1,116 @@
+"""The documentation says what the code says: generated pages, links, commands, configurations, names of files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from broker.request import TRANSITIONS, State
+from epd import config, docs
+from epd.cli import COMMANDS, build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(
+    [*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("README.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+)
+UNITS = sorted((ROOT / "examples" / "systemd").glob("*.service"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def without_code(path: Path) -> str:
+    return re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands() -> list[str]:
+    found = []
+    for path in PAGES:
+        for block in blocks(path, "sh"):
+            found += [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("epd ")]
+    for path in UNITS:
+        found += re.findall(r"^ExecStart=\S*/(epd .*)$", path.read_text("utf-8"), re.MULTILINE)
+    return found
+
+
+def test_the_generated_pages_are_up_to_date():
+    assert docs.main(["--check"]) == 0, "run `make docs`"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_relative_link_leads_somewhere(path: Path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(path)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_file_that_a_page_names_in_full_is_there(path: Path):
+    folders = "epd|broker|cache|workers|tests|examples|docs|scripts|benchmarks"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", without_code(path)):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_epd_command_line_is_one(line: str):
+    words = shlex.split(line, comments=True)[1:]
+    command = next(word for word in words if not word.startswith("-"))
+    assert command in COMMANDS
+    build_parser(command).parse_args(words)  # ends the process where it does not know an option
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "toml")], ids=name_of)
+def test_every_configuration_on_a_page_can_be_read(path: Path, tmp_path: Path):
+    for number, block in enumerate(blocks(path, "toml")):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(block)
+        assert config.load(file).model
+
+
+def test_the_configuration_for_systemd_can_be_read_and_has_the_defaults_that_it_shows():
+    path = ROOT / "examples" / "systemd" / "epd.toml"
+    loaded, shown, default = config.load(path), tomllib.loads(path.read_text()), config.Config()
+    own = {"broker.address", "cache.pool_bytes", "log.format"}
+    for section in ("broker", "cache", "endpoint", "log"):
+        for key in shown[section].keys() - {name.partition(".")[2] for name in own if name.startswith(section)}:
+            assert getattr(getattr(loaded, section), key) == getattr(getattr(default, section), key), key
+
+
+def test_every_python_block_compiles():
+    for path in PAGES:
+        for block in blocks(path, "python"):
+            compile(block, name_of(path), "exec")
+
+
+def test_the_picture_of_a_request_s_states_is_the_table():
+    [diagram] = [each for each in blocks(ROOT / "docs" / "architecture.md", "mermaid") if "stateDiagram" in each]
+    shown = set(re.findall(r"(\w+) --> (\w+): (\w+)", diagram))
+    assert shown == {(str(state), str(after), str(event)) for (state, event), after in TRANSITIONS.items()}
+    left = {state for state, _ in TRANSITIONS}
+    assert set(re.findall(r"(\w+) --> \[\*\]", diagram)) == {str(state) for state in State if state not in left}
+
+
+def test_pictures_are_well_formed():
+    for path in (ROOT / "docs" / "pictures").glob("*.svg"):
+        ElementTree.parse(path)
