@@ -97,12 +97,15 @@ class Figure:
         return f"{self.name:<52} {self.median:10.2f} {self.unit:<4} ({low:.2f} to {high:.2f}, n={len(self.values)})"
 
 
-def alternate(rounds: int, runs: dict[str, Callable[[int], float]], unit: str = "ms") -> dict[str, Figure]:
-    """Runs each of `runs` once per round, in turn, so that a machine that drifts is fair to all; seconds become ms."""
+def alternate(blocks: int, block: int, runs: dict[str, Callable[[int], float]], unit: str = "ms") -> dict[str, Figure]:
+    """Runs each of `runs` `block` times, in turn, `blocks` times over; seconds become milliseconds.
+
+    In turn, so that a machine that drifts is fair to all; in blocks, so that each is as warm as a server in use.
+    """
     values: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
+    for first in range(0, blocks * block, block):
         for name, run in runs.items():
-            values[name].append(run(number) * 1000)
+            values[name] += [run(number) * 1000 for number in range(first, first + block)]
     return {name: Figure(name, unit, found) for name, found in values.items()}
 
 

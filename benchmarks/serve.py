@@ -12,7 +12,7 @@ from benchmarks.common import Figure, alternate, chat, config, data_url, noise, 
 from benchmarks.servers import Running, plain_vllm
 from epd.builtin import DEMO_QUESTION, demo_image_path
 
-ROUNDS = 15
+BLOCKS, BLOCK = 4, 5
 IDLE_S = 10.0
 
 
@@ -53,7 +53,7 @@ def _ttfts(ours: httpx.Client, plain: httpx.Client) -> dict[str, Figure]:
         runs[f"{name}: a new picture"] = lambda n, c=client: new(c, 1, 1000 + n)
         runs[f"{name}: four new pictures"] = lambda n, c=client: new(c, 4, 2000 + 4 * n)
         runs[f"{name}: text only"] = lambda n, c=client: ttft_s(c, chat(f"{n} digits are in the image? " * 6))
-    return alternate(ROUNDS, runs)
+    return alternate(BLOCKS, BLOCK, runs)
 
 
 def _idle_percent(running: Running) -> float:

@@ -6,20 +6,22 @@ Lives in the user's process; owns one `LocalPipeline`.
 from __future__ import annotations
 
 import asyncio
-import json
-from pathlib import Path
+import contextlib
+import signal
 from typing import Any
 
 from rich.console import Console
 
 from epd import builtin
-from epd.client import AsyncClient
+from epd.client import AsyncClient, EPDError
 from epd.config import Config, dump
-from epd.demo import measure, pictures, plain, show, timeline
-from epd.local import LocalPipeline
+from epd.demo import measure, pictures, show, timeline
+from epd.local import LocalPipeline, Spec
 from epd.local.display import Display
+from epd.local.environment import free_ports
 
-NUM_MEASURED, NUM_WARM_UPS = 5, 2
+NUM_BLOCKS, BLOCK, NUM_WARM_UPS = 3, 4, 2
+_POLL_S = 0.1
 _COLUMNS = 48
 
 
@@ -103,15 +105,7 @@ class Demo:
         pids = [daemon.pid for daemon in pipeline.processes.values()] + [(await pipeline.supervisor.zygote()).pid]
         with self._console.status("measuring idle CPU"):
             idle_cpu = await measure.idle_cpu(pids)
-        fresh = pictures.variants(self._picture, NUM_WARM_UPS + NUM_MEASURED)
-        pipeline_s: list[float] = []
-        plain_s: list[float] = []
-        if self._compare:
-            with self._console.status("asking about pictures that are new to it"):
-                asked = [await measure.ask(client, builtin.DEMO_QUESTION, picture) for picture in fresh]
-            pipeline_s = [one.ttft_s for one in asked[NUM_WARM_UPS:]]
-            with self._console.status("asking plain vLLM the same"):
-                plain_s = await self._ask_plain(fresh)
+        pipeline_s, plain_s = await self._compare_with_plain(client) if self._compare else ([], [])
         return show.Figures(
             ready_s=pipeline.ready_s,
             imported_s=pipeline.imported_s,
@@ -123,26 +117,47 @@ class Demo:
             plain_s=plain_s,
         )
 
-    async def _ask_plain(self, fresh: list[bytes]) -> list[float]:
-        """The times to first token of plain vLLM, in a process of its own; none if it failed."""
-        work, result = self._pipeline.run_dir / "plain-work.json", self._pipeline.run_dir / "plain-result.json"
-        await asyncio.to_thread(work.write_text, plain.pack(builtin.DEMO_QUESTION, fresh, NUM_WARM_UPS))
-        args = [dump(self._pipeline.config), str(work), str(result)]
-        daemon = await self._pipeline.call("plain", "epd.demo.plain:run", args)
-        if daemon.status != 0:
-            self._console.print(f"plain vLLM {daemon.how_it_ended()}; log: {daemon.log_path}", style="red")
-            return []
-        return _times(result, builtin.DEMO_ANSWER)
+    async def _compare_with_plain(self, client: AsyncClient) -> tuple[list[float], list[float]]:
+        """Times to first token of the pipeline and of a plain vLLM beside it, in blocks that alternate."""
+        fresh = iter(pictures.variants(self._picture, 2 * (NUM_WARM_UPS + NUM_BLOCKS * BLOCK)))
+        with self._console.status("starting a plain vLLM beside the pipeline"):
+            url = await self._start_plain()
+        if not url:
+            return [], []
+
+        async def ask(to: AsyncClient, count: int) -> list[float]:
+            asked = [await measure.ask(to, builtin.DEMO_QUESTION, next(fresh)) for _ in range(count)]
+            right = all(measure.normal(one.answer) == measure.normal(builtin.DEMO_ANSWER) for one in asked)
+            return [one.ttft_s for one in asked] if right else []
+
+        pipeline_s: list[float] = []
+        plain_s: list[float] = []
+        with self._console.status("asking both about pictures that are new to them"):
+            async with AsyncClient(url) as plain:
+                await ask(client, NUM_WARM_UPS)
+                await ask(plain, NUM_WARM_UPS)
+                for _ in range(NUM_BLOCKS):
+                    pipeline_s += await ask(client, BLOCK)
+                    plain_s += await ask(plain, BLOCK)
+        self._pipeline.kill("plain", signal.SIGTERM)
+        return pipeline_s, plain_s
+
+    async def _start_plain(self) -> str:
+        """The URL of a plain vLLM that answers; empty, with a word to the user, if there is none."""
+        [port] = free_ports(1)
+        url = f"http://127.0.0.1:{port}"
+        args = [dump(self._pipeline.config), port]
+        spec = Spec(name="plain", role="plain", target="epd.demo.plain:serve", args=args, once=True)
+        daemon = await self._pipeline.supervisor.start(spec)
+        async with AsyncClient(url) as client:
+            while not daemon.exited.is_set():
+                with contextlib.suppress(EPDError):
+                    if await client.health():
+                        return url
+                await asyncio.sleep(_POLL_S)
+        self._console.print(f"plain vLLM {daemon.how_it_ended()}; log: {daemon.log_path}", style="red")
+        return ""
 
 
 def _events(answer: dict[str, Any]) -> list[dict[str, Any]]:
     return list(answer.get("events") or answer["requests"][0]["events"])
-
-
-def _times(result: Path, truth: str) -> list[float]:
-    """The times in a result file; none if an answer is wrong, since then nothing was compared."""
-    found = json.loads(result.read_text())
-    if any(measure.normal(answer) != measure.normal(truth) for answer in found["answers"]):
-        return []
-    times: list[float] = found["ttft_s"]
-    return times

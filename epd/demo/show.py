@@ -115,7 +115,7 @@ def figures(found: Figures) -> RenderableType:
         add(f"{pipeline_s * 1e3:.0f} ms", f"to the first token, over HTTP, median of {count} pictures new to it")
         if found.plain_s:
             plain_s = median(found.plain_s)
-            add(f"{plain_s * 1e3:.0f} ms", "the same for plain vLLM: one engine, called in its process, no HTTP")
+            add(f"{plain_s * 1e3:.0f} ms", "the same for plain vLLM (`vllm serve`) beside it, in turns")
             add(
                 f"{pipeline_s / plain_s:.1f}",
                 "pipeline / plain vLLM; the model is tiny: these are overheads",
