@@ -17,7 +17,7 @@ from broker.request import Event, State
 from epd import messages as m
 from epd.config import BrokerConfig
 from epd.errors import ErrorCode
-from epd.messages import Message, Role
+from epd.messages import STAGES, Message, Role
 from epd.protocol import BY_STRUCT
 
 
@@ -110,13 +110,19 @@ class Core:
             elif request.decode == peer.peer_id or (request.prefill == peer.peer_id and not request.pushed):
                 text = f"{peer.role} worker {peer.name} was lost ({reason})"
                 self._endings.fail(request, ErrorCode.WORKER_LOST, text, now)
-        if peer.role is Role.ENCODE and not self.board.registry.of(Role.ENCODE):
-            for request in list(self.board.requests.values()):
-                if request.missing:
-                    self._endings.fail(request, ErrorCode.WORKER_LOST, "the last encode worker was lost", now)
+        if peer.role in STAGES and not self.board.registry.of(peer.role):
+            self._last_of_stage_lost(peer.role, now)
         if peer.pools:
             self.board.tell_pools()
         self.board.tell_status()
+
+    def _last_of_stage_lost(self, role: Role, now: float) -> None:
+        """Requests that wait for a worker of a stage that has none left fail now, not at the end of their patience."""
+        text = f"the last {role} worker was lost"
+        for request in list(self.board.requests.values()):
+            waits = request.state is State.QUEUED and (role is not Role.ENCODE or request.patches)
+            if waits or (role is Role.ENCODE and request.missing):
+                self._endings.fail(request, ErrorCode.WORKER_LOST, text, now)
 
     # ---- messages of registered peers ------------------------------------------------------------------------------
 

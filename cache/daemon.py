@@ -22,8 +22,6 @@ from epd.messages import Message, Role, Welcome
 
 log = structlog.get_logger()
 
-GOODBYE_S = 1.0
-
 
 def run(config: Config, name: str) -> int:
     """Runs the cache daemon `name` until SIGINT or SIGTERM; returns the exit status."""
@@ -60,9 +58,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
         ) as link:
             await stop.wait()
             service.notify_systemd("STOPPING=1")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GOODBYE_S):
-                    link.goodbye("stopped")
+            link.goodbye("stopped")
     log.info("pool removed", pool=descriptor.name)
     return 0
 

@@ -38,7 +38,6 @@ class BrokerConfig(_Section):
     decode_reserve_tokens: int = 1024
     encode_batches_ahead: int = 2
     story_keep: int = 1000
-    recorder: str = ""
 
 
 class CacheConfig(_Section):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
 from collections.abc import Awaitable
 
 import structlog
 
 from epd import service
-from epd.config import Config
+from epd.config import Config, ConfigError
 from epd.link import BrokerLink
 from epd.messages import Message, Pools, Role, Welcome, WorkerInfo
 from workers.decode import DecodeStage
@@ -42,6 +43,7 @@ class Worker:
         self.error: BaseException | None = None
         self._stage = STAGES[stage](config, name, self._post)
         self._thread = EngineThread(self._stage, self._on_ready, self._on_exit)
+        threading.excepthook = self._on_thread_error
         self._link = BrokerLink(
             config.broker.address,
             name,
@@ -74,6 +76,9 @@ class Worker:
         return self._close()
 
     def _close(self) -> int:
+        if isinstance(self.error, ConfigError):
+            log.error("engine not configured", reason=str(self.error))
+            return 2
         if self.error is not None:
             log.error("engine failed", error=repr(self.error), exc_info=self.error)
             return 1
@@ -104,6 +109,12 @@ class Worker:
 
     def _on_ready(self) -> None:
         self._loop.call_soon_threadsafe(self._ready.set)
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """A thread of vLLM's or NIXL's has died; an engine without it would wait for it for ever."""
+        name = args.thread.name if args.thread else "a thread"
+        log.error("a thread of the engine died", thread=name, error=repr(args.exc_value))
+        self._on_exit(RuntimeError(f"{name} died: {args.exc_value!r}"))
 
     def _on_exit(self, error: BaseException | None) -> None:
         self.error = error

@@ -32,7 +32,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
-from epd.config import Config
+from epd.config import Config, ConfigError
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
@@ -41,10 +41,6 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
 NIXL_PROGRESS_US = 100_000
 _ENDLESS = 1 << 40
-
-
-class EngineError(RuntimeError):
-    """The engine was given something it cannot run; the text says what."""
 
 
 def calm_nixl() -> None:
@@ -76,8 +72,8 @@ def calm_nixl() -> None:
 def share_process_group() -> None:
     """Gives an engine of a single process one process group instead of a dozen; call it before the engine is built.
 
-    vLLM makes a group for each kind of parallelism, and on CPUs each has a gloo thread that wakes 100 times a second. In
-    a world of one process they are all the same group.
+    vLLM makes a group for each kind of parallelism, and on CPUs each has a gloo thread that wakes 100 times a second.
+    In a world of one process they are all the same group.
     """
     distributed = torch.distributed
     make, destroy = distributed.new_group, distributed.destroy_process_group
@@ -127,11 +123,11 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     """The vLLM engine options of a stage: the user's own, over what the stage needs, under what it cannot do without.
 
     Raises:
-        EngineError: the user asks for something that the stage decides.
+        ConfigError: the user asks for something that the stage decides.
     """
     user = config.engine_options(role.value)
     if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
-        raise EngineError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
+        raise ConfigError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
     options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni"}
     if current_platform.is_cpu():
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}

@@ -38,7 +38,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
             await stack.enter_async_context(endpoint)
         except (ConfigError, OSError) as error:
             log.error("the endpoint cannot start", reason=str(error))
-            return 1
+            return 2 if isinstance(error, ConfigError) else 1
         log.info(
             "listening",
             host=config.endpoint.host,

@@ -4,7 +4,7 @@ Lives in the endpoint process; pure: rendered items in, patches out. Touches vLL
 vLLM 0.32: `vllm.multimodal.inputs`, `vllm.v1.serial_utils`) and no engine.
 
 An item is the unit unless its architecture has a rule in `RULES`. A rule is exact: the pieces encoded alone give
-bit for bit the embeddings of the whole (`shared/model_probe`), and each piece's tokens are its own run of the prompt.
+bit for bit the embeddings of the whole, and each piece's tokens are its own run of the prompt.
 """
 
 from __future__ import annotations

@@ -71,6 +71,18 @@ def test_without_any_encode_worker_left_requests_that_wait_for_one_fail(world: W
     assert [(one.request_id, one.code) for one in world.take(m.Failed)] == [("r", "worker_lost")]
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_queued_requests_fail_when_the_last_worker_of_a_stage_is_lost(stage: str) -> None:
+    world = World()
+    world.pipeline(encode=0)
+    for i in range(9):  # the decode worker's batch holds 8
+        world.submit(f"r{i}")
+    [worker] = world.p if stage == "prefill" else world.d
+    world.say(worker, m.Goodbye(reason="killed"))
+    assert len(world.take(m.Failed)) == 9
+    assert world.core.board.counters().held_queued == 0
+
+
 def test_a_patch_that_was_there_when_two_workers_were_lost_fails_its_request_and_spares_the_third() -> None:
     world = World()
     world.pipeline(encode=1)
