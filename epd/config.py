@@ -25,7 +25,8 @@ class BrokerConfig(_Section):
     """`[broker]`: where it listens and what it admits.
 
     `decode_reserve_tokens` is how much output is set aside in a decode worker's KV cache for a request that may be
-    longer; `max_queued` requests wait at most `max_queue_s` seconds for a place, beyond that the answer is 503.
+    longer; uploads may pin `upload_fraction` of the cache; `max_queued` requests wait at most `max_queue_s` seconds
+    for a place, beyond that the answer is 503.
     """
 
     address: str = "tcp://127.0.0.1:5840"
@@ -38,6 +39,7 @@ class BrokerConfig(_Section):
     decode_reserve_tokens: int = 1024
     encode_batches_ahead: int = 2
     story_keep: int = 1000
+    upload_fraction: float = 0.5
 
 
 class CacheConfig(_Section):
@@ -52,7 +54,9 @@ class EndpointConfig(_Section):
     """`[endpoint]`: the HTTP server and what it accepts from clients.
 
     `allowed_media_domains` lists the hosts that pictures may be fetched from; empty means that only data URLs are
-    taken. `max_pixels` bounds one picture, `max_images` one request, `max_body_bytes` one HTTP body.
+    taken. `max_pixels` bounds one picture, `max_images` one request, `max_body_bytes` one HTTP body. Pictures uploaded
+    to `/v1/media` are kept `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all
+    as the processor gives them.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +69,9 @@ class EndpointConfig(_Section):
     request_timeout_s: float = 600.0
     drain_s: float = 30.0
     api_keys: list[str] = []
+    media_ttl_s: float = 300.0
+    media_max_per_key: int = 64
+    media_bytes: int = 512 << 20
     serve: dict[str, Any] = {}
 
 

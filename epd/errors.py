@@ -22,6 +22,7 @@ class ErrorCode(enum.StrEnum):
     PREEMPTED = "preempted"
     SHUTTING_DOWN = "shutting_down"
     BROKER_LOST = "broker_lost"
+    PIXELS_NEEDED = "pixels_needed"
 
 
 HTTP_STATUS: dict[ErrorCode, int] = {
@@ -36,4 +37,5 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.PREEMPTED: 503,
     ErrorCode.SHUTTING_DOWN: 503,
     ErrorCode.BROKER_LOST: 503,
+    ErrorCode.PIXELS_NEEDED: 503,
 }

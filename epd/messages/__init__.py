@@ -22,7 +22,18 @@ from epd.messages.parts import (
     WorkerStatus,
 )
 from epd.messages.peers import Goodbye, Heartbeat, HeartbeatAck, Hello, Pools, Status, Unknown, Welcome
-from epd.messages.requests import Cancel, Failed, Finished, GetStory, Story, Submit, Tokens
+from epd.messages.requests import (
+    Cancel,
+    DropUpload,
+    Failed,
+    Finished,
+    GetStory,
+    Story,
+    Submit,
+    Tokens,
+    Upload,
+    Uploaded,
+)
 from epd.messages.stages import (
     Abort,
     Decode,
@@ -44,7 +55,7 @@ from epd.messages.stages import (
 
 Message = (
     Hello | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Goodbye | Status
-    | Submit | Cancel | Tokens | Finished | Failed | GetStory | Story
+    | Submit | Cancel | Upload | Uploaded | DropUpload | Tokens | Finished | Failed | GetStory | Story
     | Encode | DropEncode | Encoded | EncodeFailed
     | Prefill | Ready | Stale | Prefilled | Pushed | Released | Abort
     | Decode | NeedPatches
@@ -57,6 +68,7 @@ __all__ = [
     "Counters",
     "Decode",
     "DropEncode",
+    "DropUpload",
     "Encode",
     "EncodeFailed",
     "EncodeJob",
@@ -91,6 +103,8 @@ __all__ = [
     "Submit",
     "Tokens",
     "Unknown",
+    "Upload",
+    "Uploaded",
     "Welcome",
     "WorkerInfo",
     "WorkerStatus",

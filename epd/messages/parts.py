@@ -86,7 +86,8 @@ class Patch(Struct, frozen=True):
     """One independently encodable piece of a request's multimodal items.
 
     `patch_hash` names its content; `num_tokens` are the embedding rows it gives; `num_frames` says how many of the
-    message's opaque frames hold its pixels (their order is the order of the patches).
+    message's opaque frames hold its pixels (their order is the order of the patches). A SUBMIT may leave them out
+    (0) where the patch should be in the cache; if it is not, the answer is FAILED with `pixels_needed`.
     """
 
     patch_hash: str
@@ -120,7 +121,11 @@ class WorkerStatus(Struct, frozen=True):
 
 
 class Counters(Struct, frozen=True):
-    """The broker's own counts; monotonic but for the `held_*` gauges, which return to 0 when nothing is in flight."""
+    """The broker's own counts.
+
+    `num_*` and `encode_s_saved` (seconds of encoding that hits and coalescing have saved) only grow. The others are
+    gauges; `held_*` return to 0 when nothing is in flight, but for the pins of uploads that are kept.
+    """
 
     num_accepted: int = 0
     num_refused: int = 0
@@ -133,9 +138,15 @@ class Counters(Struct, frozen=True):
     num_evicted: int = 0
     num_stale: int = 0
     num_fenced: int = 0
+    num_uploads: int = 0
+    encode_s_saved: float = 0.0
     held_requests: int = 0
     held_queued: int = 0
     held_pins: int = 0
     held_encodes: int = 0
+    held_uploads: int = 0
     cache_bytes_used: int = 0
+    cache_bytes_pinned: int = 0
+    cache_bytes_quarantined: int = 0
+    cache_embeddings: int = 0
     cache_bytes_total: int = 0

@@ -30,6 +30,32 @@ class Cancel(Struct, frozen=True):
     reason: str = "cancel"
 
 
+class Upload(Struct, frozen=True):
+    """Endpoint → Broker: encode these patches now and keep them for `ttl_s`, whoever asks for them.
+
+    Opaque frames: each patch's, in order. Answered by UPLOADED.
+    """
+
+    upload_id: str
+    patches: list[Patch]
+    ttl_s: float
+
+
+class Uploaded(Struct, frozen=True):
+    """Broker → Endpoint: all patches of an upload can be read, or (`code` is not empty) why they are not kept."""
+
+    upload_id: str
+    code: str = ""
+    message: str = ""
+    status: int = 200
+
+
+class DropUpload(Struct, frozen=True):
+    """Endpoint → Broker: an upload is not needed any more; its patches stay as long as there is room."""
+
+    upload_id: str
+
+
 class Tokens(Struct, frozen=True):
     """Decode → Broker → Endpoint: new tokens of a request, as one opaque engine output.
 
