@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict, deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from broker.patches import Patches
 from broker.registry import Registry
@@ -21,8 +22,20 @@ class Send(NamedTuple):
     frames: list[bytes]
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class Upload:
+    """A picture that is kept in the cache for its endpoint until `expires_at`; `missing` are not encoded yet."""
+
+    upload_id: str
+    endpoint: str
+    expires_at: float
+    nbytes: int
+    num_pins: int
+    missing: set[str]
+
+
 class Board:
-    """Peers, patches, requests in flight, stories of the ended ones, counts, and the messages to send next.
+    """Peers, patches, requests in flight, uploads, stories of the ended ones, counts, and the messages to send next.
 
     `queue` holds the ids of requests that wait for a place, in order; `releasing` the ended requests whose slots a
     peer may still be reading, with those peers; `frames_bytes` counts the opaque frames held for requests.
@@ -31,14 +44,15 @@ class Board:
     def __init__(self, config: BrokerConfig, first_generation: int) -> None:
         self.config = config
         self.registry = Registry()
-        self.patches = Patches(config.encode_batches_ahead, first_generation)
+        self.patches = Patches(config.encode_batches_ahead, first_generation, config.pixel_store_bytes)
         self.requests: dict[str, Request] = {}
+        self.uploads: dict[str, Upload] = {}
         self.queue: deque[str] = deque()
         self.releasing: dict[str, set[str]] = {}
         self.frames_bytes = 0
         self._stories: OrderedDict[str, m.Story] = OrderedDict()
         self._out: list[Send] = []
-        self._counts = dict.fromkeys(m.Counters.__struct_fields__, 0)
+        self._counts: dict[str, Any] = dict.fromkeys(m.Counters.__struct_fields__, 0)
 
     # ---- out -------------------------------------------------------------------------------------------------------
 
@@ -88,9 +102,14 @@ class Board:
             num_evicted=stats.num_evictions,
             held_requests=len(self.requests) + len(self.releasing),
             held_queued=len(self.queue),
-            held_pins=stats.num_pins,
+            held_pins=stats.num_pins - sum(one.num_pins for one in self.uploads.values()),
+            held_uploads=len(self.uploads),
             held_encodes=len(self.patches.queue),
+            encode_s_saved=self.patches.encode_s_saved,
             cache_bytes_used=stats.used_bytes,
+            cache_bytes_pinned=stats.pinned_bytes,
+            cache_bytes_quarantined=stats.quarantined_bytes,
+            cache_embeddings=stats.num_embeddings,
             cache_bytes_total=stats.total_bytes,
         )
         return m.Counters(**self._counts)

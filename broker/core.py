@@ -14,6 +14,7 @@ from broker.flow import Flow
 from broker.patches import Lost
 from broker.registry import Peer
 from broker.request import Event, State
+from broker.uploads import Uploads
 from epd import messages as m
 from epd.config import BrokerConfig
 from epd.errors import ErrorCode
@@ -32,7 +33,8 @@ class Core:
     def __init__(self, config: BrokerConfig, first_generation: int = 1) -> None:
         self.board = Board(config, first_generation)
         self._endings = Endings(self.board)
-        self._flow = Flow(self.board, self._endings)
+        self._uploads = Uploads(self.board, self._endings)
+        self._flow = Flow(self.board, self._endings, self._uploads)
 
     def handle(self, peer_id: str, message: Message, frames: list[bytes], now: float) -> list[Send]:
         """What to send after `message` from `peer_id` arrived at `now` (seconds of any monotonic clock)."""
@@ -62,6 +64,7 @@ class Core:
             elif request.state is State.QUEUED and now - request.accepted_at > self.board.config.max_queue_s:
                 self._endings.fail(request, ErrorCode.OVERLOADED, "no worker became free in time", now)
         self.board.patches.lift_quarantine("", now)
+        self._uploads.expire(now)
         self._flow.start_queued(now)
         self._flow.dispatch(now)
         return self.board.take()
@@ -98,7 +101,8 @@ class Core:
         if peer.role is Role.ENCODE:
             lost += self.board.patches.worker_lost(peer, now)
         for one in lost:
-            self._endings.patch_lost(one, ErrorCode.WORKER_LOST, now)
+            self._flow.patch_lost(one, ErrorCode.WORKER_LOST, now)
+        self._uploads.endpoint_lost(peer.peer_id)
         for waiting in list(self.board.releasing):
             self._endings.released(peer.peer_id, waiting)
         for request in list(self.board.requests.values()):
@@ -141,13 +145,17 @@ class Core:
                 if (request := self.board.requests.get(message.request_id)) and request.endpoint == peer.peer_id:
                     request.tell(now, "cancelled", detail=message.reason)
                     self._endings.end(request, Event.CANCEL, now)
+            case m.Upload():
+                self._uploads.accept(peer, message, frames, now)
+            case m.DropUpload():
+                self._uploads.drop(peer.peer_id, message.upload_id)
             case m.GetStory():
                 self.board.send(peer.peer_id, self.board.story(message.request_id))
             case m.Encoded():
                 self._flow.encoded(peer, message, now)
             case m.EncodeFailed():
                 if lost := self.board.patches.not_encoded(peer, message.job_id, message.message):
-                    self._endings.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)
+                    self._flow.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)
             case m.Released():
                 self._endings.released(peer.peer_id, message.request_id)
             case m.Prefilled() | m.Pushed() | m.Stale() | m.Tokens() | m.Finished() | m.Failed() | m.NeedPatches():

@@ -9,8 +9,10 @@ from broker import placement
 from broker.board import Board
 from broker.encoding import Job
 from broker.endings import Endings, failed
+from broker.patches import Lost, PixelsNeededError
 from broker.registry import Peer
 from broker.request import Event, Request, State
+from broker.uploads import Uploads
 from cache.index import Outcome
 from epd import messages as m
 from epd.errors import ErrorCode
@@ -20,8 +22,8 @@ from epd.messages import Message, Role
 class Flow:
     """Moves requests on the board."""
 
-    def __init__(self, board: Board, endings: Endings) -> None:
-        self._board, self._endings = board, endings
+    def __init__(self, board: Board, endings: Endings, uploads: Uploads) -> None:
+        self._board, self._endings, self._uploads = board, endings, uploads
 
     def submit(self, peer: Peer, submit: m.Submit, frames: list[bytes], now: float) -> None:
         """Admits a request to the queue, or refuses it."""
@@ -100,7 +102,10 @@ class Flow:
                 return False
             try:
                 needs = self._board.patches.needs(request.patches.values(), encoders[0].info)
-                acquired = self._board.patches.acquire(request, request.request_id, needs)
+                acquired = self._board.patches.acquire(request.request_id, request.patches, request.patch_frames, needs)
+            except PixelsNeededError as error:
+                self._endings.fail(request, ErrorCode.PIXELS_NEEDED, str(error), now)
+                return True
             except ValueError as error:  # another request has the same hash with another shape
                 self._endings.fail(request, ErrorCode.TOO_LARGE, str(error), now)
                 return True
@@ -143,6 +148,8 @@ class Flow:
     def encoded(self, worker: Peer, message: m.Encoded, now: float) -> None:
         """Tells the readers of patches that they are there."""
         news: dict[str, list[str]] = {}
+        jobs = [job for one in message.jobs if (job := self._board.patches.queue.get(one.job_id))]
+        self._board.patches.observe(jobs, message.took_s)
         for one in message.jobs:
             done = self._board.patches.encoded(worker, one.job_id, one.generation)
             if done is None:
@@ -153,12 +160,18 @@ class Flow:
         detail = f"batch of {len(message.jobs)}"
         for holder, hashes in news.items():
             request = self._board.requests.get(holder)
-            if request is None:
+            if self._uploads.encoded(holder, hashes) or request is None:
                 continue
             for patch_hash in hashes:
                 request.missing.discard(patch_hash)
                 request.tell(now, "encoded", worker=worker.name, patch=patch_hash, took_s=message.took_s, detail=detail)
             self._send_ready(request, request.decode if request.prefilled else request.prefill, hashes)
+
+    def patch_lost(self, lost: Lost, code: ErrorCode, now: float) -> None:
+        """Fails every request and upload that waits for a patch that will not come."""
+        for holder in lost.holders:
+            self._uploads.patch_lost(holder, code, lost.reason)
+        self._endings.patch_lost(lost, code, now)
 
     def _send_ready(self, request: Request, reader: str, patch_hashes: list[str]) -> None:
         if ready := self._board.patches.readable(patch_hashes):
@@ -190,7 +203,8 @@ class Flow:
         if len(readable) < len(wanted) or not encoders:
             self._endings.fail(request, ErrorCode.PREEMPTED, "preempted, and its patches are not in the cache", now)
             return
-        self._board.patches.acquire(request, request.request_id, self._board.patches.needs(wanted, encoders[0].info))
+        needs = self._board.patches.needs(wanted, encoders[0].info)
+        self._board.patches.acquire(request.request_id, request.patches, {}, needs)
         self._board.send(request.decode, m.Ready(request_id=request.request_id, ready=readable))
 
     def from_leg(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
@@ -214,7 +228,7 @@ class Flow:
                 self._board.count("num_stale")
                 request.tell(now, "stale", worker=peer.name, patch=message.patch_hash, detail=message.reason)
                 if lost := self._board.patches.stale(request, message.patch_hash, message.generation):
-                    self._endings.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)
+                    self.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)
                 else:
                     self._send_ready(request, peer.peer_id, [message.patch_hash])
             case m.NeedPatches():

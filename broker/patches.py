@@ -7,9 +7,10 @@ holders, and the core tells the workers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from broker.encoding import EncodeQueue, Job
+from broker.pixels import PixelStore
 from broker.registry import Peer
 from broker.request import Request
 from cache.index import Acquired, CacheIndex, Outcome, PatchNeed
@@ -17,10 +18,15 @@ from epd.messages import Patch, PatchReady, Pool, Slot, WorkerInfo
 
 MAX_ENCODE_ATTEMPTS = 2
 QUARANTINE_S = 60.0
+_COST_WEIGHT = 0.1
 
 
 class UnknownModalityError(ValueError):
     """No encode worker encodes this modality."""
+
+
+class PixelsNeededError(LookupError):
+    """Patches that are not in the cache came without their pixels, and nobody else has brought them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,13 +54,17 @@ class Patches:
     Args:
         batches_ahead: how many batches an encode worker is given ahead.
         first_generation: where slot generations start; above all that earlier brokers can have given out.
+        pixel_store_bytes: bound of the pixels kept for encoding a patch again.
     """
 
-    def __init__(self, batches_ahead: int, first_generation: int) -> None:
+    def __init__(self, batches_ahead: int, first_generation: int, pixel_store_bytes: int) -> None:
         self.index = CacheIndex(first_generation)
         self.queue = EncodeQueue(batches_ahead)
+        self.pixels = PixelStore(pixel_store_bytes)
         self._quarantined: dict[int, tuple[str, float]] = {}
+        self._cost_s: dict[str, float] = {}
         self.num_encoded = 0
+        self.encode_s_saved = 0.0
 
     def needs(self, patches: Iterable[Patch], info: WorkerInfo) -> list[PatchNeed]:
         """What `patches` need in the cache, with the widths of an encode worker.
@@ -67,18 +77,53 @@ class Patches:
             width = info.widths.get(patch.modality)
             if not width:
                 raise UnknownModalityError(f"the encode workers do not encode {patch.modality!r}")
-            needs.append(PatchNeed(patch.patch_hash, patch.num_tokens, width, info.dtype))
+            cost_s = self._cost_s.get(patch.modality, 0.0) * patch.num_tokens
+            needs.append(PatchNeed(patch.patch_hash, patch.num_tokens, width, info.dtype, cost_s))
         return needs
 
-    def acquire(self, request: Request, holder: str, needs: list[PatchNeed]) -> list[Acquired] | None:
-        """Pins all of a request's patches and queues the missing ones, or does nothing and returns None."""
+    def acquire(
+        self, holder: str, patches: Mapping[str, Patch], frames: Mapping[str, list[bytes]], needs: list[PatchNeed]
+    ) -> list[Acquired] | None:
+        """Pins all patches for `holder` and queues the missing ones, or does nothing and returns None.
+
+        Args:
+            holder: who pins them, until `release`.
+            patches: the patches by hash.
+            frames: their pixels by hash; a patch without any must be in the cache, or its pixels in the store.
+            needs: what they need, from `needs`.
+
+        Raises:
+            PixelsNeededError: a patch would have to be encoded, and there are no pixels; nothing has changed.
+            ValueError: a patch is known under its hash with another shape.
+        """
+        self.pixels.put(frames)
         acquired = self.index.acquire_all(needs, holder)
-        for item in acquired or ():
-            if item.outcome is Outcome.NEW:
-                patch = request.patches[item.patch_hash]
-                frames = request.patch_frames.get(item.patch_hash, [])
-                self.queue.add(item.patch_hash, patch.modality, patch.num_tokens, item.slot, frames)
+        if acquired is None:
+            return None
+        new = {item.patch_hash: item.slot for item in acquired if item.outcome is Outcome.NEW}
+        found = {patch_hash: self.pixels.get(patch_hash, frames) for patch_hash in new}
+        if not all(found.values()):
+            self.index.release(holder)
+            for patch_hash, slot in new.items():
+                self.index.drop(patch_hash, slot.generation)
+            raise PixelsNeededError(f"{len(new)} patches are not in the cache and came without pixels")
+        for patch_hash, slot in new.items():
+            patch = patches[patch_hash]
+            self.queue.add(patch_hash, patch.modality, patch.num_tokens, slot, found[patch_hash])
+        for item in acquired:
+            if item.outcome is not Outcome.NEW:
+                patch = patches[item.patch_hash]
+                self.encode_s_saved += self._cost_s.get(patch.modality, 0.0) * patch.num_tokens
         return acquired
+
+    def observe(self, jobs: Iterable[Job], took_s: float) -> None:
+        """Learns what a token's encoding costs, from a batch of jobs that took `took_s`."""
+        batch = list(jobs)
+        num_tokens = sum(job.num_tokens for job in batch)
+        if num_tokens:
+            modality, cost_s = batch[0].modality, took_s / num_tokens
+            before = self._cost_s.get(modality, cost_s)
+            self._cost_s[modality] = before + _COST_WEIGHT * (cost_s - before)
 
     def dispatch(self, workers: list[Peer], now: float) -> Iterator[tuple[Job, Peer]]:
         """Assigns waiting patches to encode workers; yields each pair."""
@@ -141,10 +186,10 @@ class Patches:
         """A reader found something else in the slot: encode the patch again from this request's frames."""
         if not self.index.is_current(patch_hash, generation):
             return None
-        patch, frames = request.patches.get(patch_hash), request.patch_frames.get(patch_hash)
+        patch, frames = request.patches.get(patch_hash), self.pixels.get(patch_hash, request.patch_frames)
         holders = self._holders(patch_hash)
-        slot = None if patch is None or frames is None else self.index.renew(patch_hash, generation)
-        if patch is None or frames is None or slot is None:
+        slot = self.index.renew(patch_hash, generation) if patch and frames else None
+        if patch is None or slot is None:
             self.index.drop(patch_hash, generation)
             return Lost(patch_hash, holders, "its slot was overwritten and it cannot be encoded again")
         self.queue.add(patch_hash, patch.modality, patch.num_tokens, slot, frames)

@@ -25,7 +25,8 @@ class BrokerConfig(_Section):
     """`[broker]`: where it listens and what it admits.
 
     `decode_reserve_tokens` is how much output is set aside in a decode worker's KV cache for a request that may be
-    longer; uploads may pin `upload_fraction` of the cache; `max_queued` requests wait at most `max_queue_s` seconds
+    longer; uploads may pin `upload_fraction` of the cache; pixels are kept, up to
+    `pixel_store_bytes`, for encoding a patch again; `max_queued` requests wait at most `max_queue_s` seconds
     for a place, beyond that the answer is 503.
     """
 
@@ -40,6 +41,7 @@ class BrokerConfig(_Section):
     encode_batches_ahead: int = 2
     story_keep: int = 1000
     upload_fraction: float = 0.5
+    pixel_store_bytes: int = 256 << 20
 
 
 class CacheConfig(_Section):

@@ -124,7 +124,7 @@ class Counters(Struct, frozen=True):
     """The broker's own counts.
 
     `num_*` and `encode_s_saved` (seconds of encoding that hits and coalescing have saved) only grow. The others are
-    gauges; `held_*` return to 0 when nothing is in flight, but for the pins of uploads that are kept.
+    gauges; `held_*` return to 0 when nothing is in flight, but for `held_uploads`, which are kept until they expire.
     """
 
     num_accepted: int = 0
