@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from epd import builtin
-from epd.demo import measure, pictures, plain, show, timeline
+from epd.demo import measure, pictures, show, timeline
 
 STORIES = json.loads((Path(__file__).parent / "stories.json").read_text())
 FIRST, SECOND = STORIES["first"], STORIES["second"]
@@ -131,11 +131,6 @@ def test_variants_look_alike_and_differ_in_every_pixel_that_is_not_black(tmp_pat
         images.append(Image.open(tmp_path / f"{index}.png").tobytes())
     assert len(set(images)) == 3
     assert max(abs(a - b) for a, b in zip(images[0], images[2], strict=True)) == 2
-
-
-def test_work_for_plain_vllm_is_json():
-    packed = json.loads(plain.pack("q?", [b"png"], 1))
-    assert packed == {"question": "q?", "pictures": ["cG5n"], "num_warm_ups": 1}
 
 
 def test_white_space_does_not_matter_for_the_truth():

@@ -73,11 +73,11 @@ async def test_a_dead_output_handler_ends_the_daemon_with_an_error(tmp_path, mon
 @pytest.mark.parametrize(
     "config", [Config(), Config(model="/no/such/model"), config_for("tcp://127.0.0.1:1", serve={"nonsense": 1})]
 )
-async def test_a_start_that_fails_is_exit_status_1(config, capsys):
+async def test_a_wrong_configuration_is_exit_status_2(config, capsys):
     from epd.endpoint.daemon import main
 
-    assert await main(config, "endpoint-0", asyncio.Event()) == 1
-    assert "cannot start" in capsys.readouterr().out
+    assert await main(config, "endpoint-0", asyncio.Event()) == 2
+    assert "cannot start" in "".join(capsys.readouterr())
 
 
 async def test_the_broker_need_not_be_there_at_the_start(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 from typing import Any
 
 import httpx
@@ -26,11 +27,9 @@ def demo() -> Image.Image:
 
 
 def scribble(seed: int, size: tuple[int, int] = (256, 128)) -> Image.Image:
-    """Some picture, always the same for a seed."""
-    image = Image.new("RGB", size)
-    image.putdata(
-        [(255 - x // 8, 250 - y // 8, 200 + (x * y + seed) % 40) for y in range(size[1]) for x in range(size[0])]
-    )
+    """Some picture, always the same for a seed; no patch of it is like any other, of this or another seed."""
+    noise = Image.frombytes("L", size, random.Random(seed).randbytes(size[0] * size[1])).point(lambda v: 200 + v // 6)
+    image = Image.merge("RGB", [Image.new("L", size, 240), Image.new("L", size, 250), noise])
     draw = ImageDraw.Draw(image)
     for i in range(6):
         x, y = (seed * 37 + i * 53) % size[0], (seed * 91 + i * 29) % size[1]
