@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from broker.board import Board, Send
 from broker.endings import Endings
+from broker.fill import fills
 from broker.flow import Flow
 from broker.patches import Lost
 from broker.registry import Peer
@@ -149,6 +150,8 @@ class Core:
                 self._uploads.accept(peer, message, frames, now)
             case m.DropUpload():
                 self._uploads.drop(peer.peer_id, message.upload_id)
+            case m.GetCache():
+                self.board.send(peer.peer_id, m.CacheState(pools=fills(self.board.patches.index)))
             case m.GetStory():
                 self.board.send(peer.peer_id, self.board.story(message.request_id))
             case m.Encoded():

@@ -15,114 +15,14 @@ late) is refused. A holder is a request, by its id.
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from cache.arena import Arena, Extent, Placement
-from cache.slot import slot_bytes
+from cache.entries import Acquired, Entry, FencedError, IndexStats, Outcome, PatchNeed, ShapeError, State
 from epd.messages import Pool, Slot
 
-
-class State(enum.StrEnum):
-    """Where an entry is in its life."""
-
-    ALLOCATED = "allocated"  # an encoder is to write it
-    READY = "ready"  # it can be read
-    LOST = "lost"  # it has no memory any more, but pins
-
-
-class Outcome(enum.StrEnum):
-    """What acquiring a patch found."""
-
-    HIT = "hit"  # ready: read it
-    PENDING = "pending"  # being encoded for someone else: wait for it
-    NEW = "new"  # allocated now: have it encoded
-
-
-class FencedError(LookupError):
-    """The generation named is not the entry's current one: somebody comes late."""
-
-
-class ShapeError(ValueError):
-    """A patch is asked for with another shape than the one it has under the same hash."""
-
-
-@dataclass(frozen=True, slots=True)
-class PatchNeed:
-    """A patch that a request needs: `num_tokens` x `width` elements of `dtype`.
-
-    `encode_cost_s` is what encoding it takes, in seconds; it decides what is kept longer. With equal costs per byte
-    the least recently used leaves first.
-    """
-
-    patch_hash: str
-    num_tokens: int
-    width: int
-    dtype: str
-    encode_cost_s: float = 0.0
-
-    @property
-    def shape(self) -> tuple[int, int, str]:
-        """What must be equal wherever the hash is."""
-        return self.num_tokens, self.width, self.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its slot."""
-        return slot_bytes(*self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Acquired:
-    """A patch pinned by `acquire_all`, and its slot."""
-
-    patch_hash: str
-    outcome: Outcome
-    slot: Slot
-
-
-@dataclass(frozen=True, slots=True)
-class IndexStats:
-    """The index in numbers: gauges, but for the last four, which count from the start.
-
-    `used_bytes` includes everything that is allocated: pinned, quarantined and what could be evicted.
-    `num_embeddings` are the rows that can be read.
-    """
-
-    total_bytes: int
-    used_bytes: int
-    pinned_bytes: int
-    quarantined_bytes: int
-    num_allocated: int
-    num_ready: int
-    num_lost: int
-    num_pins: int
-    num_embeddings: int
-    num_hits: int
-    num_coalesced: int
-    num_new: int
-    num_evictions: int
-
-
-@dataclass(slots=True)
-class _Entry:
-    need: PatchNeed
-    extent: Extent | None
-    generation: int
-    state: State = State.ALLOCATED
-    holders: set[str] = field(default_factory=set)
-
-    @property
-    def slot(self) -> Slot | None:
-        if self.extent is None:
-            return None
-        where, need = self.extent, self.need
-        return Slot(
-            pool_id=where.pool_id, offset=where.offset, nbytes=where.nbytes, generation=self.generation,
-            num_tokens=need.num_tokens, width=need.width, dtype=need.dtype,
-        )  # fmt: skip
+__all__ = ["Acquired", "CacheIndex", "FencedError", "IndexStats", "Outcome", "PatchNeed", "ShapeError", "State"]
 
 
 class CacheIndex:
@@ -136,7 +36,7 @@ class CacheIndex:
     def __init__(self, first_generation: int = 1) -> None:
         self._generations = itertools.count(first_generation)
         self._arena = Arena()
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._pins: dict[str, dict[str, None]] = {}  # holder -> hashes
         self._quarantined: dict[int, Extent] = {}  # by the generation that may still be written there
         self._num_hits = self._num_coalesced = self._num_new = self._num_evictions = 0
@@ -323,6 +223,19 @@ class CacheIndex:
         entry = self._entries.get(patch_hash)
         return entry.state if entry else None
 
+    def occupied(self, pool_id: str) -> list[tuple[int, int, str]]:
+        """What lies where in a pool: offset, bytes and "pinned", "ready", "allocated" or "quarantined"."""
+        found = [
+            (extent.offset, extent.nbytes, "quarantined")
+            for extent in self._quarantined.values()
+            if extent.pool_id == pool_id
+        ]
+        for entry in self._entries.values():
+            if entry.extent and entry.extent.pool_id == pool_id:
+                pinned = entry.state is State.READY and entry.holders
+                found.append((entry.extent.offset, entry.extent.nbytes, "pinned" if pinned else str(entry.state)))
+        return sorted(found)
+
     def stats(self) -> IndexStats:
         """The index in numbers; takes time in proportion to the number of entries."""
         states = [entry.state for entry in self._entries.values()]
@@ -359,7 +272,7 @@ class CacheIndex:
         if extent:
             self._num_new += 1
             outcome = Outcome.NEW
-            entry = self._entries.setdefault(patch_hash, _Entry(need, extent, 0))
+            entry = self._entries.setdefault(patch_hash, Entry(need, extent, 0))
             entry.need, entry.extent, entry.state = need, extent, State.ALLOCATED
             entry.generation = next(self._generations)
         else:
@@ -384,7 +297,7 @@ class CacheIndex:
         if entry.extent and entry.state is State.READY and not entry.holders:
             self._arena.allow_eviction(patch_hash, entry.extent, entry.need.encode_cost_s)
 
-    def _retire(self, entry: _Entry, quarantine: bool) -> None:
+    def _retire(self, entry: Entry, quarantine: bool) -> None:
         """Frees an entry's memory, or sets it aside under its generation."""
         if entry.extent and quarantine:
             self._quarantined[entry.generation] = entry.extent

@@ -14,6 +14,7 @@ from epd.messages.parts import (
     KvPeer,
     Patch,
     Pool,
+    PoolFill,
     Role,
     Slot,
     StoryEvent,
@@ -21,7 +22,18 @@ from epd.messages.parts import (
     WorkerInfo,
     WorkerStatus,
 )
-from epd.messages.peers import Goodbye, Heartbeat, HeartbeatAck, Hello, Pools, Status, Unknown, Welcome
+from epd.messages.peers import (
+    CacheState,
+    GetCache,
+    Goodbye,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    Pools,
+    Status,
+    Unknown,
+    Welcome,
+)
 from epd.messages.requests import (
     Cancel,
     DropUpload,
@@ -54,7 +66,7 @@ from epd.messages.stages import (
 )
 
 Message = (
-    Hello | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Goodbye | Status
+    Hello | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Goodbye | Status | GetCache | CacheState
     | Submit | Cancel | Upload | Uploaded | DropUpload | Tokens | Finished | Failed | GetStory | Story
     | Encode | DropEncode | Encoded | EncodeFailed
     | Prefill | Ready | Stale | Prefilled | Pushed | Released | Abort
@@ -64,6 +76,7 @@ Message = (
 __all__ = [
     "STAGES",
     "Abort",
+    "CacheState",
     "Cancel",
     "Counters",
     "Decode",
@@ -76,6 +89,7 @@ __all__ = [
     "EncodedJob",
     "Failed",
     "Finished",
+    "GetCache",
     "GetStory",
     "Goodbye",
     "Heartbeat",
@@ -87,6 +101,7 @@ __all__ = [
     "Patch",
     "PatchReady",
     "Pool",
+    "PoolFill",
     "Pools",
     "Prefill",
     "Prefilled",

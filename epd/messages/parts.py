@@ -38,6 +38,19 @@ class Pool(Struct, frozen=True):
     checksum: bool = True
 
 
+class PoolFill(Struct, frozen=True):
+    """How a pool is filled.
+
+    `bytes_by_state` has "pinned", "ready", "allocated" and "quarantined"; the rest is free. `cells` cuts the pool into
+    equal pieces and gives each the first letter of what takes most of it ("." for free).
+    """
+
+    pool: Pool
+    bytes_by_state: dict[str, int]
+    num_patches: int
+    cells: str
+
+
 class Slot(Struct, frozen=True):
     """An extent of a pool, for one patch: `offset` and `nbytes` cover the slot header and the embeddings.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from epd.messages.parts import Counters, Pool, Role, Struct, WorkerInfo, WorkerStatus
+from epd.messages.parts import Counters, Pool, PoolFill, Role, Struct, WorkerInfo, WorkerStatus
 
 
 class Hello(Struct, frozen=True):
@@ -59,3 +59,13 @@ class Status(Struct, frozen=True):
     workers: list[WorkerStatus]
     counters: Counters
     num_pools: int = 0
+
+
+class GetCache(Struct, frozen=True):
+    """Endpoint → Broker: how are the pools filled?"""
+
+
+class CacheState(Struct, frozen=True):
+    """Broker → Endpoint: the pools, and what lies where in them."""
+
+    pools: list[PoolFill] = msgspec.field(default_factory=list)

@@ -1,0 +1,116 @@
+"""What the index knows of patches: entries and their states, what is asked for, what is answered. Pure.
+
+Lives in the broker's decision core, behind `cache.index`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from cache.arena import Extent
+from cache.slot import slot_bytes
+from epd.messages import Slot
+
+
+class State(enum.StrEnum):
+    """Where an entry is in its life."""
+
+    ALLOCATED = "allocated"  # an encoder is to write it
+    READY = "ready"  # it can be read
+    LOST = "lost"  # it has no memory any more, but pins
+
+
+class Outcome(enum.StrEnum):
+    """What acquiring a patch found."""
+
+    HIT = "hit"  # ready: read it
+    PENDING = "pending"  # being encoded for someone else: wait for it
+    NEW = "new"  # allocated now: have it encoded
+
+
+class FencedError(LookupError):
+    """The generation named is not the entry's current one: somebody comes late."""
+
+
+class ShapeError(ValueError):
+    """A patch is asked for with another shape than the one it has under the same hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class PatchNeed:
+    """A patch that a request needs: `num_tokens` x `width` elements of `dtype`.
+
+    `encode_cost_s` is what encoding it takes, in seconds; it decides what is kept longer. With equal costs per byte
+    the least recently used leaves first.
+    """
+
+    patch_hash: str
+    num_tokens: int
+    width: int
+    dtype: str
+    encode_cost_s: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, int, str]:
+        """What must be equal wherever the hash is."""
+        return self.num_tokens, self.width, self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its slot."""
+        return slot_bytes(*self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Acquired:
+    """A patch pinned by `acquire_all`, and its slot."""
+
+    patch_hash: str
+    outcome: Outcome
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    """The index in numbers: gauges, but for the last four, which count from the start.
+
+    `used_bytes` includes everything that is allocated: pinned, quarantined and what could be evicted.
+    `num_embeddings` are the rows that can be read.
+    """
+
+    total_bytes: int
+    used_bytes: int
+    pinned_bytes: int
+    quarantined_bytes: int
+    num_allocated: int
+    num_ready: int
+    num_lost: int
+    num_pins: int
+    num_embeddings: int
+    num_hits: int
+    num_coalesced: int
+    num_new: int
+    num_evictions: int
+
+
+@dataclass(slots=True)
+class Entry:
+    """A patch that has been asked for: where it is, how it is, and who pins it."""
+
+    need: PatchNeed
+    extent: Extent | None
+    generation: int
+    state: State = State.ALLOCATED
+    holders: set[str] = field(default_factory=set)
+
+    @property
+    def slot(self) -> Slot | None:
+        """Its slot; None where it has no memory."""
+        if self.extent is None:
+            return None
+        where, need = self.extent, self.need
+        return Slot(
+            pool_id=where.pool_id, offset=where.offset, nbytes=where.nbytes, generation=self.generation,
+            num_tokens=need.num_tokens, width=need.width, dtype=need.dtype,
+        )  # fmt: skip
