@@ -1,4 +1,4 @@
-"""`python -m benchmarks [serve] [hash] [--json FILE]`: prints figures and ratios, and who measured where."""
+"""`python -m benchmarks [serve] [hash] [cache] [--json FILE]`: prints figures and ratios, and who measured where."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import hashing, serve
+from benchmarks import cache, hashing, serve
 from benchmarks.common import Figure, provenance
 
-KINDS = ("serve", "hash")
+KINDS = ("serve", "hash", "cache")
 
 
 def main() -> int:
@@ -30,6 +30,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             found, ratios = serve.run(Path(folder) / "vllm.log")
         figures += found
+    if "cache" in kinds:
+        found, more = cache.run()
+        figures += found
+        ratios |= more
     origin = provenance()
     print("  ".join(f"{key}: {value}" for key, value in origin.items()))
     for figure in figures:

@@ -1,0 +1,52 @@
+"""A real prefill engine whose patches come late, in a process of its own (see prefill_engine.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, list]:
+    """What the engine's process says."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    env = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
+    }
+    command = [sys.executable, "-m", "tests.workers.prefill_engine"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[-1])
+
+
+def test_nothing_runs_while_too_little_is_ready_to_be_worth_a_step(told: dict[str, list]) -> None:
+    assert told["before any patch"] == [False, 0]
+
+
+def test_tokens_whose_embeddings_have_arrived_are_prefilled_while_later_patches_are_missing(told: dict) -> None:
+    assert told["with three patches"] == [True, 3 * 16 + 12], "up to the first patch that is missing"
+    assert told["and nothing new"] == [False, 3 * 16 + 12]
+
+
+def test_a_prompt_prefilled_in_pieces_has_the_log_probabilities_of_one_prefilled_whole(told: dict) -> None:
+    assert told["log-probabilities"] == [8 * 16 + 12 - 1, True]
+
+
+def test_no_embedding_is_held_anywhere_once_its_tokens_are_prefilled(told: dict) -> None:
+    assert told["held"] == [0, 0, 0], "model runner's encoder cache, connector, encoder cache manager"
