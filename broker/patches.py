@@ -14,7 +14,7 @@ from broker.pixels import PixelStore
 from broker.registry import Peer
 from broker.request import Request
 from cache.index import Acquired, CacheIndex, Outcome, PatchNeed
-from epd.messages import Patch, PatchReady, Pool, Slot, WorkerInfo
+from epd.messages import Patch, PatchReady, Pool, WorkerInfo
 
 MAX_ENCODE_ATTEMPTS = 2
 QUARANTINE_S = 60.0
@@ -43,7 +43,6 @@ class Done:
     """A patch that can be read now, and the requests that hold it."""
 
     patch_hash: str
-    slot: Slot
     holders: tuple[str, ...]
     job: Job
 
@@ -136,10 +135,10 @@ class Patches:
             return None
         self._leave(worker, job)
         self.queue.end(job)
-        if not self.index.commit(job.patch_hash, generation):
+        if not self.index.commit(job.patch_hash, generation, worker.info.owner):
             return None
         self.num_encoded += 1
-        return Done(job.patch_hash, job.slot, self._holders(job.patch_hash), job)
+        return Done(job.patch_hash, self._holders(job.patch_hash), job)
 
     def not_encoded(self, worker: Peer, job_id: int, reason: str) -> Lost | None:
         """A worker could not encode a patch, or dropped it: nobody else is tried, since the input is to blame."""

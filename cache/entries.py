@@ -102,6 +102,7 @@ class Entry:
     extent: Extent | None
     generation: int
     state: State = State.ALLOCATED
+    owner: str = ""
     holders: set[str] = field(default_factory=set)
 
     @property
@@ -112,5 +113,5 @@ class Entry:
         where, need = self.extent, self.need
         return Slot(
             pool_id=where.pool_id, offset=where.offset, nbytes=where.nbytes, generation=self.generation,
-            num_tokens=need.num_tokens, width=need.width, dtype=need.dtype,
+            num_tokens=need.num_tokens, width=need.width, dtype=need.dtype, owner=self.owner,
         )  # fmt: skip

@@ -115,11 +115,11 @@ class CacheIndex:
         """
         return self._arena.fits_empty({h: need.nbytes for h, need in self._distinct(needs).items()})
 
-    def commit(self, patch_hash: str, generation: int) -> bool:
-        """The patch has been written: ALLOCATED becomes READY; False where `generation` is not the one awaited."""
+    def commit(self, patch_hash: str, generation: int, owner: str = "") -> bool:
+        """The patch has been written by `owner`: ALLOCATED becomes READY; False where another generation is awaited."""
         if not self.is_current(patch_hash, generation) or self.state(patch_hash) is not State.ALLOCATED:
             return False
-        self._entries[patch_hash].state = State.READY
+        self._entries[patch_hash].state, self._entries[patch_hash].owner = State.READY, owner
         self._allow_eviction_if_unpinned(patch_hash)
         return True
 
@@ -273,7 +273,7 @@ class CacheIndex:
             self._num_new += 1
             outcome = Outcome.NEW
             entry = self._entries.setdefault(patch_hash, Entry(need, extent, 0))
-            entry.need, entry.extent, entry.state = need, extent, State.ALLOCATED
+            entry.need, entry.extent, entry.state, entry.owner = need, extent, State.ALLOCATED, ""
             entry.generation = next(self._generations)
         else:
             entry = self._entries[patch_hash]

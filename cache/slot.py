@@ -164,6 +164,8 @@ def check_header(raw: bytes, slot: Slot) -> Header:
     if nbytes != (expected := data_bytes(slot.num_tokens, slot.width, slot.dtype)):
         raise StaleSlotError(f"{nbytes} bytes are here, not {expected}")
     owner = name[: min(owner_bytes, MAX_OWNER_BYTES)].decode(errors="replace")
+    if slot.owner and owner != slot.owner:
+        raise StaleSlotError(f"{owner!r} wrote this, not {slot.owner!r}")
     return Header(generation, num_tokens, width, dtype, nbytes, owner, digest if flags & _HAS_CHECKSUM else None)
 
 

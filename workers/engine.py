@@ -140,7 +140,7 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
         "ec_role": "ec_producer" if role is Role.ENCODE else "ec_consumer",
         "engine_id": engine_id,
         "ec_connector_extra_config": {
-            "owner": engine_id,
+            "owner": secrets.token_hex(8),
             "min_overlap_tokens": config.prefill.min_overlap_tokens if role is Role.PREFILL else 0,
         },
     }
@@ -206,6 +206,7 @@ class Engine:
             model=config.model_config.model,
             widths=widths,
             dtype=str(config.model_config.dtype).removeprefix("torch."),
+            owner=str(config.ec_transfer_config.ec_connector_extra_config["owner"]),
             max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             kv=self._kv_peer() if self.role is Role.PREFILL else None,

@@ -55,6 +55,7 @@ class Slot(Struct, frozen=True):
     """An extent of a pool, for one patch: `offset` and `nbytes` cover the slot header and the embeddings.
 
     `generation` is new at each reuse of the memory; `num_tokens` x `width` elements of `dtype` follow the header.
+    `owner` is the encode worker that wrote it, once it is written; a reader refuses a slot that says anything else.
     """
 
     pool_id: str
@@ -64,6 +65,7 @@ class Slot(Struct, frozen=True):
     num_tokens: int
     width: int
     dtype: str
+    owner: str = ""
 
 
 class KvPeer(Struct, frozen=True):
@@ -78,14 +80,15 @@ class KvPeer(Struct, frozen=True):
 class WorkerInfo(Struct, frozen=True):
     """What a worker says of itself when it registers; fields that its stage does not have stay empty.
 
-    `widths` maps modality -> elements per embedding row; `dtype` is the embeddings' type ("bfloat16");
-    `max_batch_tokens` bounds one encode batch; `kv_capacity_tokens` is the KV cache of a prefill or decode worker;
-    `tower_bytes` and `language_bytes` count the parameters it really holds.
+    `widths` maps modality -> elements per embedding row; `dtype` is the embeddings' type ("bfloat16"); `owner` is what
+    it writes into the slots it fills; `max_batch_tokens` bounds one encode batch; `kv_capacity_tokens` is the KV cache
+    of a prefill or decode worker; `tower_bytes` and `language_bytes` count the parameters it really holds.
     """
 
     model: str = ""
     widths: dict[str, int] = {}
     dtype: str = ""
+    owner: str = ""
     max_batch_tokens: int = 0
     max_num_seqs: int = 0
     kv: KvPeer | None = None

@@ -1,0 +1,408 @@
+"""Pools in GPU memory over a fake of CUDA: what is written, read and refused, with streams that run only when told."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cache import pools
+from cache.pools import PoolError
+from cache.pools.cuda_ipc import CudaIpcPool, CudaIpcView
+from cache.pools.cuda_ipc_headers import RING_EVENTS, decode_location
+from cache.pools.shared_memory import DIRECTORY, sweep_stale
+from cache.slot import StaleSlotError, slot_bytes
+from epd.messages import Slot
+
+torch = pytest.importorskip("torch")
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 1 << 20
+BUS_ID = "0000:1b:00.0"
+
+
+class FakeCuda:
+    """CUDA in one process: memory is tensors on the CPU, a stream runs its copies when somebody waits for them.
+
+    `stream` is the current one. Each entry of a stream's queue is a function; an event is the queue and how much of it
+    there was when it was recorded.
+    """
+
+    def __init__(self):
+        self.memory = {}
+        self.queues = defaultdict(list)
+        self.done = defaultdict(int)
+        self.events = {}
+        self.ids = itertools.count(1)
+        self.stream = "main"
+        self.calls = []
+        self.fail = None
+        self.free_bytes = 64 * MIB
+
+    def bus_id(self, device):
+        return BUS_ID
+
+    def device_at(self, bus_id):
+        if bus_id != BUS_ID:
+            raise RuntimeError("cudaErrorInvalidValue")
+        return 0
+
+    def allocate(self, device, nbytes):
+        if nbytes > self.free_bytes:
+            raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+        address = next(self.ids)
+        self.memory[address] = torch.full((nbytes,), 0xEE, dtype=torch.uint8)
+        return address
+
+    def free(self, device, address):
+        del self.memory[address]
+
+    def export_memory(self, device, address):
+        return address.to_bytes(64, "little")
+
+    def open_memory(self, device, handle, nbytes):
+        try:
+            return self.memory[int.from_bytes(handle, "little")][:nbytes]
+        except KeyError:
+            raise RuntimeError("cudaErrorInvalidResourceHandle") from None
+
+    def create_event(self, device):
+        event = next(self.ids)
+        self.events[event] = None
+        return event
+
+    def export_event(self, event):
+        return event.to_bytes(64, "little")
+
+    def open_event(self, device, handle):
+        self.calls.append("open_event")
+        event = int.from_bytes(handle, "little")
+        assert event in self.events
+        return event
+
+    def record(self, event, device):
+        self.calls.append("record")
+        self.events[event] = (self.stream, len(self.queues[self.stream]))
+
+    def wait(self, event, device):
+        self.calls.append("wait")
+        record = self.events[event]
+        if record is not None:
+            self.queues[self.stream].append(lambda: self.run(*record))
+
+    def is_done(self, event):
+        record = self.events[event]
+        return record is None or self.done[record[0]] >= record[1]
+
+    def synchronize(self, device):
+        for stream in list(self.queues):
+            self.run(stream)
+
+    def device_of(self, tensor):
+        return getattr(tensor, "fake_device", 0) if tensor.device.type == "cpu" and not tensor.is_sparse else None
+
+    def copy(self, target, source):
+        if self.fail is not None:
+            raise RuntimeError(self.fail)
+        self.calls.append("copy")
+        self.queues[self.stream].append(lambda: target.copy_(source))
+
+    def run(self, stream, until=None):
+        """Runs what is in a stream, up to a place in it."""
+        queue = self.queues[stream]
+        while self.done[stream] < (len(queue) if until is None else until):
+            self.done[stream] += 1
+            queue[self.done[stream] - 1]()
+
+
+@pytest.fixture
+def shm():
+    folder = DIRECTORY / f"epd-cuda-test-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.fixture
+def cuda():
+    return FakeCuda()
+
+
+@pytest.fixture
+def pool(cuda, shm):
+    owner = CudaIpcPool("g1", MIB, runtime=cuda, directory=shm)
+    yield owner
+    owner.close()
+
+
+@pytest.fixture
+def opened(pool, cuda):
+    """Opens views; each is one more process as far as the table can tell, since its file is its own."""
+    views = []
+
+    def open_one():
+        views.append(CudaIpcView(pool.descriptor(), runtime=cuda))
+        return views[-1]
+
+    yield open_one
+    for view in views:
+        view.close()
+
+
+def make_slot(index=0, generation=1, dtype="bfloat16", shape=(3, 40)):
+    nbytes = slot_bytes(*shape, dtype)
+    return Slot(
+        pool_id="g1",
+        offset=index * nbytes,
+        nbytes=nbytes,
+        generation=generation,
+        num_tokens=shape[0],
+        width=shape[1],
+        dtype=dtype,
+    )
+
+
+def rows(value, dtype="bfloat16", shape=(3, 40)):
+    return torch.full(shape, value, dtype=getattr(torch, dtype))
+
+
+def test_the_descriptor_says_all_that_a_worker_needs(pool, shm, cuda):
+    descriptor = pool.descriptor()
+    location = decode_location(descriptor.name)
+    assert (descriptor.kind, descriptor.nbytes, descriptor.checksum) == ("cuda_ipc", MIB, False)
+    assert (location.device, location.headers) == (BUS_ID, str(shm / "epd-g1"))
+    assert next(iter(cuda.memory.values())).nbytes == 2 * MIB  # an allocation of its own
+
+
+def test_a_reader_sees_what_was_written_once_its_stream_has_waited(opened, cuda):
+    writer, reader = opened(), opened()
+    cuda.stream = "encode"
+    writer.write(make_slot(), rows(5), "w-1")
+    cuda.stream = "prefill"
+    embeddings = reader.read(make_slot())
+    assert not torch.equal(embeddings, rows(5))  # the copy has not run, and nothing has waited for it
+    cuda.run("prefill")
+    assert torch.equal(embeddings, rows(5))
+    assert reader.read(make_slot()).data_ptr() == embeddings.data_ptr()  # a view of the pool, not a copy
+
+
+def test_a_write_records_its_event_before_it_publishes_and_never_waits_for_the_gpu(opened, cuda):
+    opened().write(make_slot(), rows(1), "w")
+    assert cuda.calls == ["copy", "wait", "record"]
+    assert cuda.done == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
+def test_every_type_comes_back(opened, cuda, dtype):
+    writer, slot = opened(), make_slot(3, dtype=dtype)
+    writer.write(slot, rows(2, dtype), "w")
+    cuda.synchronize(0)
+    assert torch.equal(opened().read(slot).float(), rows(2, dtype).float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"generation": 2}, "generation 1 is here"),
+        ({"generation": 0}, "generation 1 is here"),
+        ({"dtype": "float16"}, "bfloat16 is here"),
+        ({"num_tokens": 2}, "3 x 40 is here"),
+        ({"width": 39}, "3 x 40 is here"),
+        ({"offset": 512}, "nothing was written here"),
+        ({"offset": 256}, "nothing was written here"),
+        ({"offset": 255}, "of a pool of"),
+        ({"offset": MIB}, "of a pool of"),
+        ({"offset": -256}, "of a pool of"),
+        ({"nbytes": 128}, "which need"),
+        ({"dtype": "int8"}, "embeddings of dtype"),
+    ],
+)
+def test_a_slot_that_holds_anything_else_is_refused(opened, cuda, changes, reason):
+    opened().write(make_slot(), rows(1), "w")
+    with pytest.raises(StaleSlotError, match=reason):
+        opened().read(msgspec.structs.replace(make_slot(), **changes))
+    assert "open_event" not in cuda.calls
+
+
+@pytest.mark.parametrize(
+    ("slot", "data", "reason"),
+    [
+        (make_slot(shape=(4, 40)), rows(1), "the slot is for 4 x 40"),
+        (make_slot(), rows(1, "float16"), "float16; the slot is for"),
+        (make_slot(), rows(1).to_sparse(), "on the CPU"),
+        (make_slot(5000), rows(1), "of a pool of"),
+        (make_slot(generation=-1), rows(1), "generation"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(opened, cuda, slot, data, reason):
+    view = opened()
+    view.write(make_slot(), rows(7), "w")
+    calls = list(cuda.calls)
+    with pytest.raises(ValueError, match=reason):
+        view.write(slot, data, "w")
+    assert cuda.calls == calls
+    cuda.synchronize(0)
+    assert torch.equal(view.read(make_slot()), rows(7))
+
+
+def test_a_write_that_fails_leaves_a_slot_that_nobody_reads(opened, cuda):
+    view = opened()
+    view.write(make_slot(), rows(1), "w")
+    cuda.fail = "cudaErrorIllegalAddress"
+    with pytest.raises(PoolError, match="cudaErrorIllegalAddress"):
+        view.write(make_slot(), rows(2), "w")
+    with pytest.raises(StaleSlotError, match="nothing was written here"):
+        view.read(make_slot())
+
+
+def test_an_event_that_comes_round_again_on_another_stream_covers_its_earlier_record(opened, cuda):
+    writer, reader = opened(), opened()
+    cuda.stream = "slow"
+    writer.write(make_slot(0), rows(1), "w")
+    cuda.stream = "fast"
+    for index in range(1, RING_EVENTS + 1):
+        writer.write(make_slot(index), rows(2), "w")
+    cuda.stream = "prefill"
+    embeddings = reader.read(make_slot(0))
+    cuda.run("prefill")
+    assert torch.equal(embeddings, rows(1))
+
+
+def test_a_slot_is_settled_once_its_writer_has_seen_its_copy_done(opened, cuda):
+    writer, reader = opened(), opened()
+    writer.write(make_slot(0), rows(1), "w")
+    writer.settle()
+    reader.read(make_slot(0))
+    assert cuda.calls.count("open_event") == 1
+    cuda.synchronize(0)
+    writer.settle()
+    cuda.calls.clear()
+    assert torch.equal(reader.read(make_slot(0)), rows(1)) and cuda.calls == []
+
+
+def test_events_are_opened_once_per_event_of_a_writer(opened, cuda):
+    writer, reader = opened(), opened()
+    for generation in range(1, 3 * RING_EVENTS):
+        writer.write(make_slot(0, generation), rows(generation), "w")
+        reader.read(make_slot(0, generation))
+    assert cuda.calls.count("open_event") == RING_EVENTS
+
+
+def test_the_writer_itself_may_read_without_opening_its_own_event(opened, cuda):
+    view = opened()
+    view.write(make_slot(), rows(1), "w")
+    embeddings = view.read(make_slot())
+    assert "open_event" not in cuda.calls
+    cuda.synchronize(0)
+    assert torch.equal(embeddings, rows(1)) and torch.equal(view.read(make_slot(), copy=True), rows(1))
+
+
+def die(view):
+    """What the end of a process does to its view: the files are closed, nothing is settled."""
+    view._writer = None
+    view.close()
+
+
+def test_what_a_dead_writer_did_not_settle_is_refused_and_what_it_did_is_read(opened, cuda):
+    writer, reader = opened(), opened()
+    writer.write(make_slot(0), rows(1), "w-1")
+    cuda.synchronize(0)
+    writer.write(make_slot(1), rows(2), "w-1")  # settles the first
+    die(writer)
+    assert torch.equal(reader.read(make_slot(0)), rows(1))
+    with pytest.raises(StaleSlotError, match="w-1 has died"):
+        reader.read(make_slot(1))
+    opened().write(make_slot(2), rows(3), "w-2")  # takes over the entry of the dead one
+    with pytest.raises(StaleSlotError, match="w-1 has died"):
+        reader.read(make_slot(1))
+    reader.read(make_slot(2))
+
+
+def test_closing_a_view_settles_what_it_wrote(opened, cuda):
+    writer, reader = opened(), opened()
+    writer.write(make_slot(), rows(1), "w")
+    writer.close()
+    writer.close()
+    assert torch.equal(reader.read(make_slot()), rows(1))
+    with pytest.raises(StaleSlotError, match="closed"):
+        writer.read(make_slot())
+
+
+def test_a_writer_that_comes_late_does_not_settle_the_slots_new_write(opened, cuda):
+    late, encoder, reader = opened(), opened(), opened()
+    cuda.stream = "late"
+    late.write(make_slot(generation=1), rows(1), "w-1")
+    cuda.stream = "encode"
+    encoder.write(make_slot(generation=2), rows(2), "w-2")
+    cuda.run("late")
+    late.settle()
+    cuda.stream = "prefill"
+    cuda.calls.clear()
+    embeddings = reader.read(make_slot(generation=2))
+    cuda.run("prefill")
+    assert "wait" in cuda.calls and torch.equal(embeddings, rows(2))
+
+
+def test_a_closed_pool_refuses_every_slot_and_gives_its_memory_back(pool, opened, cuda, shm):
+    view = opened()
+    view.write(make_slot(), rows(1), "w")
+    pool.close()
+    pool.close()
+    with pytest.raises(StaleSlotError, match="pool g1 is closed"):
+        view.read(make_slot())
+    assert cuda.memory == {} and list(shm.iterdir()) == []
+    with pytest.raises(PoolError):
+        CudaIpcView(pool.descriptor(), runtime=cuda)
+
+
+def test_no_room_on_the_gpu_leaves_nothing_behind(cuda, shm):
+    with pytest.raises(PoolError, match=r"GPU 0: lower cache.pool_bytes .*out of memory"):
+        CudaIpcPool("g2", 128 * MIB, runtime=cuda, directory=shm)
+    assert list(shm.iterdir()) == []
+
+
+def test_a_gpu_that_is_not_visible_and_a_table_that_is_gone_are_said(pool, cuda, shm):
+    descriptor = pool.descriptor()
+    elsewhere = msgspec.structs.replace(decode_location(descriptor.name), device="0000:ff:00.0").encode()
+    with pytest.raises(PoolError, match="GPU 0000:ff:00.0 is not visible"):
+        CudaIpcView(msgspec.structs.replace(descriptor, name=elsewhere), runtime=cuda)
+    with pytest.raises(PoolError, match="no location"):
+        CudaIpcView(msgspec.structs.replace(descriptor, name="/dev/shm/x"), runtime=cuda)
+    cuda.memory.clear()
+    with pytest.raises(PoolError, match="cannot be opened"):
+        CudaIpcView(descriptor, runtime=cuda)
+    cuda.memory[1] = None  # for the fixture's close
+    (shm / "epd-g1").unlink()
+    with pytest.raises(PoolError, match="cannot be opened"):
+        CudaIpcView(descriptor, runtime=cuda)
+
+
+def test_tables_of_dead_daemons_are_swept_as_pools_in_shared_memory_are(pool, shm):
+    assert sweep_stale(shm) == []
+
+
+def test_without_a_gpu_the_kind_is_refused_with_the_reason_and_nothing_heavy_is_imported():
+    code = """
+import sys
+from cache import pools
+print([name for name in ("torch", "cupy", "numpy") if name in sys.modules])
+print(pools.KINDS)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.splitlines() == ["[]", "('shared_memory', 'cuda_ipc')"]
+    from cache.pools.cuda_ipc_runtime import why_unavailable
+
+    if why_unavailable() is None:
+        pytest.skip("there is a GPU")
+    with pytest.raises(pools.PoolKindError, match=r"there are: shared_memory \(cuda_ipc: "):
+        pools.create("cuda_ipc", "g3", MIB, False)
+    with pytest.raises(pools.PoolKindError, match="'tape' are not available here; there are: shared_memory$"):
+        pools.create("tape", "g3", MIB, False)
