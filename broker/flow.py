@@ -133,6 +133,9 @@ class Flow:
         self._board.send(decode.peer_id, m.Decode(request_id=request.request_id, prefill=prefill.info.kv), frames)
         return True
 
+    def _pool_near(self, peer: Peer) -> str | None:
+        return next((pool.pool_id for pool in self._board.pools() if pool.host == peer.host), None)
+
     def dispatch(self, now: float) -> None:
         """Gives waiting patches to encode workers, each worker's in one message."""
         given: dict[str, list[Job]] = {}

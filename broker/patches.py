@@ -81,7 +81,12 @@ class Patches:
         return needs
 
     def acquire(
-        self, holder: str, patches: Mapping[str, Patch], frames: Mapping[str, list[bytes]], needs: list[PatchNeed]
+        self,
+        holder: str,
+        patches: Mapping[str, Patch],
+        frames: Mapping[str, list[bytes]],
+        needs: list[PatchNeed],
+        prefer_pool: str | None = None,
     ) -> list[Acquired] | None:
         """Pins all patches for `holder` and queues the missing ones, or does nothing and returns None.
 
@@ -90,13 +95,14 @@ class Patches:
             patches: the patches by hash.
             frames: their pixels by hash; a patch without any must be in the cache, or its pixels in the store.
             needs: what they need, from `needs`.
+            prefer_pool: where new patches go as long as there is room: near the worker that will read them.
 
         Raises:
             PixelsNeededError: a patch would have to be encoded, and there are no pixels; nothing has changed.
             ValueError: a patch is known under its hash with another shape.
         """
         self.pixels.put(frames)
-        acquired = self.index.acquire_all(needs, holder)
+        acquired = self.index.acquire_all(needs, holder, prefer_pool=prefer_pool)
         if acquired is None:
             return None
         new = {item.patch_hash: item.slot for item in acquired if item.outcome is Outcome.NEW}

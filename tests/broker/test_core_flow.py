@@ -6,6 +6,7 @@ import pytest
 
 from epd import messages as m
 from epd.config import BrokerConfig
+from epd.messages import Role
 from tests.broker.world import SLOT_BYTES, World
 
 
@@ -194,3 +195,11 @@ def test_a_preempted_request_gets_its_patches_again_on_the_decode_worker(world: 
     assert [one.patch_hash for one in ready[-1].ready] == ["a", "b"]
     world.say(world.d[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="stop"), [b"t2"])
     world.assert_idle()
+
+
+def test_new_patches_go_to_the_pool_on_the_host_of_the_prefill_worker(world: World) -> None:
+    far = m.Pool(pool_id="far", kind="shared_memory", name="far", nbytes=1 << 20, host="elsewhere")
+    hello = m.Hello(name="cache-2", role=Role.CACHE, incarnation="c2", host="elsewhere", pid=1, pools=[far])
+    world.say("c2", hello)
+    world.submit("r", ["a", "b"])
+    assert {send.message.slot.pool_id for send in world.take_jobs()} == {"pool"}
