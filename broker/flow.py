@@ -102,7 +102,13 @@ class Flow:
                 return False
             try:
                 needs = self._board.patches.needs(request.patches.values(), encoders[0].info)
-                acquired = self._board.patches.acquire(request.request_id, request.patches, request.patch_frames, needs)
+                acquired = self._board.patches.acquire(
+                    request.request_id,
+                    request.patches,
+                    request.patch_frames,
+                    needs,
+                    prefer_pool=self._pool_near(placed.prefill),
+                )
             except PixelsNeededError as error:
                 self._endings.fail(request, ErrorCode.PIXELS_NEEDED, str(error), now)
                 return True
