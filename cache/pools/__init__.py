@@ -13,37 +13,74 @@ from cache.pools.shared_memory import KIND as SHARED_MEMORY
 from cache.pools.shared_memory import SharedMemoryPool, SharedMemoryView
 from epd.messages import Pool
 
-__all__ = ["KINDS", "SHARED_MEMORY", "PoolError", "PoolKindError", "PoolOwner", "PoolView", "create", "open_view"]
+__all__ = [
+    "CUDA_IPC",
+    "KINDS",
+    "SHARED_MEMORY",
+    "PoolError",
+    "PoolKindError",
+    "PoolOwner",
+    "PoolView",
+    "create",
+    "open_view",
+]
 
-_OWNERS: dict[str, Callable[[str, int, bool], PoolOwner]] = {SHARED_MEMORY: SharedMemoryPool}
-_VIEWS: dict[str, Callable[[Pool], PoolView]] = {SHARED_MEMORY: SharedMemoryView}
+CUDA_IPC = "cuda_ipc"
+
+
+def _cuda_ipc_pool(pool_id: str, nbytes: int, checksum: bool) -> PoolOwner:
+    from cache.pools.cuda_ipc import CudaIpcPool
+
+    return CudaIpcPool(pool_id, nbytes, checksum)
+
+
+def _cuda_ipc_view(pool: Pool) -> PoolView:
+    from cache.pools.cuda_ipc import CudaIpcView
+
+    return CudaIpcView(pool)
+
+
+_OWNERS: dict[str, Callable[[str, int, bool], PoolOwner]] = {
+    SHARED_MEMORY: SharedMemoryPool,
+    CUDA_IPC: _cuda_ipc_pool,
+}
+_VIEWS: dict[str, Callable[[Pool], PoolView]] = {SHARED_MEMORY: SharedMemoryView, CUDA_IPC: _cuda_ipc_view}
 
 KINDS = tuple(_OWNERS)
 
 
 def create(kind: str, pool_id: str, nbytes: int, checksum: bool) -> PoolOwner:
-    """Makes a pool of `nbytes` bytes that this process owns.
+    """Makes a pool of `nbytes` bytes that this process owns; on GPUs it is on the first that the process sees.
 
     Raises:
         PoolKindError: there is no such kind here.
         PoolError: it cannot be made.
     """
-    if kind not in _OWNERS:
-        raise _unknown(kind)
+    _check_kind(kind)
     return _OWNERS[kind](pool_id, nbytes, checksum)
 
 
 def open_view(pool: Pool) -> PoolView:
-    """Opens a pool that another process (or this one) owns.
+    """Opens a pool that another process owns (or this one, if it is in shared memory).
+
+    A view of a pool on a GPU takes and gives tensors where others take and give bytes: see `CudaIpcView`.
 
     Raises:
         PoolKindError: there is no such kind here.
         PoolError: it cannot be opened.
     """
-    if pool.kind not in _VIEWS:
-        raise _unknown(pool.kind)
+    _check_kind(pool.kind)
     return _VIEWS[pool.kind](pool)
 
 
-def _unknown(kind: str) -> PoolKindError:
-    return PoolKindError(f"pools of kind {kind!r} are not available here; there are: {', '.join(KINDS)}")
+def _check_kind(kind: str) -> None:
+    if kind == SHARED_MEMORY:
+        return
+    from cache.pools.cuda_ipc_runtime import why_unavailable
+
+    reason = why_unavailable()
+    if kind == CUDA_IPC and reason is None:
+        return
+    here = [SHARED_MEMORY, *([CUDA_IPC] if reason is None else [])]
+    why = f" ({CUDA_IPC}: {reason})" if kind == CUDA_IPC else ""
+    raise PoolKindError(f"pools of kind {kind!r} are not available here; there are: {', '.join(here)}{why}")

@@ -87,11 +87,12 @@ def test_the_table_is_bounded_whatever_the_pool(nbytes):
     assert granule == 256 or -(-nbytes // (granule // 2)) > MAX_ENTRIES
 
 
-@given(st.integers(1, 1 << 33), st.lists(st.integers(0, 1 << 20), min_size=2, max_size=2), st.integers(0, 1 << 20))
-def test_slots_that_do_not_overlap_have_headers_of_their_own(nbytes, extra, gap):
+@given(st.integers(1 << 20, 1 << 33), st.integers(0, 1 << 24), st.integers(0, 1 << 16))
+def test_slots_that_do_not_overlap_have_headers_of_their_own(nbytes, start, gap):
     granule = headers.granule_for(nbytes)
-    first = granule + extra[0] // 256 * 256
-    assert 0 // granule != (first + gap // 256 * 256) // granule
+    first = start * 256
+    second = first + granule + gap * 256  # no slot is smaller than a granule
+    assert first // granule != second // granule
 
 
 def test_a_header_says_whose_copy_it_is_and_when_it_is_settled(table):
@@ -217,7 +218,7 @@ def test_a_pool_has_at_most_so_many_writers(path):
     try:
         tables = [HeaderTable(memory, fd, MIB, make=True) for fd in fds]
         assert [table.claim() for table in tables[:-1]] == list(range(MAX_WRITERS))
-        assert tables[5].claim() == 0 or tables[5].claim() == 5
+        assert tables[5].claim() == 5
         with pytest.raises(PoolError, match="64 processes write"):
             tables[-1].claim()
         with pytest.raises(ValueError, match="32 handles of 64 bytes"):

@@ -1,0 +1,344 @@
+"""Pools in GPU memory: one allocation that the cache daemon owns and the workers of its host open by CUDA IPC.
+
+Lives in the cache daemon (`CudaIpcPool`, which owns the memory and the header table) and in the workers
+(`CudaIpcView`). Headers are in shared memory, see `cache.pools.cuda_ipc_headers`; nothing here waits for the GPU but
+opening and closing. A view belongs to one thread.
+
+**Handover.** A writer puts its copy on its stream, records an event behind it, and publishes the header, which names
+the event. A reader checks the header, lets its stream wait for that event and gets a tensor that shows the slot. Each
+writer has a ring of events and publishes their handles once. When an event comes round again while a reader has not
+waited yet, the reader waits for a later copy than it needs: before an event is recorded anew, the stream waits for its
+previous record, whatever stream that was on, so a record always covers the ones before it.
+
+**Dead writers.** CUDA does not define what waiting for an event does once the process that made it has freed it or
+ended. So a writer marks slots whose copy it has seen done as settled (`settle`, and each `write`); a settled slot needs
+no event and outlives its writer. A slot that is not settled and whose writer is dead is refused. What remains: a writer
+that dies between this check and the end of its copy, which takes microseconds.
+
+**Reuse.** A reader's view shows the pool itself, so a slot must not be written while a step that reads it may still
+run. The index keeps it pinned until PREFILLED, which the prefill worker says after the step. There are no checksums:
+they would need the data on the CPU.
+
+**The owner must outlive its views.** CUDA does not define what freeing memory does that another process has open. So
+the daemon's `close` first retires the table, which makes every later read a stale slot, then frees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cache.pools.base import PoolError, check_pool_id
+from cache.pools.cuda_ipc_headers import (
+    RING_EVENTS,
+    HeaderTable,
+    Location,
+    Record,
+    decode_location,
+    table_bytes,
+)
+from cache.pools.cuda_ipc_runtime import CupyRuntime, Runtime
+from cache.pools.shared_memory import DIRECTORY, SharedMemoryPool, SharedMemoryView
+from cache.slot import HEADER_BYTES, StaleSlotError, data_bytes, pack_header
+from epd.messages import Pool, Slot
+
+KIND = "cuda_ipc"
+
+# cudaMalloc may cut small allocations out of a block of 2 MiB, and an IPC handle always shares the whole block.
+_GRAIN = 2 << 20
+
+
+class CudaIpcPool:
+    """Owns `nbytes` bytes of memory of one GPU, and the header table beside it.
+
+    Args:
+        pool_id: its id, part of the table's file name.
+        nbytes: its size; rounded up to 2 MiB on the device, so that nothing else is shared with it.
+        checksum: taken for the sake of `cache.pools.create`; pools on GPUs have none.
+        device: the GPU, as this process counts them.
+        runtime: CUDA; CuPy's where it is None.
+        directory: where the table goes.
+
+    Raises:
+        PoolKindError: there is no CUDA here.
+        PoolError: there is not so much memory, or the table cannot be made.
+    """
+
+    def __init__(
+        self,
+        pool_id: str,
+        nbytes: int,
+        checksum: bool = False,
+        *,
+        device: int = 0,
+        runtime: Runtime | None = None,
+        directory: Path = DIRECTORY,
+    ) -> None:
+        check_pool_id(pool_id)
+        if nbytes <= 0:
+            raise PoolError(f"a pool of {nbytes} bytes")
+        self._runtime = runtime if runtime is not None else CupyRuntime()
+        self._device = device
+        self._address = 0
+        self._segment = SharedMemoryPool(pool_id, table_bytes(nbytes), checksum=False, directory=directory)
+        segment = self._segment.descriptor()
+        self._headers: _Segment | None = None
+        try:
+            self._headers = _Segment(segment, nbytes, make=True)
+            with _explained(f"no room for a pool of {nbytes} bytes on GPU {device}: lower cache.pool_bytes"):
+                self._address = self._runtime.allocate(device, -(-nbytes // _GRAIN) * _GRAIN)
+            with _explained(f"the memory of pool {pool_id} on GPU {device} cannot be shared"):
+                memory, bus_id = self._runtime.export_memory(device, self._address), self._runtime.bus_id(device)
+        except BaseException:
+            self.close()
+            raise
+        self._descriptor = Pool(
+            pool_id=pool_id,
+            kind=KIND,
+            name=Location(memory=memory, device=bus_id, headers=segment.name, headers_nbytes=segment.nbytes).encode(),
+            nbytes=nbytes,
+            host=socket.gethostname(),
+            checksum=False,
+        )
+
+    def descriptor(self) -> Pool:
+        """What others open it by; `name` is a `Location`."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Refuses all further reads, then gives the memory back. Views should be closed before, see the module."""
+        if self._headers is not None:
+            self._headers.table.retire()
+            self._headers.close()
+            self._headers = None
+        self._segment.close()
+        if self._address:
+            address, self._address = self._address, 0
+            self._runtime.free(self._device, address)
+
+
+class CudaIpcView:
+    """Opens a pool that another process owns, to read and to write; in the owner's own process it cannot be opened.
+
+    Args:
+        pool: the pool.
+        runtime: CUDA; CuPy's where it is None.
+
+    Raises:
+        PoolKindError: there is no CUDA here.
+        PoolError: the pool is not there, or its GPU is not visible to this process.
+    """
+
+    def __init__(self, pool: Pool, *, runtime: Runtime | None = None) -> None:
+        self._runtime = runtime if runtime is not None else CupyRuntime()
+        self._pool = pool
+        location = decode_location(pool.name)
+        segment = Pool(
+            pool_id=pool.pool_id,
+            kind="shared_memory",
+            name=location.headers,
+            nbytes=location.headers_nbytes,
+            host=pool.host,
+        )
+        with _explained(f"pool {pool.pool_id}: GPU {location.device} is not visible to this process"):
+            self._device = self._runtime.device_at(location.device)
+        self._headers: _Segment | None = _Segment(segment, pool.nbytes)
+        try:
+            with _explained(f"pool {pool.pool_id}: its memory on GPU {location.device} cannot be opened"):
+                self._memory = self._runtime.open_memory(self._device, location.memory, pool.nbytes)
+        except BaseException:
+            self._headers.close()
+            raise
+        self._writer: _Writer | None = None
+        self._opened: dict[tuple[int, int, int], int] = {}  # events of others: writer, serial, ring -> event
+
+    @property
+    def pool(self) -> Pool:
+        """The pool it shows."""
+        return self._pool
+
+    def write(self, slot: Slot, data: Any, owner: str) -> None:
+        """Puts the copy of a tensor into a slot on the tensor's current stream, and publishes its header.
+
+        Readers may have the slot once this returns. The tensor's memory must not be reused by other streams before the
+        copy has run (torch sees to that where the tensor belongs to the current stream).
+
+        Args:
+            slot: where.
+            data: a tensor `(num_tokens, width)` of the slot's dtype, on a GPU.
+            owner: the incarnation of the encode worker.
+
+        Raises:
+            ValueError: `data` or `owner` do not fit the slot, or the slot not the pool; nothing has changed then.
+            PoolError: CUDA fails, or too many processes write to this pool; nobody reads the slot then.
+        """
+        table = self._table()
+        position = table.position(slot)
+        header = pack_header(slot, owner, None)
+        found = (tuple(data.shape), str(data.dtype).removeprefix("torch."))
+        if found != ((slot.num_tokens, slot.width), slot.dtype):
+            raise ValueError(f"{found[0]} of {found[1]}; the slot is for {slot.num_tokens} x {slot.width} {slot.dtype}")
+        if (device := self._runtime.device_of(data)) is None:
+            raise ValueError("the tensor is on the CPU; this pool takes tensors on a GPU")
+        with _explained(f"pool {self._pool.pool_id}: slot at {slot.offset} not written"):
+            if self._writer is None:
+                self._writer = _Writer(self._runtime, table, device)
+            self._writer.write(position, slot, header, self._show(slot), data, device)
+
+    def read(self, slot: Slot, *, copy: bool = False) -> Any:
+        """A tensor `(num_tokens, width)` that shows the slot, for use on the current stream of the pool's GPU.
+
+        Args:
+            slot: what is expected, and where.
+            copy: give a tensor of its own instead, copied on that stream.
+
+        Raises:
+            StaleSlotError: the slot holds anything else, or may never be complete since its writer is dead.
+            PoolError: CUDA fails.
+        """
+        table = self._table()
+        record = table.check(slot)
+        with _explained(f"pool {self._pool.pool_id}: slot at {slot.offset} not read"):
+            if not record.settled:
+                self._wait_for(slot, record)
+            tensor = self._show(slot)
+            return tensor.clone() if copy else tensor
+
+    def settle(self) -> None:
+        """Marks what this process wrote and what is done since, so that it outlives this process. Costs microseconds.
+
+        Raises:
+            PoolError: CUDA fails.
+        """
+        if self._writer is not None:
+            with _explained(f"pool {self._pool.pool_id}: a copy has failed"):
+                self._writer.settle()
+
+    def close(self) -> None:
+        """Settles what this process wrote, and closes the view; its memory is unmapped with the last tensor of it.
+
+        Events are left to the end of the process: destroying one that another process still waits for is undefined.
+        """
+        if self._headers is None:
+            return
+        if self._writer is not None:
+            with contextlib.suppress(RuntimeError):
+                self._writer.finish()
+            self._writer = None
+        self._headers.close()
+        self._headers = None
+        self._memory = None
+        self._opened.clear()
+
+    def _table(self) -> HeaderTable:
+        if self._headers is None:
+            raise StaleSlotError(f"the view of pool {self._pool.pool_id} is closed")
+        return self._headers.table
+
+    def _show(self, slot: Slot) -> Any:
+        import torch
+
+        start = slot.offset + HEADER_BYTES
+        data = self._memory[start : start + data_bytes(slot.num_tokens, slot.width, slot.dtype)]
+        return data.view(getattr(torch, slot.dtype)).view(slot.num_tokens, slot.width)
+
+    def _wait_for(self, slot: Slot, record: Record) -> None:
+        table = self._table()
+        if (event := self._event_of(table, record)) is None:
+            if not table.check(slot).settled:  # it may have settled before it died
+                raise StaleSlotError(f"{record.owner} has died, and perhaps before it had written this")
+            return
+        self._runtime.wait(event, self._device)
+        if table.check(slot)[:-1] != record[:-1]:
+            raise StaleSlotError("written anew meanwhile")
+
+    def _event_of(self, table: HeaderTable, record: Record) -> int | None:
+        """The event that stands for a copy; None where its writer is dead."""
+        if self._writer is not None and (record.writer, record.serial) == (self._writer.index, self._writer.serial):
+            return self._writer.events[record.ring]  # an event cannot be opened in the process that made it
+        if (handle := table.event_handle(record)) is None:
+            return None
+        key = (record.writer, record.serial, record.ring)
+        if key not in self._opened:
+            self._opened[key] = self._runtime.open_event(self._device, handle)
+        return self._opened[key]
+
+
+class _Writer:
+    """What a process that writes has: its entry in the table, its ring of events, and the copies not known to be done.
+
+    All events belong to one GPU, that of the first tensor: an event can be recorded on streams of its own GPU only.
+    """
+
+    def __init__(self, runtime: Runtime, table: HeaderTable, device: int) -> None:
+        self._runtime = runtime
+        self._table = table
+        self._device = device
+        self.index = table.claim()
+        self.events = [runtime.create_event(device) for _ in range(RING_EVENTS)]
+        self.serial = table.enroll(self.index, [runtime.export_event(event) for event in self.events])
+        self._next = 0
+        self._pending: dict[int, tuple[int, int]] = {}  # position -> ring, generation; in order of writing
+
+    def write(self, position: int, slot: Slot, header: bytes, target: Any, source: Any, device: int) -> None:
+        """See `CudaIpcView.write`."""
+        if device != self._device:
+            raise ValueError(f"the tensor is on GPU {device}; this process writes from GPU {self._device}")
+        self.settle()
+        ring = self._next
+        self._next = (ring + 1) % RING_EVENTS
+        self._table.begin(position)
+        self._pending.pop(position, None)
+        self._runtime.copy(target, source)
+        self._runtime.wait(self.events[ring], device)  # its previous record, perhaps on another stream
+        self._runtime.record(self.events[ring], device)
+        self._table.publish(position, slot, header, self.index, self.serial, ring)
+        self._pending[position] = (ring, slot.generation)
+
+    def settle(self) -> None:
+        """Marks the copies that are done. A copy whose event came round again counts with the later one."""
+        while self._pending:
+            position, (ring, generation) = next(iter(self._pending.items()))
+            if not self._runtime.is_done(self.events[ring]):
+                return
+            self._table.settle(position, generation)
+            del self._pending[position]
+
+    def finish(self) -> None:
+        """Waits until all is done, and marks it."""
+        if self._pending:
+            self._runtime.synchronize(self._device)
+            self.settle()
+
+
+class _Segment:
+    """The header table of a pool, mapped, with a file of its own for the locks."""
+
+    def __init__(self, segment: Pool, nbytes: int, *, make: bool = False) -> None:
+        self._view = SharedMemoryView(segment)
+        self._fd = os.open(segment.name, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            self.table = HeaderTable(self._view.memory, self._fd, nbytes, make=make)
+        except PoolError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes both; a writer's lock goes with it."""
+        os.close(self._fd)
+        self._view.close()
+
+
+@contextlib.contextmanager
+def _explained(text: str) -> Iterator[None]:
+    """Makes what CUDA raises a PoolError."""
+    try:
+        yield
+    except PoolError:
+        raise
+    except RuntimeError as error:
+        raise PoolError(f"{text} ({error})") from error

@@ -1,0 +1,249 @@
+"""The headers of a pool in GPU memory: a table in shared memory beside it, so that a check asks the GPU nothing.
+
+Lives in the cache daemon, which makes the table, and in the workers, which map it; pure but for the file locks by which
+a writer shows that it lives. Owns no memory: it works on a mapped segment, as `cache.slot` does.
+
+The segment, little endian:
+
+| offset | bytes | what |
+|---|---|---|
+| 0 | 4096 | control: magic "EPDCUDA" and a zero byte (all zero once the pool is closed), version, sizes |
+| 4096 | `MAX_WRITERS` x `_WRITER_BYTES` | writers: serial number, then the handles of the events of its ring |
+| `_ENTRIES_AT` | 128 each | headers: one for each `granule` bytes of the pool, at `slot.offset // granule` |
+
+A header is that of `cache.slot`, without a checksum, and in its zero bytes:
+
+| offset | bytes | field |
+|---|---|---|
+| 88 | 2 | writer: index of its entry |
+| 90 | 2 | ring: which of its events stands for the copy into this slot |
+| 96 | 8 | serial of the writer, so that an entry that has a new writer is not taken for the old one |
+| 104 | 8 | settled: generation + 1 once the writer has seen that the copy is done; readers need no event then |
+| 112 | 8 | offset of the slot |
+
+No slot is smaller than a granule, so no two slots that are in use share a header. A granule is as small as gives at
+most `MAX_ENTRIES` headers (64 MiB): 512 bytes for a pool of 256 MiB, 8 KiB for 4 GiB. The first 128 bytes of a slot on
+the GPU stay unused: the index counts slots as on CPUs.
+
+Only writers write headers, so "settled" can be written by a writer that comes too late and whose slot is another's now:
+it then holds an old generation and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import secrets
+import struct
+from typing import NamedTuple
+
+import msgspec
+
+from cache.extents import ALIGNMENT
+from cache.pools.base import PoolError
+from cache.slot import HEADER_BYTES, MAGIC, StaleSlotError, check_header, data_bytes
+from epd.messages import Slot, Struct
+
+MAX_WRITERS = 64
+RING_EVENTS = 32
+MAX_ENTRIES = 1 << 19
+EVENT_HANDLE_BYTES = 64
+
+_TABLE_MAGIC = b"EPDCUDA\0"
+_TABLE_VERSION = 1
+_CONTROL = struct.Struct("<8sHHHHQQ")  # magic, version, writers, ring, zero, granule, bytes of the pool
+_WRITERS_AT = 4096
+_SERIAL = struct.Struct("<Q")
+_HANDLES_AT = 64
+_WRITER_BYTES = _HANDLES_AT + RING_EVENTS * EVENT_HANDLE_BYTES
+_ENTRIES_AT = -(-(_WRITERS_AT + MAX_WRITERS * _WRITER_BYTES) // 4096) * 4096
+_EXTRA = struct.Struct("<HHIQQQ")  # writer, ring, zero, serial, settled, offset of the slot
+_EXTRA_AT = 88
+_SETTLED_AT = 104
+_FLOCK = struct.Struct("@hhqqi0q")  # Linux' struct flock with 64-bit offsets: type, whence, start, length, pid
+
+
+class Location(Struct, frozen=True):
+    """What `Pool.name` holds for a pool in GPU memory, as JSON.
+
+    `memory` is the CUDA IPC handle; `device` the PCI bus id of the GPU, which is the same in every process whatever
+    CUDA_VISIBLE_DEVICES says; `headers` the path of the segment with the headers and the event handles.
+    """
+
+    memory: bytes
+    device: str
+    headers: str
+    headers_nbytes: int
+
+    def encode(self) -> str:
+        """As text."""
+        return msgspec.json.encode(self).decode()
+
+
+def decode_location(name: str) -> Location:
+    """The location in `Pool.name`.
+
+    Raises:
+        PoolError: it is none.
+    """
+    try:
+        return msgspec.json.decode(name, type=Location)
+    except msgspec.MsgspecError as error:
+        raise PoolError(f"no location of a pool in GPU memory: {error}") from None
+
+
+class Record(NamedTuple):
+    """What a header says beyond the slot: whose copy it is, which event stands for it, and whether it is done."""
+
+    owner: str
+    writer: int
+    ring: int
+    serial: int
+    settled: bool
+
+
+def granule_for(nbytes: int) -> int:
+    """The granule of a pool of `nbytes`: the least power of two, from `ALIGNMENT`, with at most `MAX_ENTRIES`."""
+    granule = ALIGNMENT
+    while -(-nbytes // granule) > MAX_ENTRIES:
+        granule *= 2
+    return granule
+
+
+def table_bytes(nbytes: int) -> int:
+    """The size of the segment for a pool of `nbytes`."""
+    return _ENTRIES_AT + -(-nbytes // granule_for(nbytes)) * HEADER_BYTES
+
+
+class HeaderTable:
+    """The segment of a pool of `nbytes` bytes, in `memory`; `fd` is the segment's file, for locks.
+
+    Locks are of the open file (OFD), so they end with the process, however it dies, and with a forked child that shares
+    `fd`: workers are spawned.
+
+    Raises:
+        PoolError: `make` is false and this is not the table of such a pool.
+    """
+
+    def __init__(self, memory: memoryview, fd: int, nbytes: int, *, make: bool = False) -> None:
+        self._memory = memory
+        self._fd = fd
+        self._nbytes = nbytes
+        self.granule = granule_for(nbytes)
+        control = (_TABLE_MAGIC, _TABLE_VERSION, MAX_WRITERS, RING_EVENTS, 0, self.granule, nbytes)
+        if memory.nbytes < table_bytes(nbytes):
+            raise PoolError(f"a header table of {memory.nbytes} bytes for a pool of {nbytes}")
+        if make:
+            _CONTROL.pack_into(memory, 0, *control)
+        elif (found := _CONTROL.unpack_from(memory)) != control:
+            raise PoolError(f"the header table says {found}, not {control}: closed, or of another version of EPD")
+
+    def retire(self) -> None:
+        """The pool is closed: from now on every slot is refused."""
+        self._memory[: len(_TABLE_MAGIC)] = bytes(len(_TABLE_MAGIC))
+
+    # ---- slots -----------------------------------------------------------------------------------------------------
+
+    def position(self, slot: Slot) -> int:
+        """Where the header of `slot` is.
+
+        Raises:
+            ValueError: the slot is not one of this pool.
+        """
+        needed = HEADER_BYTES + data_bytes(slot.num_tokens, slot.width, slot.dtype)
+        if slot.nbytes < needed:
+            raise ValueError(f"{slot.nbytes} bytes for header and data, which need {needed}")
+        if slot.offset < 0 or slot.offset % ALIGNMENT or slot.offset + slot.nbytes > self._nbytes:
+            raise ValueError(f"bytes {slot.offset}..{slot.offset + slot.nbytes} of a pool of {self._nbytes}")
+        if slot.nbytes < self.granule:
+            raise ValueError(
+                f"a slot of {slot.nbytes} bytes; on a GPU a pool of {self._nbytes} has none under {self.granule}: "
+                f"lower cache.pool_bytes"
+            )
+        return _ENTRIES_AT + slot.offset // self.granule * HEADER_BYTES
+
+    def begin(self, position: int) -> None:
+        """Nobody reads this slot until `publish`."""
+        self._memory[position : position + len(MAGIC)] = bytes(len(MAGIC))
+
+    def publish(self, position: int, slot: Slot, header: bytes, writer: int, serial: int, ring: int) -> None:
+        """Puts a header (`cache.slot.pack_header`) in its place, the magic last; not settled yet."""
+        entry = bytearray(header)
+        _EXTRA.pack_into(entry, _EXTRA_AT, writer, ring, 0, serial, 0, slot.offset)
+        self._memory[position + len(MAGIC) : position + HEADER_BYTES] = entry[len(MAGIC) :]
+        self._memory[position : position + len(MAGIC)] = MAGIC
+
+    def settle(self, position: int, generation: int) -> None:
+        """The copy of `generation` into this slot is done."""
+        _SERIAL.pack_into(self._memory, position + _SETTLED_AT, _settled(generation))
+
+    def check(self, slot: Slot) -> Record:
+        """What the header of `slot` says.
+
+        Raises:
+            StaleSlotError: it is the header of something else, or the pool is closed.
+        """
+        if bytes(self._memory[: len(_TABLE_MAGIC)]) != _TABLE_MAGIC:
+            raise StaleSlotError(f"pool {slot.pool_id} is closed")
+        try:
+            position = self.position(slot)
+        except ValueError as error:
+            raise StaleSlotError(str(error)) from None
+        raw = bytes(self._memory[position : position + HEADER_BYTES])
+        header = check_header(raw, slot)
+        writer, ring, _, serial, settled, offset = _EXTRA.unpack_from(raw, _EXTRA_AT)
+        if offset != slot.offset:
+            raise StaleSlotError(f"the header is that of the slot at {offset}")
+        if writer >= MAX_WRITERS or ring >= RING_EVENTS or serial == 0:
+            raise StaleSlotError(f"no such event: writer {writer}, event {ring}, serial {serial}")
+        return Record(header.owner, writer, ring, serial, settled == _settled(slot.generation))
+
+    # ---- writers ---------------------------------------------------------------------------------------------------
+
+    def claim(self) -> int:
+        """An entry for this process, its own until `fd` is closed; the same one again where it has one.
+
+        Raises:
+            PoolError: there are `MAX_WRITERS` already, or this kernel has no such locks.
+        """
+        for index in range(MAX_WRITERS):
+            try:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, index))
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise PoolError(f"this kernel cannot lock an open file: {error.strerror}") from None
+                continue  # another process has it
+            _SERIAL.pack_into(self._memory, _writer_at(index), 0)
+            return index
+        raise PoolError(f"{MAX_WRITERS} processes write to this pool already")
+
+    def enroll(self, index: int, handles: list[bytes]) -> int:
+        """Puts the handles of a writer's events into the entry it has claimed; its serial."""
+        if len(handles) != RING_EVENTS or any(len(handle) != EVENT_HANDLE_BYTES for handle in handles):
+            raise ValueError(f"{RING_EVENTS} handles of {EVENT_HANDLE_BYTES} bytes are needed")
+        at, serial = _writer_at(index), secrets.randbits(63) | 1
+        self._memory[at + _HANDLES_AT : at + _WRITER_BYTES] = b"".join(handles)
+        _SERIAL.pack_into(self._memory, at, serial)
+        return serial
+
+    def event_handle(self, record: Record) -> bytes | None:
+        """The handle of the event of `record`; None where its writer is dead, so that the event must not be used."""
+        at = _writer_at(record.writer)
+        start = at + _HANDLES_AT + record.ring * EVENT_HANDLE_BYTES
+        handle = bytes(self._memory[start : start + EVENT_HANDLE_BYTES])
+        probe = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, record.writer))
+        alive = _FLOCK.unpack(probe)[0] != fcntl.F_UNLCK
+        # The serial is read last: a new writer takes it away before it writes handles.
+        return handle if alive and _SERIAL.unpack_from(self._memory, at) == (record.serial,) else None
+
+
+def _settled(generation: int) -> int:
+    return (generation + 1) % 2**64
+
+
+def _writer_at(index: int) -> int:
+    return _WRITERS_AT + index * _WRITER_BYTES
+
+
+def _flock(kind: int, index: int) -> bytes:
+    return _FLOCK.pack(kind, 0, _writer_at(index), 1, 0)
