@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ask": ("ask", "ask a running endpoint a question, with or without pictures"),
     "endpoint": ("daemons", "run the HTTP endpoint"),
     "broker": ("daemons", "run the broker"),
-    "cache": ("daemons", "run the cache daemon"),
+    "cache": ("daemons", "run the cache daemon, or show a running pipeline's pools (`epd cache ls`)"),
     "worker": ("daemons", "run a worker of one stage"),
 }
 

@@ -26,6 +26,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser = subparsers.add_parser(name, help=line.lower().rstrip("."), description=line)
         if name == "worker":
             parser.add_argument("--stage", choices=STAGES, required=True, help="what it does")
+        if name == "cache":
+            parser.add_argument(
+                "action", nargs="?", choices=("ls",), help="`ls`: show a running pipeline's pools instead"
+            )
+            parser.add_argument("--url", default="http://127.0.0.1:8400", help="for ls: the endpoint (%(default)s)")
         options.add_daemon(parser)
         if name == "endpoint":
             options.add_listen(parser)
@@ -35,6 +40,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the daemon until SIGTERM; returns its exit status."""
+    if getattr(args, "action", None) == "ls":
+        from epd.cli import cache_ls
+
+        return cache_ls.run(args.url)
     from epd.local import environment
 
     config = options.configure(args)

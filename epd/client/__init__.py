@@ -9,6 +9,9 @@
         for chunk in client.stream("Describe it.", images=[pil_image], temperature=0):
             print(chunk.text, end="", flush=True)
 
+        page = client.upload("page.png")           # encoded while you think of the question
+        print(client.generate("What does it say?", images=[page]).text)
+
 ``AsyncClient`` has the same methods as coroutines. A picture is a path, a URL, bytes or a PIL image
 (``epd.client.pictures``). Every wait has a clock (``Timeouts``), and everything raised is in one tree
 (``epd.client.errors``). Lives in the user's process; needs neither torch nor vLLM.

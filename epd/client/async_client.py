@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import functools
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
 from yarl import URL
 
-from epd.client.errors import APIError, Overloaded, TotalTimeout, error_from_answer
-from epd.client.pictures import Picture
+from epd.client.errors import APIError, NotFound, Overloaded, TotalTimeout, error_from_answer
+from epd.client.pictures import Picture, media_type, picture_file
 from epd.client.request import chat_body
+from epd.client.reuse import Reuse, is_not_found, pictures_in
 from epd.client.transport import (
     AnswerReader,
     Limit,
@@ -23,11 +25,20 @@ from epd.client.transport import (
     transport_errors,
     until,
 )
-from epd.client.types import Chunk, Completion, Timeouts
+from epd.client.types import Chunk, Completion, Media, Timeouts
 
 __all__ = ["AsyncClient"]
 
 _CHAT = "/v1/chat/completions"
+_MEDIA = "/v1/media"
+
+
+class _Call(NamedTuple):
+    """The body of a chat, how to make it with all pictures in it, and the uploads that it refers to instead."""
+
+    payload: bytes
+    build: Callable[[], bytes]
+    referred: list[str]
 
 
 class AsyncClient:
@@ -40,6 +51,8 @@ class AsyncClient:
         api_key: Sent as a bearer token.
         model: The model of every call that names none; without it the server uses its own.
         timeouts: The clocks of every call.
+        reuse_pictures: Upload a picture when it is used a second time (recognised by its content), and refer to it
+            from then on. Where the server refuses that, the picture is sent each time.
 
     Raises:
         ValueError: ``base_url`` is not an http or https URL.
@@ -52,6 +65,7 @@ class AsyncClient:
         api_key: str | None = None,
         model: str | None = None,
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - immutable
+        reuse_pictures: bool = True,
     ) -> None:
         if not _is_http_url(base_url):
             raise ValueError(f"base_url must look like http://host:port, not {base_url!r}")
@@ -62,6 +76,7 @@ class AsyncClient:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
+        self._reuse = Reuse() if reuse_pictures else None
 
     async def __aenter__(self) -> Self:
         if self._session is not None:
@@ -111,7 +126,7 @@ class AsyncClient:
 
         Args:
             prompt: The question.
-            images: Pictures it is about: paths, URLs, bytes or PIL images; they precede the text.
+            images: Pictures it is about: paths, URLs, bytes, PIL images or uploads; they precede the text.
             model: Instead of the client's model.
             max_tokens: Longest answer, in tokens.
             temperature: 0 always takes the likeliest token.
@@ -130,7 +145,7 @@ class AsyncClient:
             TransportError: There is no complete answer; see its subclasses.
             PictureError: A picture cannot be read.
         """
-        payload = await self._payload(
+        call = await self._call(
             prompt,
             images=images,
             system=system,
@@ -149,7 +164,7 @@ class AsyncClient:
             },
         )
         limit = total_limit(self.timeouts, asyncio.get_running_loop().time())
-        raw = await self._fetch_json("POST", _CHAT, limit, payload)
+        raw = await self._json(await self._send_call(call, limit), limit)
         try:
             return Completion.from_json(raw)
         except ValueError as error:
@@ -183,7 +198,7 @@ class AsyncClient:
             TransportError: There is no complete answer; what came so far is incomplete.
             PictureError: A picture cannot be read.
         """
-        payload = await self._payload(
+        call = await self._call(
             prompt,
             images=images,
             system=system,
@@ -207,7 +222,7 @@ class AsyncClient:
             total_limit(self.timeouts, sent_at),
             key=lambda limit: limit.at,
         )
-        response = await self._send("POST", _CHAT, limit, payload)
+        response = await self._send_call(call, limit)
         reader = AnswerReader(
             response, base_url=self.base_url, timeouts=self.timeouts, sent_at=sent_at, num_choices=n or 1
         )
@@ -217,6 +232,21 @@ class AsyncClient:
                     yield chunk
         finally:
             reader.close()
+
+    async def upload(self, /, picture: Picture, *, cache_salt: str = "") -> Media:
+        """Have a picture encoded before it is asked about; the result stands for it until it expires.
+
+        Args:
+            picture: A path, bytes or a PIL image.
+            cache_salt: The ``cache_salt`` of the calls that will use it, if they have one.
+
+        Raises:
+            Overloaded: As many pictures are kept as may be, see ``retry_after_s``.
+            APIError, TransportError: As ``generate``.
+            PictureError: The picture cannot be read, or is an address.
+        """
+        file = await asyncio.to_thread(picture_file, picture)
+        return await self._upload(file, cache_salt, total_limit(self.timeouts, asyncio.get_running_loop().time()))
 
     async def models(self, /) -> list[str]:
         """Return the ids of the models that the server offers.
@@ -258,8 +288,35 @@ class AsyncClient:
             raise self._not_ours(raw)
         return raw
 
-    async def _payload(self, prompt: str | None, **arguments: Any) -> bytes:
-        return await asyncio.to_thread(chat_body, prompt, **arguments)  # reads files, encodes pictures
+    async def _call(self, prompt: str | None, **arguments: Any) -> _Call:
+        kept: dict[int, str] = {}
+        build = functools.partial(chat_body, prompt, **arguments)
+        if self._reuse is not None:
+            pictures = pictures_in(arguments["images"], arguments["messages"])
+            salt = arguments["options"].get("cache_salt") or ""
+            kept = await self._reuse.urls(pictures, salt, self._upload)
+        # In a thread: it reads files and encodes pictures.
+        return _Call(await asyncio.to_thread(build, kept=kept), build, list(kept.values()))
+
+    async def _send_call(self, call: _Call, limit: Limit) -> aiohttp.ClientResponse:
+        """Send a chat; once more with all pictures where the server has let go of one that was uploaded for it."""
+        try:
+            return await self._send("POST", _CHAT, limit, call.payload)
+        except NotFound as error:
+            if not call.referred or not is_not_found(error) or self._reuse is None:
+                raise
+            self._reuse.forget(call.referred)
+        return await self._send("POST", _CHAT, limit, await asyncio.to_thread(call.build))
+
+    async def _upload(self, file: bytes, salt: str, limit: Limit | None = None) -> Media:
+        limit = limit or self._small_call_limit()
+        path = f"{_MEDIA}?cache_salt={quote(salt, safe='')}" if salt else _MEDIA
+        headers = {"Content-Type": media_type(file) or "application/octet-stream"}
+        raw = await self._json(await self._send("POST", path, limit, file, headers), limit)
+        try:
+            return Media.from_json(raw)
+        except ValueError as error:
+            raise self._not_ours(raw) from error
 
     async def _get(self, path: str) -> Any:
         return await self._fetch_json("GET", path, self._small_call_limit())
@@ -276,15 +333,24 @@ class AsyncClient:
         at = asyncio.get_running_loop().time() + seconds
         return Limit(at, TotalTimeout, f"no answer within {seconds:g} s (the smaller of token_s and total_s)")
 
-    async def _fetch_json(self, method: str, path: str, limit: Limit, payload: bytes | None = None) -> Any:
-        response = await self._send(method, path, limit, payload)
+    async def _fetch_json(self, method: str, path: str, limit: Limit) -> Any:
+        return await self._json(await self._send(method, path, limit), limit)
+
+    async def _json(self, response: aiohttp.ClientResponse, limit: Limit) -> Any:
         body = await self._read(response, limit)
         try:
             return msgspec.json.decode(body)
         except msgspec.DecodeError as error:
             raise self._not_ours(body.decode("utf-8", "replace")) from error
 
-    async def _send(self, method: str, path: str, limit: Limit, payload: bytes | None = None) -> aiohttp.ClientResponse:
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        limit: Limit,
+        payload: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> aiohttp.ClientResponse:
         """Send a request and return the response once its headers say 2xx."""
         if self._session is None:
             raise RuntimeError("open the client first: async with AsyncClient() as client")
@@ -293,7 +359,9 @@ class AsyncClient:
         url = URL(self.base_url + path, encoded=True)
         async with until(limit):
             with transport_errors(self.base_url, self.timeouts):
-                response = await self._session.request(method, url, data=payload, allow_redirects=False)
+                response = await self._session.request(
+                    method, url, data=payload, headers=headers, allow_redirects=False
+                )
         if response.status >= 300:
             body = await self._read(response, limit)
             raise error_from_answer(response.status, response.headers, body)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image
 
 from epd.client.errors import PictureError
+from epd.client.types import Media
 
-__all__ = ["Picture", "picture_url", "with_picture_urls"]
+__all__ = ["Picture", "is_local", "media_type", "picture_file", "picture_url", "with_picture_urls"]
 
-Picture: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image
-"""A path, a URL (http, https, data, epd-media), a file's bytes, or a ``PIL.Image.Image``."""
+Picture: TypeAlias = str | Path | bytes | bytearray | memoryview | Image.Image | Media
+"""A path, a URL (http, https, data, epd-media), a file's bytes, a ``PIL.Image.Image``, or what ``upload`` returned."""
 
 _URL_SCHEMES = ("http:", "https:", "data:", "epd-media:")
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"})
@@ -35,40 +37,64 @@ def picture_url(picture: Picture) -> str:
         PictureError: The file is missing or unreadable, the bytes are no picture of a known kind, or
             the object is not a picture at all.
     """
+    if isinstance(picture, Media):
+        return picture.url
     if isinstance(picture, str) and picture.lower().startswith(_URL_SCHEMES):
         return picture
+    data = picture_file(picture)
+    return f"data:{media_type(data)};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def picture_file(picture: Picture) -> bytes:
+    """Return the picture as a file of a known kind.
+
+    Raises:
+        PictureError: As ``picture_url``, or it is an address.
+    """
+    if isinstance(picture, Media) or (isinstance(picture, str) and picture.lower().startswith(_URL_SCHEMES)):
+        raise PictureError("this picture is an address; what is uploaded is a path, bytes or a PIL image")
     if isinstance(picture, str | Path):
-        return _data_url(_read(picture), repr(str(picture)))
+        return _checked(_read(picture), repr(str(picture)))
     if isinstance(picture, bytes | bytearray | memoryview):
-        return _data_url(bytes(picture), "these bytes")
+        return _checked(bytes(picture), "these bytes")
     if isinstance(picture, Image.Image):
-        return _data_url(_png(picture), "this image")
+        return _png(picture)
     raise PictureError(f"a picture is a path, a URL, bytes or a PIL image, not {type(picture).__name__}")
 
 
-def with_picture_urls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def is_local(picture: Any) -> bool:
+    """Return whether the picture is here, not an address."""
+    if isinstance(picture, str):
+        return not picture.lower().startswith(_URL_SCHEMES)
+    return isinstance(picture, Path | bytes | bytearray | memoryview | Image.Image)
+
+
+def with_picture_urls(
+    messages: list[dict[str, Any]], url_of: Callable[[Picture], str] = picture_url
+) -> list[dict[str, Any]]:
     """Return the messages with ``{"type": "image", "image": picture}`` parts as ``image_url`` parts.
 
-    The argument is left as it is; other keys of such a part, and all other parts, are kept.
+    The argument is left as it is; other keys of such a part, and all other parts, are kept. ``url_of`` gives a
+    picture's URL.
 
     Raises:
         PictureError: As ``picture_url``.
     """
     return [
-        {**message, "content": [_part(part) for part in message["content"]]}
+        {**message, "content": [_part(part, url_of) for part in message["content"]]}
         if isinstance(message.get("content"), list | tuple)
         else message
         for message in messages
     ]
 
 
-def _part(part: Any) -> Any:
+def _part(part: Any, url_of: Callable[[Picture], str]) -> Any:
     if not isinstance(part, dict) or part.get("type") != "image":
         return part
     rest = {key: value for key, value in part.items() if key not in ("type", "image")}
     if "image" not in part:
         raise PictureError('a content part of type "image" needs its picture under the key "image"')
-    return {**rest, "type": "image_url", "image_url": {"url": picture_url(part["image"])}}
+    return {**rest, "type": "image_url", "image_url": {"url": url_of(part["image"])}}
 
 
 def _read(path: str | Path) -> bytes:
@@ -81,18 +107,18 @@ def _read(path: str | Path) -> bytes:
         raise PictureError(f"cannot read the picture file {str(path)!r}: {reason}") from error
 
 
-def _data_url(data: bytes, what: str) -> str:
-    media_type = _media_type(data)
-    if media_type is None:
+def _checked(data: bytes, what: str) -> bytes:
+    if media_type(data) is None:
         raise PictureError(
             f"{what} is not PNG, JPEG, WebP, GIF or BMP; open it with PIL and pass the image instead"
             if data
             else f"{what} is empty"
         )
-    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"
+    return data
 
 
-def _media_type(data: bytes) -> str | None:
+def media_type(data: bytes) -> str | None:
+    """Return the media type that the first bytes tell, or None."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if data.startswith(b"\xff\xd8\xff"):

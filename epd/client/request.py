@@ -5,7 +5,8 @@ Lives in the user's process; blocks while it reads and encodes pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ def chat_body(
     logprobs: bool | int | None,
     options: Mapping[str, Any],
     stream: bool,
+    kept: Mapping[int, str] = MappingProxyType({}),
 ) -> bytes:
     """Build the body of a POST to ``/v1/chat/completions``.
 
@@ -35,20 +37,25 @@ def chat_body(
         logprobs: True, or how many alternatives to report for each token.
         options: Further fields; those that are None are left out.
         stream: Whether to ask for a stream.
+        kept: By ``id(picture)``, the URLs of pictures that the server keeps.
 
     Raises:
         PictureError: A picture cannot be read.
         TypeError: Something cannot be written as JSON, or there is nothing to send.
         ValueError: ``images`` beside ``messages``.
     """
+
+    def url_of(picture: Picture) -> str:
+        return kept.get(id(picture)) or picture_url(picture)
+
     if isinstance(images, str | bytes):
         raise TypeError("images is a sequence of pictures: write images=[picture]")
     if messages is not None:
         if images:
             raise ValueError("with messages, pictures go into the messages' content parts")
-        chat = with_picture_urls([dict(message) for message in messages])
+        chat = with_picture_urls([dict(message) for message in messages], url_of)
     elif prompt is not None:
-        chat = [{"role": "user", "content": _content(prompt, images)}]
+        chat = [{"role": "user", "content": _content(prompt, images, url_of)}]
     else:
         raise TypeError("give a prompt or messages")
     if system is not None:
@@ -63,10 +70,8 @@ def chat_body(
     return msgspec.json.encode(body)
 
 
-def _content(prompt: str, images: Sequence[Picture]) -> str | list[dict[str, Any]]:
+def _content(prompt: str, images: Sequence[Picture], url_of: Callable[[Picture], str]) -> str | list[dict[str, Any]]:
     if not images:
         return prompt
-    parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": picture_url(picture)}} for picture in images
-    ]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url_of(picture)}} for picture in images]
     return [*parts, {"type": "text", "text": prompt}]

@@ -147,6 +147,7 @@ class Client:
         api_key: Sent as a bearer token.
         model: The model of every call that names none; without it the server uses its own.
         timeouts: The clocks of every call.
+        reuse_pictures: Upload a picture when it is used a second time, as ``AsyncClient`` does.
 
     Raises:
         ValueError: ``base_url`` is not an http or https URL.
@@ -159,8 +160,11 @@ class Client:
         api_key: str | None = None,
         model: str | None = None,
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - immutable
+        reuse_pictures: bool = True,
     ) -> None:
-        self._client = AsyncClient(base_url, api_key=api_key, model=model, timeouts=timeouts)
+        self._client = AsyncClient(
+            base_url, api_key=api_key, model=model, timeouts=timeouts, reuse_pictures=reuse_pictures
+        )
         self._lock = threading.Lock()
         self._portal: _Portal | None = None
         self._closed = False
@@ -195,6 +199,7 @@ class Client:
 
     generate = _blocking(AsyncClient.generate)
     stream = _blocking_iterator(AsyncClient.stream)
+    upload = _blocking(AsyncClient.upload)
     models = _blocking(AsyncClient.models)
     health = _blocking(AsyncClient.health)
     ready = _blocking(AsyncClient.ready)

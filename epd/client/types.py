@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["Chunk", "Completion", "Timeouts", "Usage"]
+__all__ = ["Chunk", "Completion", "Media", "Timeouts", "Usage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,43 @@ class Timeouts:
             value = getattr(self, each.name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{each.name} must be a finite number of seconds above 0, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A picture that the server keeps; give it where a picture is expected.
+
+    Attributes:
+        id: The server's id of it. Whoever has it and the same API key may use it.
+        width: Of the picture, in pixels.
+        height: Of the picture, in pixels.
+        patches: How many pieces it is encoded in.
+        expires: Until when it is kept, in seconds since 1970, on the server's clock.
+    """
+
+    id: str
+    width: int
+    height: int
+    patches: int
+    expires: int
+
+    @property
+    def url(self) -> str:
+        """What stands for the picture in a request."""
+        return f"epd-media://{self.id}"
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Media:
+        """Read the answer to an upload.
+
+        Raises:
+            ValueError: It is not one.
+        """
+        try:
+            numbers = [int(raw[name]) for name in ("width", "height", "patches", "expires")]
+            return cls(str(raw["id"]), *numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not an upload: {error!r}") from error
 
 
 @dataclass(frozen=True, slots=True)

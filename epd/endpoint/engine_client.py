@@ -1,4 +1,4 @@
-"""vLLM's `AsyncLLM` with the pipeline behind the broker where its engine core would be.
+"""The pipeline behind the broker as vLLM's engine core.
 
 Lives in the endpoint process; owns the link to the broker and the requests in flight. Written against vLLM 0.32
 (`vllm.v1.engine.async_llm`, `core_client`, `output_processor`): rendering, detokenizing, n > 1, stop strings and
@@ -8,29 +8,29 @@ log-probabilities are vLLM's own code, unchanged.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
 
 import structlog
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError, VLLMError
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, async_llm
+from vllm.exceptions import VLLMError
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import OutputProcessor
-from vllm.v1.executor import Executor
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from epd.config import Config
-from epd.endpoint.failures import Failure, current_exchange
+from epd.endpoint.bounded import Beliefs
+from epd.endpoint.failures import Failure, current_exchange, failure_of
 from epd.endpoint.flight import Flight, IncompleteOutputError
-from epd.endpoint.splitter import Split, identity_of, rule_for, split
+from epd.endpoint.splitter import Split, Splitter
 from epd.endpoint.stories import Stories
-from epd.endpoint.submission import check_request, submission, too_large, wants_prompt_logprobs
-from epd.errors import HTTP_STATUS, ErrorCode
+from epd.endpoint.submission import PipelineError, check_request, submission, too_large, wants_prompt_logprobs
+from epd.endpoint.uploads import Uploads
+from epd.errors import ErrorCode
 from epd.link import BrokerLink, LinkOverloadedError
 from epd.messages import (
     Cancel,
@@ -43,6 +43,8 @@ from epd.messages import (
     Story,
     StoryEvent,
     Tokens,
+    Uploaded,
+    Welcome,
 )
 
 log = structlog.get_logger()
@@ -50,20 +52,8 @@ log = structlog.get_logger()
 _STORY_TIMEOUT_S = 2.0
 # The broker ends a request at its deadline; the endpoint does so where the broker has not.
 _DEADLINE_GRACE_S = 5.0
+_MIN_SPLIT_BYTES = 64 << 20
 _ERROR_STATUSES = frozenset(status for status in HTTPStatus if status >= 400)
-
-
-class PipelineError(GracefulHTTPError):
-    """A request that the pipeline refused or could not finish; carries the HTTP status for the client."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(f"{failure.code}: {failure.message}", HTTPStatus(failure.status))
-        self.failure = failure
-
-
-def failure_of(code: ErrorCode, message: str, retry_after_s: float = 0.0) -> Failure:
-    """A failure with its code's own status."""
-    return Failure(code=code, message=message, status=HTTP_STATUS[code], retry_after_s=retry_after_s)
 
 
 class PipelineCore(EngineCoreClient):
@@ -76,12 +66,13 @@ class PipelineCore(EngineCoreClient):
 
     def __init__(self, config: Config, vllm_config: VllmConfig, name: str) -> None:
         self._config, self._vllm_config = config, vllm_config
-        self._identity, self._rule = identity_of(vllm_config), rule_for(vllm_config)
+        self.splitter = Splitter(vllm_config, _split_bytes(vllm_config))
+        self.beliefs = Beliefs()
+        self.uploads = Uploads(config.endpoint, self.beliefs, self._send)
         self._decoder = MsgpackDecoder(EngineCoreOutput)
         self._outputs: asyncio.Queue[EngineCoreOutput | None] = asyncio.Queue()
         self._flights: dict[str, Flight] = {}
         self._exchanges: dict[str, Any] = {}
-        self._splits: dict[str, Split] = {}
         self._story_waiters: dict[str, list[asyncio.Future[Story]]] = {}
         self._processor: OutputProcessor | None = None
         self.resources = SimpleNamespace(engine_dead=False)
@@ -90,7 +81,12 @@ class PipelineCore(EngineCoreClient):
         self.draining = False
         self.output_task: asyncio.Task[None] | None = None
         self.link = BrokerLink(
-            config.broker.address, name, Role.ENDPOINT, on_message=self.on_message, on_lost=self.on_lost
+            config.broker.address,
+            name,
+            Role.ENDPOINT,
+            on_message=self.on_message,
+            on_registered=self.on_registered,
+            on_lost=self.on_lost,
         )
 
     def attach(self, processor: OutputProcessor) -> None:
@@ -144,7 +140,6 @@ class PipelineCore(EngineCoreClient):
         task = asyncio.current_task()
         reason = "stop" if task is not None and task is self.output_task else "disconnect"
         for request_id in request_ids:
-            self._splits.pop(_parent_id(request_id), None)
             if self._end(request_id) is not None:
                 self._send(Cancel(request_id=request_id, reason=reason))
                 self.stories.close(request_id, "finished" if reason == "stop" else "cancelled", reason)
@@ -169,7 +164,7 @@ class PipelineCore(EngineCoreClient):
         return False
 
     async def reset_mm_cache_async(self) -> None:
-        """Nothing to reset: the endpoint keeps no processed items."""
+        """Nothing to reset here: vLLM's renderer empties its own cache, and uploads are kept until they expire."""
 
     async def reset_encoder_cache_async(self) -> None:
         """Nothing to reset: embeddings are named by content."""
@@ -204,7 +199,10 @@ class PipelineCore(EngineCoreClient):
                     status=message.status if message.status in _ERROR_STATUSES else 500,
                     retry_after_s=message.retry_after_s,
                 )
-                self._fail(message.request_id, failure, message.story)
+                if not self._sent_again(message):
+                    self._fail(message.request_id, failure, message.story)
+            case Uploaded():
+                self.uploads.on_uploaded(message)
             case Status():
                 self.status = message
             case Story():
@@ -214,9 +212,15 @@ class PipelineCore(EngineCoreClient):
             case _:
                 log.warning("unexpected message from the broker", kind=type(message).__name__)
 
+    async def on_registered(self, _welcome: Welcome) -> None:
+        """The broker knows nothing of this incarnation yet: it gets the uploads that live."""
+        self.uploads.send_all()
+
     async def on_lost(self, reason: str) -> None:
         """The registration has ended: nothing in flight can be finished."""
         self.status = None
+        self.beliefs.clear()
+        self.uploads.on_lost()
         self.fail_all(failure_of(ErrorCode.BROKER_LOST, f"the broker was lost: {reason}", 1.0))
 
     def fail_all(self, failure: Failure) -> None:
@@ -249,19 +253,15 @@ class PipelineCore(EngineCoreClient):
         check_request(request)
 
     async def _split(self, request: EngineCoreRequest) -> Split:
-        """The request's patches; the children of one n > 1 request share them."""
+        """The request's patches."""
         if not request.mm_features:
             return Split([], [], [])
-        parent_id = self._parent_of(request.request_id)
-        if parent_id is not None and parent_id in self._splits:
-            return self._splits[parent_id]
-        parts = await asyncio.to_thread(
-            split, request.mm_features, self._rule, self._identity, request.cache_salt or ""
-        )
-        # While that ran the client may have left or the broker may have been lost.
-        self._check(request)
-        if parent_id is not None:
-            self._splits[parent_id] = parts
+        salt = request.cache_salt or ""
+        parts = self.splitter.quick(request.mm_features, salt)
+        if parts is None:
+            parts = await self.splitter.slow(request.mm_features, salt)
+            # While that ran the client may have left or the broker may have been lost.
+            self._check(request)
         return parts
 
     def _submit(self, request: EngineCoreRequest, parts: Split) -> None:
@@ -269,16 +269,18 @@ class PipelineCore(EngineCoreClient):
         if not self._processor.has_request(request.request_id):
             raise PipelineError(failure_of(ErrorCode.ENGINE_FAILED, "a part of the request has failed"))
         deadline_s = self._config.endpoint.request_timeout_s
-        submit, frames = submission(request, parts, deadline_s)
+        sent = parts.without(self.beliefs)
+        submit, frames = submission(request, sent, deadline_s)
         reason = too_large(frames)
         if reason:
             raise PipelineError(failure_of(ErrorCode.TOO_LARGE, reason))
         timer = asyncio.get_running_loop().call_later(
             deadline_s + _DEADLINE_GRACE_S, self._on_deadline, request.request_id
         )
-        self._flights[request.request_id] = Flight(
-            request.request_id, wants_prompt_logprobs=wants_prompt_logprobs(request), timer=timer
-        )
+        flight = Flight(request.request_id, wants_prompt_logprobs=wants_prompt_logprobs(request), timer=timer)
+        flight.patches = [patch.patch_hash for patch in parts.patches]
+        flight.whole = (request, parts) if sent is not parts else None
+        self._flights[request.request_id] = flight
         self._exchanges[request.request_id] = current_exchange.get()
         self.stories.open(request.request_id, request.external_req_id or request.request_id)
         try:
@@ -286,7 +288,26 @@ class PipelineCore(EngineCoreClient):
         except LinkOverloadedError as error:
             self.stories.close(request.request_id, "failed", str(error))
             raise PipelineError(failure_of(ErrorCode.OVERLOADED, str(error), 1.0)) from None
-        self._splits_done(request.request_id)
+
+    def _sent_again(self, message: Failed) -> bool:
+        """Whether a failed request goes on: it lacked pixels that were believed to be there, and was sent with all."""
+        flight = self._flights.get(message.request_id)
+        if message.code != ErrorCode.PIXELS_NEEDED or flight is None:
+            return False
+        self.beliefs.forget(flight.patches)
+        whole = flight.again()
+        if whole is None:
+            return False
+        submit, frames = submission(*whole, max(flight.left_s(self._config.endpoint.request_timeout_s), 0.001))
+        reason = too_large(frames)
+        try:
+            if not reason:
+                self.link.send(submit, frames)
+        except LinkOverloadedError as error:
+            self._fail(message.request_id, failure_of(ErrorCode.OVERLOADED, str(error), 1.0))
+        if reason:
+            self._fail(message.request_id, failure_of(ErrorCode.TOO_LARGE, reason))
+        return True
 
     def _on_output(self, request_id: str, is_partial: bool, frames: list[bytes], is_last: bool = False) -> bool:
         """Queues what an opaque output gives; false where the request is unknown or has failed by it."""
@@ -297,6 +318,9 @@ class PipelineCore(EngineCoreClient):
             output = self._decoder.decode(frames)
             if is_last and not output.finished:
                 raise IncompleteOutputError("the last output has no finish reason")
+            if not is_partial and flight.patches and not flight.has_output:
+                self.beliefs.add(flight.patches)
+                flight.whole = None
             ready = flight.partial(output) if is_partial else flight.output(output)
         except Exception as error:
             if not isinstance(error, IncompleteOutputError):
@@ -343,25 +367,21 @@ class PipelineCore(EngineCoreClient):
     def _forget(self, request_id: str) -> None:
         """Removes what vLLM keeps of a request that was never submitted (it does so itself only for n > 1)."""
         self._end(request_id)
-        self._splits.pop(_parent_id(request_id), None)
         if self._processor is not None and self._parent_of(request_id) is None:
             self._processor.abort_requests([request_id], internal=True)
-
-    def _splits_done(self, request_id: str) -> None:
-        """Forgets shared patches once the last child has been submitted."""
-        assert self._processor is not None
-        state = self._processor.request_states.get(request_id)
-        if state is not None and state.parent_req and state.request_index == state.parent_req.n - 1:
-            self._splits.pop(state.parent_req.request_id, None)
 
     def _parent_of(self, request_id: str) -> str | None:
         assert self._processor is not None
         state = self._processor.request_states.get(request_id)
         return state.parent_req.request_id if state is not None and state.parent_req is not None else None
 
-    def _send(self, message: Message) -> None:
-        with contextlib.suppress(LinkOverloadedError):
-            self.link.send(message)
+    def _send(self, message: Message, frames: Sequence[Any] = ()) -> bool:
+        """Sends, unless too much waits already."""
+        try:
+            self.link.send(message, frames)
+        except LinkOverloadedError:
+            return False
+        return True
 
     @staticmethod
     def _note(exchange: Any, failure: Failure) -> None:
@@ -369,31 +389,7 @@ class PipelineCore(EngineCoreClient):
             exchange.failure = failure
 
 
-def _parent_id(child_id: str) -> str:
-    """The id of the request whose n > 1 child this is (`ParentRequest.get_child_info`)."""
-    return child_id.partition("_")[2]
-
-
-class PipelineLLM(async_llm.AsyncLLM):
-    """vLLM's `AsyncLLM` over a `PipelineCore`. Make it on the running event loop."""
-
-    def __init__(self, vllm_config: VllmConfig, core: PipelineCore, *, log_stats: bool, log_requests: bool) -> None:
-        with _core_instead_of_processes(core):
-            super().__init__(vllm_config, executor_class=Executor, log_stats=log_stats, log_requests=log_requests)
-        core.attach(self.output_processor)
-        core.output_task = self.output_handler
-
-
-@contextlib.contextmanager
-def _core_instead_of_processes(core: PipelineCore) -> Iterator[None]:
-    """While inside, `AsyncLLM.__init__` gets `core` where it would start engine processes.
-
-    The one place where vLLM is patched: its constructor has no argument for this. It is synchronous, and nothing
-    else constructs engines in this process.
-    """
-    original = async_llm.EngineCoreClient
-    async_llm.EngineCoreClient = SimpleNamespace(make_async_mp_client=lambda **_: core)
-    try:
-        yield
-    finally:
-        async_llm.EngineCoreClient = original
+def _split_bytes(config: VllmConfig) -> int:
+    """How much of cut items is kept; their frames are mostly the memory of vLLM's processor cache."""
+    multimodal = config.model_config.multimodal_config
+    return max(_MIN_SPLIT_BYTES, int((multimodal.mm_processor_cache_gb if multimodal else 0) * (1 << 30)))

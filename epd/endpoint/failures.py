@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from epd.endpoint.asgi import App, Message, Receive, Scope, Send
+from epd.errors import HTTP_STATUS, ErrorCode
 
 log = structlog.get_logger()
 
@@ -50,6 +51,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
             data = {"type": "error", "code": self.code, "message": self.message, "param": None}
             return f"event: error\ndata: {json.dumps(data)}\n\n".encode()
         return f"data: {json.dumps(self.body(path))}\n\n".encode()
+
+
+def failure_of(code: ErrorCode, message: str, retry_after_s: float = 0.0) -> Failure:
+    """A failure with its code's own status."""
+    return Failure(code=code, message=message, status=HTTP_STATUS[code], retry_after_s=retry_after_s)
 
 
 class Exchange:

@@ -10,8 +10,10 @@ import time
 from typing import Any
 
 import torch
-from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput
+from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
 from vllm.v1.outputs import LogprobsTensors
+
+from epd.endpoint.splitter import Split
 
 
 class IncompleteOutputError(RuntimeError):
@@ -26,6 +28,10 @@ class Flight:
         wants_prompt_logprobs: the prefill worker will send prompt log-probabilities; all output waits for them, as
             vLLM's handlers expect them with the first output.
         timer: fails the request at its deadline; cancelled when it ends.
+
+    Attributes:
+        patches: the hashes of its patches.
+        whole: the engine request and its patches with all frames, while it may have to be sent again.
     """
 
     def __init__(
@@ -34,11 +40,25 @@ class Flight:
         self.request_id = request_id
         self.timer = timer
         self.has_output = False
+        self.patches: list[str] = []
+        self.whole: tuple[EngineCoreRequest, Split] | None = None
+        self._wants_prompt_logprobs = wants_prompt_logprobs
         self._submitted_at = time.monotonic()
         self._waits = wants_prompt_logprobs
         self._parts: list[LogprobsTensors] = []
         self._row_logprobs: Any = None
         self._held: list[EngineCoreOutput] = []
+
+    def again(self) -> tuple[EngineCoreRequest, Split] | None:
+        """Starts over: what is to be sent again, once; None where that is not possible."""
+        whole, self.whole = self.whole, None
+        if whole is not None:
+            self._waits, self._parts, self._row_logprobs, self._held = self._wants_prompt_logprobs, [], None, []
+        return whole
+
+    def left_s(self, deadline_s: float) -> float:
+        """How much of a deadline is left."""
+        return deadline_s - (time.monotonic() - self._submitted_at)
 
     def partial(self, output: EngineCoreOutput) -> list[EngineCoreOutput]:
         """An output of the prefill worker that has no tokens; returns what can be processed now."""

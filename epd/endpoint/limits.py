@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
 import io
 import ipaddress
 import socket
@@ -25,13 +26,16 @@ from PIL import Image
 from epd.config import EndpointConfig
 from epd.endpoint.asgi import App, Message, Receive, Scope, Send
 from epd.endpoint.failures import Failure, send_failure
+from epd.endpoint.kept import SCHEME, Kept, current_media
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_DEPTH = 64
+MEDIA_PATH = "/v1/media"
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 _THREAD_BYTES = 128 << 10
 
 Resolve = Callable[[str], list[str]]
+FindMedia = Callable[[Scope, str], "Kept | None"]
 
 
 class RefusedError(Exception):
@@ -49,10 +53,18 @@ class Limits:
         app: what to call with a request that is fine.
         config: the bounds.
         resolve: host name -> its addresses, for tests.
+        find_media: who asks, and an id -> the kept picture that `epd-media://ID` stands for.
     """
 
-    def __init__(self, app: App, config: EndpointConfig, resolve: Resolve | None = None) -> None:
+    def __init__(
+        self,
+        app: App,
+        config: EndpointConfig,
+        resolve: Resolve | None = None,
+        find_media: FindMedia = lambda _scope, _id: None,
+    ) -> None:
         self._app, self._config, self._resolve = app, config, resolve or addresses_of
+        self._find_media = find_media
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers with the refusal, or runs the application with the body already read."""
@@ -64,15 +76,24 @@ class Limits:
             body = await self._read(scope, receive)
             if body is None:
                 return
-            if body and _is_json(scope):
+            kept: dict[str, Kept] = {}
+            if path == MEDIA_PATH:
+                check_image(body, self._config)
+            elif body and _is_json(scope):
+                find = functools.partial(self._find_media, scope)
                 if len(body) < _THREAD_BYTES and not self._config.allowed_media_domains:
-                    check_json(path, body, self._config, self._resolve)
+                    kept = check_json(path, body, self._config, self._resolve, find)
                 else:
-                    await asyncio.to_thread(check_json, path, body, self._config, self._resolve)
+                    kept = await asyncio.to_thread(check_json, path, body, self._config, self._resolve, find)
         except RefusedError as error:
             await send_failure(send, path, error.failure)
             return
-        await self._app(scope, _replay(body, receive), send)
+        # What the request refers to is held by it from here on, whenever that expires.
+        token = current_media.set(kept)
+        try:
+            await self._app(scope, _replay(body, receive), send)
+        finally:
+            current_media.reset(token)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None where the client went away before its end."""
@@ -95,8 +116,17 @@ class Limits:
                 return b"".join(chunks)
 
 
-def check_json(path: str, body: bytes, config: EndpointConfig, resolve: Resolve) -> None:
+def check_json(
+    path: str,
+    body: bytes,
+    config: EndpointConfig,
+    resolve: Resolve,
+    find: Callable[[str], Kept | None] = lambda _id: None,
+) -> dict[str, Kept]:
     """Checks a JSON body and the pictures in it; blocking where names have to be resolved.
+
+    Returns:
+        The kept pictures that it refers to, by their ids.
 
     Raises:
         RefusedError: with the reason.
@@ -108,16 +138,31 @@ def check_json(path: str, body: bytes, config: EndpointConfig, resolve: Resolve)
     except RecursionError:
         raise RefusedError(400, "invalid_json", "the body is nested too deeply") from None
     if not isinstance(data, dict):
-        return  # vLLM says which fields it expects
+        return {}  # vLLM says which fields it expects
     if path.startswith("/inference") and data.get("features"):
         raise RefusedError(400, "unsupported", "ready-made multimodal features are not supported")
     num_images = 0
+    kept: dict[str, Kept] = {}
     for kind, url in media_in([data.get("messages"), data.get("input"), data.get("system")]):
         if kind == "image":
             num_images += 1
             if num_images > config.max_images:
                 raise RefusedError(400, "too_many_images", f"more than {config.max_images} images in one request")
-        check_media(kind, url, config, resolve)
+        if kind == "image" and url.startswith(SCHEME):
+            media_id = url.removeprefix(SCHEME)
+            found = find(media_id)
+            if found is None:
+                raise media_not_found(media_id)
+            kept[media_id] = found
+        else:
+            check_media(kind, url, config, resolve)
+    return kept
+
+
+def media_not_found(media_id: str) -> RefusedError:
+    """The answer for an id that is unknown, has expired or is another's."""
+    text = f"no picture {media_id[:64]!r} is kept here; it may have expired: upload it again, or send it"
+    return RefusedError(404, "media_not_found", text)
 
 
 def media_in(tree: Any) -> Iterator[tuple[str, str]]:

@@ -43,7 +43,8 @@ def serve_args(config: Config) -> argparse.Namespace:
     wrong = sorted(set(_NOT_OURS) & set(options))
     if wrong:
         raise ConfigError(f"[endpoint.serve] and [engine] cannot set {', '.join(wrong)}")
-    options |= {"model": config.model, "mm_processor_cache_gb": 0}
+    # "lru" only counts what there is; the cache itself is ours (`processed.py`), of the size the user has set.
+    options |= {"model": config.model, "mm_processor_cache_type": "lru"}
     if config.served_model_name:
         options["served_model_name"] = [config.served_model_name]
     if config.endpoint.api_keys:

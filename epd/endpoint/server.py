@@ -29,9 +29,11 @@ from vllm.tool_parsers import ToolParserManager
 from epd.config import Config
 from epd.endpoint import readiness, stories
 from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
-from epd.endpoint.engine_client import PipelineCore, PipelineLLM, failure_of
-from epd.endpoint.failures import ExplicitErrors
+from epd.endpoint.engine_client import PipelineCore
+from epd.endpoint.failures import ExplicitErrors, failure_of
 from epd.endpoint.limits import Limits
+from epd.endpoint.llm import PipelineLLM
+from epd.endpoint.media import MediaRoutes
 from epd.endpoint.options import serve_args, vllm_config_of
 from epd.errors import ErrorCode
 
@@ -76,6 +78,8 @@ class Endpoint:
             prometheus_client.REGISTRY.register(collector)
             stack.callback(prometheus_client.REGISTRY.unregister, collector)
             await stack.enter_async_context(self.core.link)
+            sweeper = asyncio.create_task(self.core.uploads.keep_sweeping(), name="sweep-uploads")
+            stack.callback(sweeper.cancel)
             self.bridge = AsgiBridge(ExplicitErrors(app))
             await self._listen(stack, _ssl_context(args))
             self._stack = stack.pop_all()
@@ -115,8 +119,10 @@ class Endpoint:
         app: FastAPI = build_app(args, _TASKS, llm.model_config)
         app.add_api_route("/ready", self._ready, methods=["GET"])
         app.add_api_route("/v1/requests/{request_id}", self._story, methods=["GET"])
+        media = MediaRoutes(self.core, has_keys=bool(self._config.endpoint.api_keys))
+        media.add_to(app)
         # Innermost: behind keys and metrics, before any handler. Outermost: the keys of the paths vLLM leaves open.
-        app.user_middleware.append(Middleware(Limits, config=self._config.endpoint))
+        app.user_middleware.append(Middleware(Limits, config=self._config.endpoint, find_media=media.find))
         if self._config.endpoint.api_keys:
             app.user_middleware.insert(0, Middleware(KeysEverywhere, tokens=self._config.endpoint.api_keys))
         app.middleware_stack = app.build_middleware_stack()  # build_app has built it already

@@ -1,7 +1,7 @@
 """Cuts a rendered request's multimodal items into patches and names each by its content.
 
-Lives in the endpoint process; pure: rendered items in, patches out. Touches vLLM's multimodal types (written against
-vLLM 0.32: `vllm.multimodal.inputs`, `vllm.v1.serial_utils`) and no engine.
+Lives in the endpoint process: rendered items in, patches out. `Splitter` owns the cuts it keeps. Touches vLLM's
+multimodal types (written against vLLM 0.32: `vllm.multimodal.inputs`, `vllm.v1.serial_utils`) and no engine.
 
 An item is the unit unless its architecture has a rule in `RULES`. A rule is exact: the pieces encoded alone give
 bit for bit the embeddings of the whole, and each piece's tokens are its own run of the prompt.
@@ -9,8 +9,9 @@ bit for bit the embeddings of the whole, and each piece's tokens are its own run
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ from vllm.multimodal.inputs import (
 from vllm.v1.serial_utils import MsgpackEncoder
 from vllm.v1.utils import tensor_data
 
+from epd.endpoint.bounded import ByteCache
 from epd.messages import Patch
 
 Rule = Callable[[MultiModalKwargsItem, PlaceholderRange], "list[Piece]"]
@@ -44,6 +46,23 @@ class Piece(msgspec.Struct, frozen=True):
     position: Any
 
 
+class CutPiece(msgspec.Struct, frozen=True):
+    """A piece, named and encoded: `position` is relative to the item's, `digest` names the content without a salt."""
+
+    digest: bytes
+    num_tokens: int
+    position: Any
+    frames: Any
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """An item's pieces in the order of the prompt, for any request with this item; `num_bytes` are the frames'."""
+
+    modality: str
+    pieces: list[CutPiece]
+    num_bytes: int
+
+
 class Split(msgspec.Struct, frozen=True):
     """A request's patches in the order of the prompt.
 
@@ -54,6 +73,19 @@ class Split(msgspec.Struct, frozen=True):
     patches: list[Patch]
     features: list[Any]
     frames: list[Any]
+
+    def without(self, known: Container[str]) -> Split:
+        """The same without the frames of patches that are `known`."""
+        if not any(patch.patch_hash in known for patch in self.patches):
+            return self
+        patches, frames, start = [], [], 0
+        for patch in self.patches:
+            own, start = self.frames[start : start + patch.num_frames], start + patch.num_frames
+            if patch.patch_hash in known:
+                patch, own = msgspec.structs.replace(patch, num_frames=0), []
+            patches.append(patch)
+            frames += own
+        return Split(patches, self.features, frames)
 
 
 def identity_of(config: VllmConfig) -> bytes:
@@ -74,15 +106,70 @@ def identity_of(config: VllmConfig) -> bytes:
     return bytes(blake3(json.dumps(settings, sort_keys=True, default=str).encode()).digest())
 
 
-def patch_hash(identity: bytes, salt: str, modality: str, item: MultiModalKwargsItem) -> str:
+def patch_hash(identity: bytes, salt: str, modality: str, digest: bytes) -> str:
     """Names what the encoder would see: 32 hex digits, equal for equal input and salt."""
     hasher = blake3(identity)
     _update(hasher, salt.encode())
     _update(hasher, modality.encode())
+    _update(hasher, digest)
+    return str(hasher.hexdigest()[:_HASH_CHARS])
+
+
+def digest_of(item: MultiModalKwargsItem) -> bytes:
+    """Names the content of an item: every field the encoder sees."""
+    hasher = blake3()
     for name in sorted(item):
         _update(hasher, name.encode())
         _update_data(hasher, item[name].data)
-    return str(hasher.hexdigest()[:_HASH_CHARS])
+    return bytes(hasher.digest())
+
+
+def cut(feature: MultiModalFeatureSpec, rule: Rule) -> Cut:
+    """Cuts one item by `rule`, names and encodes the pieces: the expensive part, the same for every request.
+
+    Raises:
+        UnsupportedItemError: an item without pixels, with ready embeddings, or that does not fit its placeholders.
+    """
+    place = feature.mm_position
+    pieces = []
+    for piece in rule(_checked(feature), place):
+        at = piece.position
+        pieces.append(
+            CutPiece(
+                digest_of(piece.item),
+                int(at.get_num_embeds()),
+                PlaceholderRange(at.offset - place.offset, at.length, at.is_embed),
+                MsgpackEncoder().encode(piece.item),
+            )
+        )
+    return Cut(feature.modality, pieces, sum(len(frame) for piece in pieces for frame in piece.frames))
+
+
+def assemble(features: Sequence[MultiModalFeatureSpec], cuts: Sequence[Cut], identity: bytes, salt: str) -> Split:
+    """A request's patches from its items' cuts: places them in the prompt and names them with the tenant's salt."""
+    patches: list[Patch] = []
+    specs: list[MultiModalFeatureSpec] = []
+    frames: list[Any] = []
+    for feature, whole in zip(features, cuts, strict=True):
+        for piece in whole.pieces:
+            name = patch_hash(identity, salt, whole.modality, piece.digest)
+            at = piece.position
+            place = PlaceholderRange(feature.mm_position.offset + at.offset, at.length, at.is_embed)
+            patches.append(
+                Patch(
+                    patch_hash=name,
+                    modality=whole.modality,
+                    num_tokens=piece.num_tokens,
+                    num_frames=len(piece.frames),
+                )
+            )
+            specs.append(
+                MultiModalFeatureSpec(
+                    data=None, modality=whole.modality, identifier=name, mm_position=place, mm_hash=name
+                )
+            )
+            frames.extend(piece.frames)
+    return Split(patches, specs, frames)
 
 
 def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes, salt: str) -> Split:
@@ -97,33 +184,39 @@ def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes
     Raises:
         UnsupportedItemError: an item without pixels, with ready embeddings, or that does not fit its placeholders.
     """
-    patches: list[Patch] = []
-    specs: list[MultiModalFeatureSpec] = []
-    frames: list[Any] = []
-    for feature in features:
-        for piece in rule(_checked(feature), feature.mm_position):
-            name = patch_hash(identity, salt, feature.modality, piece.item)
-            encoded = MsgpackEncoder().encode(piece.item)
-            num_tokens = int(piece.position.get_num_embeds())
-            patches.append(
-                Patch(
-                    patch_hash=name,
-                    modality=feature.modality,
-                    num_tokens=num_tokens,
-                    num_frames=len(encoded),
-                )
-            )
-            specs.append(
-                MultiModalFeatureSpec(
-                    data=None,
-                    modality=feature.modality,
-                    identifier=name,
-                    mm_position=piece.position,
-                    mm_hash=name,
-                )
-            )
-            frames.extend(encoded)
-    return Split(patches, specs, frames)
+    return assemble(features, [cut(feature, rule) for feature in features], identity, salt)
+
+
+class Splitter:
+    """Splits requests, each item once: cuts are kept, `max_bytes` of them, by vLLM's hash of the item's content."""
+
+    def __init__(self, config: VllmConfig, max_bytes: int) -> None:
+        self._identity, self._rule = identity_of(config), rule_for(config)
+        self._cuts: ByteCache[tuple[Any, ...], Cut] = ByteCache(max_bytes)
+
+    def quick(self, features: Sequence[MultiModalFeatureSpec], salt: str) -> Split | None:
+        """The patches, where all items were cut before; else None."""
+        cuts: list[Cut] = []
+        for feature in features:
+            found = self._cuts.get(_key(feature))
+            if found is None:
+                return None
+            cuts.append(found)
+        return assemble(features, cuts, self._identity, salt)
+
+    async def slow(self, features: Sequence[MultiModalFeatureSpec], salt: str) -> Split:
+        """The patches; items that are new are cut in a thread.
+
+        Raises:
+            UnsupportedItemError: as `cut`.
+        """
+        cuts = {key: self._cuts.get(key) for key in map(_key, features)}
+        for key, feature in {_key(each): each for each in features}.items():
+            if cuts[key] is None:
+                done = await asyncio.to_thread(cut, feature, self._rule)
+                self._cuts.put(key, done, done.num_bytes)
+                cuts[key] = done
+        return assemble(features, [found for key in map(_key, features) if (found := cuts[key])], self._identity, salt)
 
 
 def rule_for(config: VllmConfig) -> Rule:
@@ -169,6 +262,10 @@ RULES: dict[str, Rule] = {
     "Idefics3ForConditionalGeneration": idefics3_tiles,
     "SmolVLMForConditionalGeneration": idefics3_tiles,
 }
+
+
+def _key(feature: MultiModalFeatureSpec) -> tuple[Any, ...]:
+    return feature.modality, feature.mm_hash or feature.identifier, feature.mm_position.length
 
 
 def _runs(position: PlaceholderRange) -> list[tuple[int, int]]:

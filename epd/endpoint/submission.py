@@ -6,17 +6,27 @@ Lives in the endpoint process; pure. A part of the engine client, written agains
 from __future__ import annotations
 
 from copy import copy
+from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from epd import wire
+from epd.endpoint.failures import Failure
 from epd.endpoint.splitter import Split
 from epd.messages import Submit
 
 _FORBIDDEN_EXTRA_ARGS = ("kv_transfer_params", "ec_transfer_params")
+
+
+class PipelineError(GracefulHTTPError):
+    """A request that the pipeline refused or could not finish; carries the HTTP status for the client."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"{failure.code}: {failure.message}", HTTPStatus(failure.status))
+        self.failure = failure
 
 
 def check_request(request: EngineCoreRequest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
@@ -20,6 +21,9 @@ class FakeEndpoint:
         answer: Handles the chat completions; set by the test.
         bodies: The JSON bodies of the chat completions, as received.
         headers: Their headers.
+        uploads: The files posted to ``/v1/media``, with their salts.
+        refuse_upload: Answers an upload instead, if set.
+        media_expires_in: How long uploads are kept, in seconds.
         cancelled: Set when a client hung up on a request that was being answered.
     """
 
@@ -27,6 +31,10 @@ class FakeEndpoint:
         self.answer: Handler = complete("hello")
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.uploads: list[tuple[bytes, str]] = []
+        self.upload_headers: list[dict[str, str]] = []
+        self.refuse_upload: Callable[[], web.Response] | None = None
+        self.media_expires_in = 300
         self.num_connections = 0
         self.cancelled = threading.Event()
         self.is_ready = True
@@ -49,6 +57,7 @@ class FakeEndpoint:
     async def _serve(self) -> None:
         app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/media", self._media)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/requests/{id}", self._request)
         app.router.add_get("/health", self._health)
@@ -70,6 +79,15 @@ class FakeEndpoint:
             self.cancelled.set()
             raise
 
+    async def _media(self, request: web.Request) -> web.Response:
+        self.uploads.append((await request.read(), request.query.get("cache_salt", "")))
+        self.upload_headers.append(dict(request.headers))
+        if self.refuse_upload is not None:
+            return self.refuse_upload()
+        expires = int(time.time()) + self.media_expires_in
+        body = {"id": f"m{len(self.uploads)}", "width": 4, "height": 3, "patches": 9, "expires": expires}
+        return web.json_response(body)
+
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "tiny"}, {"id": "other"}]})
 
@@ -90,6 +108,12 @@ def error(status: int, message: str, code: str | int = "bad", **headers: str) ->
     return web.json_response(
         body, status=status, headers={name.replace("_", "-"): value for name, value in headers.items()}
     )
+
+
+def not_found() -> web.Response:
+    """What the endpoint says of an upload that has expired."""
+    body = {"error": {"message": "no such picture", "type": "media_not_found", "code": 404, "param": None}}
+    return web.json_response(body, status=404)
 
 
 def complete(*texts: str, logprobs: Any = None) -> Handler:

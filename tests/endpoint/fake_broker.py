@@ -10,6 +10,7 @@ from epd import wire
 from epd.messages import (
     Cancel,
     Counters,
+    DropUpload,
     Failed,
     Finished,
     GetStory,
@@ -23,6 +24,9 @@ from epd.messages import (
     StoryEvent,
     Submit,
     Tokens,
+    Unknown,
+    Upload,
+    Uploaded,
     Welcome,
     WorkerStatus,
 )
@@ -32,7 +36,10 @@ ALL_STAGES = (Role.ENCODE, Role.PREFILL, Role.DECODE)
 
 
 class FakeBroker:
-    """Enter it as an async context manager; `script` is awaited for each SUBMIT in a task of its own."""
+    """Enter it as an async context manager; `script` is awaited for each SUBMIT in a task of its own.
+
+    UPLOADs are answered at once, unless `answer_uploads` is false or `upload_error` has UPLOADED's further fields.
+    """
 
     def __init__(self, heartbeat_s=0.2, lost_after_s=5.0):
         self._welcome = Welcome(heartbeat_s=heartbeat_s, lost_after_s=lost_after_s)
@@ -42,6 +49,9 @@ class FakeBroker:
         self.peer = None
         self.silent = False
         self.submits, self.frames = [], {}
+        self.uploads, self.upload_frames, self.drops = [], {}, []
+        self.answer_uploads, self.upload_error = True, {}
+        self.num_hellos = 0
         self.cancels = []
         self.cancelled = defaultdict(asyncio.Event)
         self.goodbye = asyncio.Event()
@@ -73,6 +83,7 @@ class FakeBroker:
             message, frames = wire.decode(parts)
             match message:
                 case Hello():
+                    self.num_hellos += self.peer != peer
                     self.peer = peer
                     await self.send(self._welcome)
                     await self.send(self.status)
@@ -86,6 +97,13 @@ class FakeBroker:
                     task = asyncio.create_task(self.script(self, message, frames))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
+                case Upload():
+                    self.uploads.append(message)
+                    self.upload_frames[message.upload_id] = frames
+                    if self.answer_uploads:
+                        await self.send(Uploaded(upload_id=message.upload_id, **self.upload_error))
+                case DropUpload():
+                    self.drops.append(message.upload_id)
                 case Cancel():
                     self.cancels.append(message)
                     self.cancelled[message.request_id].set()
@@ -93,6 +111,10 @@ class FakeBroker:
                     await self.send(
                         Story(request_id=message.request_id, found=True, state=self.story_state, events=STORY[:1])
                     )
+
+    async def forget(self):
+        """As after a restart: the endpoint is unknown and has to register again."""
+        await self.send(Unknown())
 
     async def set_workers(self, *roles, num_pools=1):
         self.status = status_of(roles, num_pools)
@@ -142,6 +164,19 @@ def fails(after=(), **fields):
             )
             await asyncio.sleep(0.1)  # vLLM's collector merges what comes at once; let the first be streamed
         await broker.send(Failed(request_id=submit.request_id, story=STORY, **fields))
+
+    return script
+
+
+def needs_pixels(then):
+    """A script: patches without frames are missing; otherwise `then`."""
+
+    async def script(broker, submit, frames):
+        if any(not patch.num_frames for patch in submit.patches):
+            refusal = Failed(request_id=submit.request_id, code="pixels_needed", message="gone", status=503)
+            await broker.send(refusal)
+        else:
+            await then(broker, submit, frames)
 
     return script
 

@@ -64,3 +64,15 @@ def test_a_request_that_ends_without_them_is_an_error():
     one = flight(wants=True)
     with pytest.raises(IncompleteOutputError):
         one.output(make([1], finish=True, rows=1))
+
+
+def test_a_request_that_is_sent_again_starts_over_once():
+    one = flight(wants=True)
+    assert one.again() is None, "nothing was withheld"
+    one.whole = ("request", "patches")
+    assert one.partial(make(rows=2)) == []
+    assert one.again() == ("request", "patches") and one.again() is None
+    assert one.partial(make(rows=4)) == []
+    (first,) = one.output(make([1]))
+    assert len(first.new_prompt_logprobs_tensors.logprobs) == 4, "only those of the second time"
+    assert 0 < one.left_s(600) <= 600

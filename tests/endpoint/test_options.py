@@ -27,7 +27,7 @@ def test_engine_serve_and_endpoint_options_reach_vllm():
     assert args.enforce_eager and args.enable_request_id_headers and args.api_key == ["one", "two"]
     assert args.allowed_origins == ["*"] and args.middleware == ["a.b", "c.d"]
     assert args.allowed_media_domains == ["a.example"] and args.port == 1234
-    assert args.mm_processor_cache_gb == 0 and args.limit_mm_per_prompt == {"image": 5}
+    assert args.mm_processor_cache_type == "lru" and args.limit_mm_per_prompt == {"image": 5}
 
 
 def test_the_users_limit_of_items_stays():

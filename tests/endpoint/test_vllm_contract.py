@@ -15,7 +15,7 @@ def test_the_version_is_the_one_this_was_written_against():
 
     assert vllm.__version__.startswith(WRITTEN_AGAINST), (
         f"vLLM is {vllm.__version__}, epd.endpoint was written against {WRITTEN_AGAINST}: check the tests below,"
-        " then epd/endpoint/{engine_client,flight,submission,splitter,options,server}.py"
+        " then epd/endpoint/{engine_client,flight,llm,media,options,processed,server,splitter,submission}.py"
     )
 
 
@@ -81,3 +81,33 @@ def test_the_app_can_get_middleware_after_it_was_built():
 
     source = inspect.getsource(app.build_app)
     assert "sagemaker_standards_bootstrap(app)" in source, "it builds the middleware stack, which we build again"
+
+
+def test_every_item_of_a_request_is_named_in_one_place_before_the_cache_is_asked():
+    from vllm.multimodal.processing.processor import BaseMultiModalProcessor
+    from vllm.renderers.base import BaseRenderer
+
+    source = inspect.getsource(BaseMultiModalProcessor._cached_apply_hf_processor)
+    assert source.index("self._get_mm_hashes(inputs)") < source.index("self._get_cache_missing_items(")
+    assert "cache.is_cached(hashes)" in inspect.getsource(BaseMultiModalProcessor._get_cache_missing_items)
+    assert "cache.get_and_update_item(item, item_hash)" in inspect.getsource(BaseMultiModalProcessor._merge_mm_kwargs)
+    source = inspect.getsource(BaseRenderer._process_multimodal)
+    assert "self._process_mm_uuids(" in source and "self._mm_processor_cache" in source
+    parameters = inspect.signature(BaseRenderer._process_mm_uuids).parameters
+    assert list(parameters) == ["self", "mm_data", "mm_data_items", "mm_uuid_items", "mm_req_id"]
+    assert "self._process_mm_uuids(" not in inspect.getsource(BaseRenderer).replace(source, "")
+
+
+def test_pictures_come_through_the_connector_that_we_replace(monkeypatch):
+    from vllm import envs
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+
+    from epd.endpoint.processed import PictureConnector, PictureIO
+
+    monkeypatch.delenv("VLLM_MEDIA_CONNECTOR", raising=False)
+    assert envs.VLLM_MEDIA_CONNECTOR == "http" and "http" in MEDIA_CONNECTOR_REGISTRY.name2class
+    for name in ("fetch_image", "fetch_image_async"):
+        ours, theirs = (inspect.signature(getattr(each, name)) for each in (PictureConnector, MediaConnector))
+        assert list(ours.parameters) == list(theirs.parameters)
+    source = inspect.getsource(PictureIO.__mro__[1])
+    assert source.count("self.load_bytes(") == 2, "base64 and files are read by load_bytes, which is ours"

@@ -1,0 +1,44 @@
+"""vLLM's `AsyncLLM` with a `PipelineCore` where its engine core would be.
+
+Lives in the endpoint process; owns the one place where vLLM is patched. Written against vLLM 0.32
+(`vllm.v1.engine.async_llm`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+from vllm.config import VllmConfig
+from vllm.v1.engine import async_llm
+from vllm.v1.executor import Executor
+
+from epd.endpoint import processed
+from epd.endpoint.engine_client import PipelineCore
+
+
+class PipelineLLM(async_llm.AsyncLLM):
+    """vLLM's `AsyncLLM` over a `PipelineCore`. Make it on the running event loop."""
+
+    def __init__(self, vllm_config: VllmConfig, core: PipelineCore, *, log_stats: bool, log_requests: bool) -> None:
+        with _core_instead_of_processes(core):
+            super().__init__(vllm_config, executor_class=Executor, log_stats=log_stats, log_requests=log_requests)
+        core.attach(self.output_processor)
+        processed.install(self.renderer, vllm_config)
+        core.output_task = self.output_handler
+
+
+@contextlib.contextmanager
+def _core_instead_of_processes(core: PipelineCore) -> Iterator[None]:
+    """While inside, `AsyncLLM.__init__` gets `core` where it would start engine processes.
+
+    The one place where vLLM is patched: its constructor has no argument for this. It is synchronous, and nothing
+    else constructs engines in this process.
+    """
+    original = async_llm.EngineCoreClient
+    async_llm.EngineCoreClient = SimpleNamespace(make_async_mp_client=lambda **_: core)
+    try:
+        yield
+    finally:
+        async_llm.EngineCoreClient = original

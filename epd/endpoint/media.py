@@ -1,0 +1,137 @@
+"""`/v1/media`: pictures that are uploaded, processed and encoded before anybody asks about them.
+
+Lives in the endpoint process; owns nothing: what is kept is in `uploads.py`. The routes are inside vLLM's app, behind
+its keys and our limits, which have read and checked the body. Written against vLLM 0.32
+(`vllm.renderers.online_renderer`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse
+from starlette.types import Scope
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMError
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from epd.endpoint.engine_client import PipelineCore
+from epd.endpoint.failures import Failure, failure_of
+from epd.endpoint.kept import SCHEME, Kept, current_media
+from epd.endpoint.limits import MEDIA_PATH as PATH
+from epd.endpoint.limits import media_not_found
+from epd.endpoint.submission import PipelineError
+from epd.endpoint.uploads import Media
+from epd.errors import ErrorCode
+
+
+class MediaRoutes:
+    """The routes over one pipeline.
+
+    Args:
+        core: sends and keeps uploads.
+        has_keys: whether clients have API keys; without, all are one.
+    """
+
+    def __init__(self, core: PipelineCore, *, has_keys: bool) -> None:
+        self._core, self._has_keys = core, has_keys
+
+    def add_to(self, app: FastAPI) -> None:
+        """Adds the routes; `app.state.online_renderer` must be there when they are used."""
+        app.add_api_route(PATH, self._post, methods=["POST"])
+        app.add_api_route(PATH + "/{media_id}", self._get, methods=["GET"])
+        app.add_api_route(PATH + "/{media_id}", self._delete, methods=["DELETE"])
+
+    def owner_of(self, scope: Scope) -> str:
+        """Who asks: a digest of the API key, or nothing where there are no keys."""
+        if not self._has_keys:
+            return ""
+        header = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
+        return hashlib.sha256(header.partition(b" ")[2].strip()).hexdigest()
+
+    def find(self, scope: Scope, media_id: str) -> Kept | None:
+        """The kept picture of this id, if whoever asks may use it."""
+        media = self._core.uploads.find(media_id, self.owner_of(scope))
+        return None if media is None else media.kept
+
+    async def _post(self, request: Request) -> JSONResponse:
+        """Takes a picture's file, has it encoded, and says by which id to refer to it."""
+        return await _answered(lambda: self._upload(request))
+
+    async def _get(self, request: Request, media_id: str) -> JSONResponse:
+        """Whether a picture's patches can be read already."""
+
+        async def state() -> dict[str, Any]:
+            return self._media(request, media_id).describe()
+
+        return await _answered(state)
+
+    async def _delete(self, request: Request, media_id: str) -> JSONResponse:
+        """Lets go of a picture; requests that have begun with it go on."""
+
+        async def drop() -> dict[str, Any]:
+            self._core.uploads.drop(self._media(request, media_id))
+            return {"id": media_id, "deleted": True}
+
+        return await _answered(drop)
+
+    def _media(self, request: Request, media_id: str) -> Media:
+        media = self._core.uploads.find(media_id, self.owner_of(request.scope))
+        if media is None:
+            raise PipelineError(media_not_found(media_id).failure)
+        return media
+
+    async def _upload(self, request: Request) -> dict[str, Any]:
+        if self._core.draining:
+            raise PipelineError(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
+        owner, salt = self.owner_of(request.scope), request.query_params.get("cache_salt", "")
+        with self._core.uploads.room(owner):
+            kept = Kept(await request.body())
+            feature = await render(request.app.state.online_renderer, kept)
+            split = await self._core.splitter.slow([feature], salt)
+            return self._core.uploads.add(owner, kept, split).describe()
+
+
+async def render(renderer: OnlineRenderer, kept: Kept) -> MultiModalFeatureSpec:
+    """Has a picture processed just as a chat's would be; `kept` then holds its item.
+
+    Raises:
+        PipelineError: vLLM refuses it, or the model takes no pictures.
+        ValueError: it cannot be decoded.
+    """
+    name = secrets.token_hex(16)
+    content = [{"type": "image_url", "image_url": {"url": SCHEME + name}}, {"type": "text", "text": "."}]
+    chat = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": content}], "max_tokens": 1})
+    token = current_media.set({name: kept})
+    try:
+        rendered = await renderer.render_chat(chat)
+    finally:
+        current_media.reset(token)
+    if isinstance(rendered, ErrorResponse):
+        error = rendered.error
+        raise PipelineError(Failure(code="invalid_image", message=error.message, status=int(error.code)))
+    prompt: Any = rendered[1][0]
+    if prompt["type"] != "multimodal" or kept.value is None:
+        raise PipelineError(Failure(code="unsupported", message="this model takes no pictures ahead", status=400))
+    ((modality, items),) = prompt["mm_kwargs"].items()
+    key = prompt["mm_hashes"][modality][0]
+    place = prompt["mm_placeholders"][modality][0]
+    return MultiModalFeatureSpec(data=items[0], modality=modality, identifier=key, mm_position=place, mm_hash=key)
+
+
+async def _answered(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONResponse:
+    try:
+        return JSONResponse(await work())
+    except PipelineError as error:
+        failure = error.failure
+    except (ValueError, VLLMError) as error:
+        failure = Failure(code="invalid_image", message=str(error), status=400)
+    headers = {"Retry-After": str(math.ceil(failure.retry_after_s))} if failure.retry_after_s > 0 else None
+    return JSONResponse(failure.body(PATH), failure.status, headers)

@@ -1,0 +1,227 @@
+"""Pictures on their way through vLLM's processor: never decoded, resized and normalised again without need.
+
+Lives in the endpoint process; owns vLLM's processor cache here, with the data in this process (vLLM's default cache
+keeps it in the engine's process, of which there is none). Written against vLLM 0.32: `vllm.multimodal.media`,
+`vllm.multimodal.cache`, `vllm.multimodal.processing`, `vllm.renderers.base`.
+
+What names an entry is the content alone: a digest of the decoded pixels. The `uuid` that clients may give to content
+parts is ignored, since anyone could name another's picture by it. A file that was decoded before is known by a digest
+of its bytes, and is decoded again only if its processed item is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from blake3 import blake3
+from PIL import Image
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.cache.base import (
+    MultiModalCache,
+    MultiModalProcessorCacheInItem,
+    MultiModalProcessorCacheItem,
+    MultiModalProcessorCacheOutItem,
+    MultiModalProcessorOnlyCache,
+)
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.renderers import BaseRenderer
+
+from epd.endpoint.kept import SCHEME, Kept, current_media
+
+_KNOWN_FILES = 65_536
+
+
+class LazyPicture(MediaWithBytes[Image.Image]):
+    """A picture whose pixels are decoded when somebody looks at them; `pixels` names them before that."""
+
+    def __init__(
+        self, io: ImageMediaIO, file: bytes, pixels: str, kept: Kept | None, media: Image.Image | None
+    ) -> None:
+        self._io, self._media = io, media
+        self.original_bytes, self.io_config = file, None
+        self.pixels, self.kept = pixels, kept
+
+    @property
+    def media(self) -> Image.Image:
+        """The decoded picture, by vLLM's own decoder."""
+        if self._media is None:
+            self._media = ImageMediaIO.load_bytes(self._io, self.original_bytes).media
+        return self._media
+
+
+class PictureIO(ImageMediaIO):
+    """VLLM's decoder, which remembers what each file's pixels are called."""
+
+    _known: ClassVar[OrderedDict[tuple[bytes, str], str]] = OrderedDict()
+    _lock = threading.Lock()
+
+    @property
+    def settings(self) -> str:
+        """What makes the pixels of one file differ."""
+        return repr((self.image_mode, self.rgba_background_color, sorted(self.kwargs.items())))
+
+    def load_bytes(self, data: bytes, kept: Kept | None = None) -> LazyPicture:
+        """A picture; decoded now only if it was never decoded before.
+
+        Raises:
+            ValueError: it cannot be decoded, or is too large.
+        """
+        settings = self.settings
+        digest = blake3(data).digest() if kept is None else kept.file_digest
+        pixels = self._find(digest, settings) if kept is None else kept.pixels.get(settings)
+        media = None
+        if pixels is None:
+            media = super().load_bytes(data).media
+            pixels = _pixels_digest(media)
+            self._remember(digest, settings, pixels)
+            if kept is not None:
+                kept.pixels[settings], kept.size = pixels, media.size
+        return LazyPicture(self, data, pixels, kept, media)
+
+    def _find(self, digest: bytes, settings: str) -> str | None:
+        with self._lock:
+            pixels = self._known.get((digest, settings))
+            if pixels is not None:
+                self._known.move_to_end((digest, settings))
+            return pixels
+
+    def _remember(self, digest: bytes, settings: str, pixels: str) -> None:
+        with self._lock:
+            self._known[digest, settings] = pixels
+            while len(self._known) > _KNOWN_FILES:
+                self._known.popitem(last=False)
+
+
+class PictureConnector(MediaConnector):
+    """VLLM's way from an address to a picture, which also knows `epd-media://ID`."""
+
+    def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
+        """The picture at an address."""
+        io = self._io(image_mode)
+        if image_url.startswith(SCHEME):
+            kept = _resolve(image_url)
+            return io.load_bytes(kept.file, kept)
+        return self.load_from_url(image_url, io, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+
+    async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
+        """The picture at an address; what takes long is done in vLLM's threads."""
+        io = self._io(image_mode)
+        if not image_url.startswith(SCHEME):
+            return await self.load_from_url_async(image_url, io, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+        kept = _resolve(image_url)
+        if kept.pixels.get(io.settings) is None:
+            return await asyncio.to_thread(io.load_bytes, kept.file, kept)
+        return io.load_bytes(kept.file, kept)
+
+    def _io(self, image_mode: str | None) -> PictureIO:
+        return PictureIO(**({"image_mode": image_mode} | self.media_io_kwargs.get("image", {})))
+
+
+class ProcessorCache(MultiModalProcessorOnlyCache):
+    """VLLM's processor cache with the data here; also answers for kept pictures, whatever has left the cache.
+
+    Used in the renderer's one thread for processing. `begin` starts a request.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config.model_config)
+        self._local = threading.local()
+
+    def begin(self, kept: dict[str, Kept]) -> None:
+        """A request with these kept pictures, by their hashes, asks next."""
+        self._local.kept = kept
+        self._local.held = {key: each.value for key, each in kept.items() if each.value is not None}
+
+    def is_cached_item(self, mm_hash: str) -> bool:
+        """Whether it is here; it then stays until this request has got it."""
+        held = self._held()
+        if mm_hash in held:
+            return True
+        value = self._cache.get(mm_hash)
+        if value is None:
+            return False
+        held[mm_hash] = value
+        return True
+
+    def get_and_update_item(
+        self, mm_item: MultiModalProcessorCacheInItem, mm_hash: str
+    ) -> MultiModalProcessorCacheOutItem:
+        """The item and its prompt updates: those that are here, else the given ones, which then are here."""
+        value = self._held().get(mm_hash)
+        if value is None:
+            assert mm_item is not None
+            value = MultiModalProcessorCacheItem(*mm_item)
+            self.cache_if_fits(self._cache, mm_hash, value)
+        kept = getattr(self._local, "kept", {}).get(mm_hash)
+        if kept is not None and kept.value is None:
+            kept.key, kept.value = mm_hash, value
+            kept.item_bytes = int(MultiModalCache.get_item_size(value))
+        return value.item, value.prompt_updates
+
+    def _held(self) -> dict[str, MultiModalProcessorCacheItem]:
+        if not hasattr(self._local, "held"):
+            self._local.held = {}
+        held: dict[str, MultiModalProcessorCacheItem] = self._local.held
+        return held
+
+
+def install(renderer: BaseRenderer[Any], config: VllmConfig) -> ProcessorCache | None:
+    """Makes `renderer` use all this; None for a model without pictures."""
+    if renderer.mm_processor is None:
+        return None
+    MEDIA_CONNECTOR_REGISTRY.register("http")(PictureConnector)
+    cache = ProcessorCache(config)
+    renderer._mm_processor_cache = renderer._mm_processor_only_cache = cache
+    processor = renderer.mm_processor
+    vllm_hashes = processor._get_mm_hashes
+
+    def hashes(inputs: Any) -> Any:
+        """Names each item by its content; this is the one place where vLLM would take a client's word for it."""
+        items = {modality: each.get_all_items_for_hash() for modality, each in inputs.mm_data_items.items()}
+        found = vllm_hashes(replace(inputs, mm_uuid_items=_names(items)))
+        kept: dict[str, Kept] = {}
+        for modality, each in items.items():
+            for item, key in zip(each, found[modality], strict=True):
+                if isinstance(item, LazyPicture) and item.kept is not None and item.kept.key in ("", key):
+                    kept[key] = item.kept
+        cache.begin(kept)
+        return found
+
+    def no_uuids(data: Any, items: Any, _uuids: object, _request_id: str) -> Any:
+        """What clients call their items is dropped here already; vLLM's own check would decode them, too."""
+        renderer._validate_mm_uuids(data, items, {})
+        return {}
+
+    processor._get_mm_hashes, renderer._process_mm_uuids = hashes, no_uuids
+    return cache
+
+
+def _names(items: Mapping[str, Sequence[object]]) -> dict[str, list[str | None]]:
+    if any(item is None for each in items.values() for item in each):
+        raise VLLMValidationError("media must bring their data; a uuid alone names nothing here")
+    return {
+        modality: [item.pixels if isinstance(item, LazyPicture) else None for item in each]
+        for modality, each in items.items()
+    }
+
+
+def _resolve(url: str) -> Kept:
+    kept = current_media.get().get(url.removeprefix(SCHEME))
+    if kept is None:
+        raise VLLMValidationError("media_not_found: no picture of this id is kept here")
+    return kept
+
+
+def _pixels_digest(image: Image.Image) -> str:
+    palette = image.palette.palette if image.palette is not None else b""
+    hasher = blake3(repr((image.mode, image.size, bytes(palette), image.info.get("transparency"))).encode())
+    hasher.update(image.tobytes())
+    return str(hasher.hexdigest())
