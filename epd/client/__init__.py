@@ -38,7 +38,7 @@ from epd.client.errors import (
 )
 from epd.client.pictures import Picture
 from epd.client.sync_client import Client
-from epd.client.types import Chunk, Completion, Timeouts, Usage
+from epd.client.types import Chunk, Completion, Media, Timeouts, Usage
 
 __all__ = [
     "APIError",
@@ -52,6 +52,7 @@ __all__ = [
     "ConnectTimeout",
     "EPDError",
     "FirstTokenTimeout",
+    "Media",
     "NotFound",
     "Overloaded",
     "Picture",

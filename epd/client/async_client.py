@@ -288,6 +288,17 @@ class AsyncClient:
             raise self._not_ours(raw)
         return raw
 
+    async def cache(self) -> dict[str, Any]:
+        """Return how the pools of embeddings are filled (``pools``) and what has happened to them (``counters``).
+
+        Raises:
+            APIError, TransportError: As ``generate``.
+        """
+        raw = await self._get("/v1/cache")
+        if not isinstance(raw, dict):
+            raise self._not_ours(raw)
+        return raw
+
     async def _call(self, prompt: str | None, **arguments: Any) -> _Call:
         kept: dict[int, str] = {}
         build = functools.partial(chat_body, prompt, **arguments)

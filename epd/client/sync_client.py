@@ -204,3 +204,4 @@ class Client:
     health = _blocking(AsyncClient.health)
     ready = _blocking(AsyncClient.ready)
     request = _blocking(AsyncClient.request)
+    cache = _blocking(AsyncClient.cache)

@@ -26,6 +26,7 @@ from epd.config import Config
 from epd.endpoint.bounded import Beliefs
 from epd.endpoint.failures import Failure, current_exchange, failure_of
 from epd.endpoint.flight import Flight, IncompleteOutputError
+from epd.endpoint.questions import Questions
 from epd.endpoint.splitter import Split, Splitter
 from epd.endpoint.stories import Stories
 from epd.endpoint.submission import PipelineError, check_request, submission, too_large, wants_prompt_logprobs
@@ -33,9 +34,11 @@ from epd.endpoint.uploads import Uploads
 from epd.errors import ErrorCode
 from epd.link import BrokerLink, LinkOverloadedError
 from epd.messages import (
+    CacheState,
     Cancel,
     Failed,
     Finished,
+    GetCache,
     GetStory,
     Message,
     Role,
@@ -49,7 +52,6 @@ from epd.messages import (
 
 log = structlog.get_logger()
 
-_STORY_TIMEOUT_S = 2.0
 # The broker ends a request at its deadline; the endpoint does so where the broker has not.
 _DEADLINE_GRACE_S = 5.0
 _MIN_SPLIT_BYTES = 64 << 20
@@ -73,7 +75,8 @@ class PipelineCore(EngineCoreClient):
         self._outputs: asyncio.Queue[EngineCoreOutput | None] = asyncio.Queue()
         self._flights: dict[str, Flight] = {}
         self._exchanges: dict[str, Any] = {}
-        self._story_waiters: dict[str, list[asyncio.Future[Story]]] = {}
+        self._stories_asked: Questions[Story] = Questions()
+        self._cache_asked: Questions[CacheState] = Questions()
         self._processor: OutputProcessor | None = None
         self.resources = SimpleNamespace(engine_dead=False)
         self.stories = Stories(config.broker.story_keep)
@@ -206,9 +209,9 @@ class PipelineCore(EngineCoreClient):
             case Status():
                 self.status = message
             case Story():
-                for waiter in self._story_waiters.pop(message.request_id, []):
-                    if not waiter.done():
-                        waiter.set_result(message)
+                self._stories_asked.answer(message.request_id, message)
+            case CacheState():
+                self._cache_asked.answer("", message)
             case _:
                 log.warning("unexpected message from the broker", kind=type(message).__name__)
 
@@ -230,18 +233,11 @@ class PipelineCore(EngineCoreClient):
 
     async def story(self, request_id: str) -> Story | None:
         """The broker's story of a request so far, or None where it does not answer in time."""
-        waiter: asyncio.Future[Story] = asyncio.get_running_loop().create_future()
-        (waiters := self._story_waiters.setdefault(request_id, [])).append(waiter)
-        try:
-            self._send(GetStory(request_id=request_id))
-            return await asyncio.wait_for(waiter, _STORY_TIMEOUT_S)
-        except TimeoutError:
-            return None
-        finally:
-            if waiter in waiters:
-                waiters.remove(waiter)
-            if not waiters and self._story_waiters.get(request_id) is waiters:
-                del self._story_waiters[request_id]
+        return await self._stories_asked.ask(request_id, lambda: self._send(GetStory(request_id=request_id)))
+
+    async def cache_state(self) -> CacheState | None:
+        """How the pools are filled, or None where the broker does not answer in time."""
+        return await self._cache_asked.ask("", lambda: self._send(GetCache()))
 
     # --- inside
 

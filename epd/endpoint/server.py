@@ -13,6 +13,7 @@ import ssl
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import prometheus_client
 import structlog
 from aiohttp import web
@@ -119,6 +120,7 @@ class Endpoint:
         app: FastAPI = build_app(args, _TASKS, llm.model_config)
         app.add_api_route("/ready", self._ready, methods=["GET"])
         app.add_api_route("/v1/requests/{request_id}", self._story, methods=["GET"])
+        app.add_api_route("/v1/cache", self._cache, methods=["GET"])
         media = MediaRoutes(self.core, has_keys=bool(self._config.endpoint.api_keys))
         media.add_to(app)
         # Innermost: behind keys and metrics, before any handler. Outermost: the keys of the paths vLLM leaves open.
@@ -160,6 +162,16 @@ class Endpoint:
                 told = await self.core.story(each.request_id)
                 each.events = told.events if told is not None else each.events
         return JSONResponse(stories.describe(request_id, found))
+
+    async def _cache(self) -> JSONResponse:
+        """How the pools of embeddings are filled, and the broker's counters; what `epd cache ls` draws."""
+        state, status = await self.core.cache_state(), self.core.status
+        if state is None or status is None:
+            error = {"message": "the broker does not answer", "type": "not_ready", "param": None, "code": 503}
+            return JSONResponse({"error": error}, 503)
+        return JSONResponse(
+            {"pools": msgspec.to_builtins(state.pools), "counters": msgspec.to_builtins(status.counters)}
+        )
 
 
 class KeysEverywhere(AuthenticationMiddleware):
