@@ -29,7 +29,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
-from cache.pools import PoolError, PoolView, open_view
+from cache.pools import DEVICE_KINDS, PoolError, PoolView, open_view
 from cache.slot import StaleSlotError
 from epd.messages import Pool, Slot
 
@@ -93,18 +93,28 @@ class PoolTable:
         except KeyError:
             raise StaleSlotError(f"pool {slot.pool_id} is gone") from None
 
+    def settle(self) -> None:
+        """Lets every pool note which of this process's writes have been done."""
+        for view in self._views.values():
+            view.settle()
+
     def close(self) -> None:
         """Closes all of them."""
         self.update([])
 
 
 def read_tensor(pools: PoolTable, slot: Slot) -> torch.Tensor:
-    """The embeddings in a slot: `(num_tokens, width)` of the slot's dtype, on the CPU.
+    """The embeddings in a slot: `(num_tokens, width)` of the slot's dtype.
+
+    From a pool in host memory a verified copy on the CPU; from one on the device a view of the pool, for which the
+    current stream waits until the writer's copy is done.
 
     Raises:
         StaleSlotError: the slot does not hold what `slot` says.
     """
     data = pools.view(slot).read(slot)
+    if isinstance(data, torch.Tensor):
+        return data.view(slot.num_tokens, slot.width)
     return torch.frombuffer(data, dtype=getattr(torch, slot.dtype)).view(slot.num_tokens, slot.width)
 
 
@@ -112,6 +122,17 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, on the CPU and contiguous."""
     flat = tensor.detach().to("cpu").contiguous().view(torch.uint8).reshape(-1)
     return memoryview(flat.numpy())
+
+
+def write_tensor(pools: PoolTable, slot: Slot, embeddings: torch.Tensor, owner: str) -> None:
+    """Puts embeddings into a slot; on the device this is queued on the current stream, and nothing waits for it.
+
+    Raises:
+        StaleSlotError: the slot's pool is gone.
+        ValueError: the embeddings do not fit the slot.
+    """
+    view = pools.view(slot)
+    view.write(slot, embeddings if view.pool.kind in DEVICE_KINDS else tensor_bytes(embeddings), owner)
 
 
 # Embeddings verified beside the scheduler, for a model runner in the same process (the "uni" executor).
@@ -166,7 +187,9 @@ class PatchCacheConnector(ECConnectorBase):
         """
         if patch_hash in self._read_slots or patch_hash not in self._readers:
             return
-        _verified[patch_hash] = read_tensor(self._pools, slot)
+        embeddings = read_tensor(self._pools, slot)
+        if self._pools.view(slot).pool.kind not in DEVICE_KINDS:
+            _verified[patch_hash] = embeddings  # a view is read again by the model runner, on its own stream
         self._read_slots[patch_hash] = slot
 
     def forget(self, request_id: str) -> None:
@@ -270,12 +293,13 @@ class PatchCacheConnector(ECConnectorBase):
             if found != (slot.num_tokens, slot.width, slot.dtype):
                 raise ValueError(f"the encoder gave {found}, the slot is for {slot.num_tokens, slot.width, slot.dtype}")
             self._pools.update(plan.pools)
-            self._pools.view(slot).write(slot, tensor_bytes(embeddings), plan.owner)
+            write_tensor(self._pools, slot, embeddings, plan.owner)
             self._report.done.add(mm_hash)
         except (PoolError, ValueError, StaleSlotError) as error:
             self._report.failed[mm_hash] = str(error)
 
     def take_report(self) -> Written:
         """What was written since the last call."""
+        self._pools.settle()
         report, self._report = self._report, Written()
         return report

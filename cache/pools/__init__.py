@@ -15,6 +15,7 @@ from epd.messages import Pool
 
 __all__ = [
     "CUDA_IPC",
+    "DEVICE_KINDS",
     "KINDS",
     "SHARED_MEMORY",
     "PoolError",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 CUDA_IPC = "cuda_ipc"
+DEVICE_KINDS = frozenset({CUDA_IPC})  # pools that take and give tensors; the others bytes
 
 
 def _cuda_ipc_pool(pool_id: str, nbytes: int, checksum: bool) -> PoolOwner:

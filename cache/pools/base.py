@@ -6,7 +6,7 @@ Lives in the cache daemon (owners) and in the workers (views); pure.
 from __future__ import annotations
 
 import re
-from typing import Protocol
+from typing import Any, Protocol
 
 from epd.messages import Pool, Slot
 
@@ -41,20 +41,28 @@ class PoolView(Protocol):
         """The pool it shows."""
         ...
 
-    def write(self, slot: Slot, data: bytes | bytearray | memoryview, owner: str) -> None:
+    def write(self, slot: Slot, data: Any, owner: str) -> None:
         """Writes a slot, with a checksum where the pool has them; see `cache.slot.write`.
+
+        `data` is bytes for pools in host memory and a tensor for those on a device.
 
         Raises:
             ValueError: `data` or `owner` do not fit the slot, or the slot not the pool.
         """
         ...
 
-    def read(self, slot: Slot, *, copy: bool = True) -> memoryview:
-        """A slot's data as bytes, verified where the pool has checksums; see `cache.slot.read`.
+    def read(self, slot: Slot) -> Any:
+        """A slot's data, verified where the pool has checksums; see `cache.slot.read`.
+
+        A copy as bytes from pools in host memory, a tensor that shows the pool from those on a device.
 
         Raises:
             StaleSlotError: the slot holds anything else.
         """
+        ...
+
+    def settle(self) -> None:
+        """Notes which of this process's writes have been done; pools whose writes are done at once do nothing."""
         ...
 
     def close(self) -> None:
