@@ -253,6 +253,22 @@ def test_a_request_that_waits_too_long_for_a_place_is_refused_with_a_time_to_try
     assert failed.retry_after_s > 0
 
 
+def test_requests_that_wait_for_a_slot_too_long_are_refused_in_order_while_every_slot_is_pinned() -> None:
+    world = World(BrokerConfig(max_queue_s=1.0))
+    world.pipeline(pool_bytes=2 * SLOT_BYTES)
+    world.submit("holder", ["a", "b"], deadline_s=100)
+    world.submit("r1", ["c"], deadline_s=100)
+    world.wait(0.5)
+    world.submit("r2", ["d"], deadline_s=100)
+    world.wait(0.75)
+    assert [(one.request_id, one.code) for one in world.take(m.Failed)] == [("r1", "overloaded")]
+    world.wait(0.5)
+    [failed] = world.take(m.Failed)
+    assert (failed.request_id, failed.status) == ("r2", 503)
+    assert failed.retry_after_s > 0
+    assert world.core.board.patches.index.stats().used_bytes <= 2 * SLOT_BYTES
+
+
 def test_requests_beyond_the_queue_s_bound_are_refused_at_once() -> None:
     world = World(BrokerConfig(max_queued=1))
     world.pipeline(encode=0)
