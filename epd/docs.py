@@ -153,8 +153,8 @@ Single values can be given on the command line, and win over the file: `--set SE
 `[endpoint.serve]` takes further options of `vllm serve` for the HTTP server (tool parsers, TLS, CORS and the like).
 
 EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_transfer_config`, `mm_encoder_only`,
-`mm_processor_cache_gb` of the workers, and for the endpoint `mm_processor_cache_type`, `model`, `host`, `port`, `uds`, `headless`, `grpc`, `api_server_count` and
-`data_parallel_size`.
+`mm_processor_cache_gb` of the workers, and for the endpoint `mm_processor_cache_type`, `model`, `host`, `port`, `uds`,
+`headless`, `grpc`, `api_server_count` and `data_parallel_size`.
 
 ## Environment variables
 | variable | read by | meaning |

