@@ -220,10 +220,8 @@ class Flow:
         """Takes in what a prefill or decode worker says of a request."""
         request = self._board.requests.get(message.request_id)  # type: ignore[union-attr]
         if request is None or peer.peer_id not in (request.prefill, request.decode):
-            if isinstance(message, m.Prefilled | m.Failed | m.Finished):
-                self._endings.released(
-                    peer.peer_id, message.request_id
-                )  # what had ended here already has ended there too
+            if isinstance(message, m.Prefilled | m.Failed | m.Finished):  # what has ended here has ended there too
+                self._endings.released(peer.peer_id, message.request_id)
             else:
                 self._board.count("num_fenced")
             return

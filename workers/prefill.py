@@ -16,7 +16,6 @@ _PATCH_POLL_S = 1.0
 @dataclasses.dataclass(slots=True)
 class _Leg:
     received_at: float
-    started_at: float = 0.0
 
 
 class PrefillStage(Stage):
