@@ -11,7 +11,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import nixl_utils
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
@@ -41,6 +42,8 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
 NIXL_PROGRESS_US = 100_000
 _ENDLESS = 1 << 40
+# A model has a tower for each of these that its engine may be given; prefill and decode are given none.
+_MODALITIES = ("image", "video", "audio")
 
 
 def calm_nixl() -> None:
@@ -155,13 +158,8 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
             "engine_id": engine_id,
             "kv_buffer_device": "cpu" if current_platform.is_cpu() else "cuda",
         }
-        options |= {"kv_transfer_config": kv, "limit_mm_per_prompt": _no_items(config)}
+        options |= {"kv_transfer_config": kv, "limit_mm_per_prompt": dict.fromkeys(_MODALITIES, 0)}
     return options
-
-
-def _no_items(config: Config) -> dict[str, int]:
-    limits = config.engine_options("").get("limit_mm_per_prompt") or {"image": 0}
-    return dict.fromkeys(limits, 0)
 
 
 class Engine:
@@ -346,29 +344,39 @@ def _hashes(request: EngineCoreRequest) -> list[str]:
     return [feature.identifier for feature in request.mm_features or ()]
 
 
-def _is_tower(name: str, model: torch.nn.Module) -> bool:
-    return name.startswith(tuple(f"{tower}." for tower in model._tower_model_names))
+def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.nn.Parameter]]:
+    """Each parameter that takes memory: "tower", "language" or "both", then its module, its name, and itself."""
+    towers = tuple(f"{name}." for name in model._tower_model_names)
+    languages = tuple(f"{name}." for name in model._language_model_names)
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.device.type == "meta":
+                continue
+            if f"{path}.{name}".startswith(towers):
+                part = "tower"
+            elif f"{path}.{name}".startswith(languages) or isinstance(module, VocabParallelEmbedding):
+                part = "language"
+            else:
+                part = "both"
+            yield part, module, name, parameter
 
 
 def _parameter_bytes(worker: Any) -> tuple[int, int]:
-    """Runs beside the model: bytes of tower parameters and of all others.
+    """Runs beside the model: bytes of tower and of language parameters; the few that are neither go with the stage.
 
     On CPUs vLLM packs linear weights into a format of their own and leaves an empty parameter: these count as their
     layer's size.
     """
-    model = worker.get_model()
-    counts = {True: 0, False: 0}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.device.type == "meta":
-                continue
-            nbytes = parameter.nbytes
-            if not nbytes and name == "weight" and isinstance(module, LinearBase):
-                rows = getattr(module, "output_size_per_partition", module.output_size)
-                columns = getattr(module, "input_size_per_partition", module.input_size)
-                nbytes = rows * columns * parameter.element_size()
-            counts[_is_tower(f"{path}.{name}", model)] += nbytes
-    return counts[True], counts[False]
+    counts = {"tower": 0, "language": 0, "both": 0}
+    for part, module, name, parameter in _parameters(worker.get_model()):
+        nbytes = parameter.nbytes
+        if not nbytes and name == "weight" and isinstance(module, LinearBase):
+            rows = getattr(module, "output_size_per_partition", module.output_size)
+            columns = getattr(module, "input_size_per_partition", module.input_size)
+            nbytes = rows * columns * parameter.element_size()
+        counts[part] += nbytes
+    encodes = worker.vllm_config.is_mm_encoder_only
+    return counts["tower"] + encodes * counts["both"], counts["language"] + (not encodes) * counts["both"]
 
 
 def _drop_language_model(worker: Any) -> None:
@@ -376,8 +384,6 @@ def _drop_language_model(worker: Any) -> None:
 
     That is the output head in vLLM 0.32; nothing runs it here.
     """
-    model = worker.get_model()
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not _is_tower(f"{path}.{name}", model):
-                module.register_parameter(name, torch.nn.Parameter(parameter.new_empty(0), requires_grad=False))
+    for part, module, name, parameter in _parameters(worker.get_model()):
+        if part == "language":
+            module.register_parameter(name, torch.nn.Parameter(parameter.new_empty(0), requires_grad=False))
