@@ -56,7 +56,8 @@ class EndpointConfig(_Section):
     """`[endpoint]`: the HTTP server and what it accepts from clients.
 
     `allowed_media_domains` lists the hosts that pictures may be fetched from; empty means that only data URLs are
-    taken. `max_pixels` bounds one picture, `max_images` one request, `max_body_bytes` one HTTP body. Pictures uploaded
+    taken. `max_pixels` bounds one picture, `max_images` one request, `max_body_bytes` one HTTP body. With `warm_up`
+    the endpoint sends the first requests itself, and is ready after them. Pictures uploaded
     to `/v1/media` are kept `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all
     as the processor gives them.
     """
@@ -69,6 +70,7 @@ class EndpointConfig(_Section):
     allowed_media_domains: list[str] = []
     allowed_local_media_path: str = ""
     request_timeout_s: float = 600.0
+    warm_up: bool = True
     drain_s: float = 30.0
     api_keys: list[str] = []
     media_ttl_s: float = 300.0

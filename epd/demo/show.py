@@ -106,7 +106,7 @@ def figures(found: Figures) -> RenderableType:
         table.add_row(Text(value, "bold"), meaning)
 
     add(f"{found.ready_s:.1f} s", f"from start to ready, of which {found.imported_s:.1f} s importing vLLM, once")
-    add(f"{found.first_s * 1e3:.0f} ms", "to the first token of the request above, the pipeline's first ever")
+    add(f"{found.first_s * 1e3:.0f} ms", "to the first token of the request above, the first it was asked")
     add(f"{found.second_s * 1e3:.0f} ms", "to the first token of the same request again, patches in the cache")
     add(f"{found.idle_cpu:.1%}", f"of one core for all {found.num_processes} processes together while idle")
     if found.pipeline_s:

@@ -75,6 +75,7 @@ class PipelineCore(EngineCoreClient):
         self._outputs: asyncio.Queue[EngineCoreOutput | None] = asyncio.Queue()
         self._flights: dict[str, Flight] = {}
         self._exchanges: dict[str, Any] = {}
+        self.status_changed = asyncio.Event()
         self._stories_asked: Questions[Story] = Questions()
         self._cache_asked: Questions[CacheState] = Questions()
         self._processor: OutputProcessor | None = None
@@ -208,6 +209,7 @@ class PipelineCore(EngineCoreClient):
                 self.uploads.on_uploaded(message)
             case Status():
                 self.status = message
+                self.status_changed.set()
             case Story():
                 self._stories_asked.answer(message.request_id, message)
             case CacheState():

@@ -20,6 +20,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
     registered: bool
     draining: bool
+    warming: bool = False
     num_in_flight: int
     status: Status | None
 
@@ -44,6 +45,8 @@ def missing(view: View) -> list[str]:
         reasons += [f"no {stage} worker" for stage, count in counts.items() if not count]
         if not view.status.num_pools:
             reasons.append("no pool for embeddings")
+    if not reasons and view.warming:
+        reasons.append("the first requests, which this endpoint sends itself, are on their way")
     return reasons
 
 

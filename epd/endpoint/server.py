@@ -36,6 +36,7 @@ from epd.endpoint.limits import Limits
 from epd.endpoint.llm import PipelineLLM
 from epd.endpoint.media import MediaRoutes
 from epd.endpoint.options import serve_args, vllm_config_of
+from epd.endpoint.warmup import warm_up
 from epd.errors import ErrorCode
 
 log = structlog.get_logger()
@@ -58,6 +59,7 @@ class Endpoint:
         self._config, self._name = config, name
         self._stack = contextlib.AsyncExitStack()
         self.died = asyncio.Event()
+        self.warming = config.endpoint.warm_up
         self.port = 0
 
     async def __aenter__(self) -> Self:
@@ -82,7 +84,10 @@ class Endpoint:
             sweeper = asyncio.create_task(self.core.uploads.keep_sweeping(), name="sweep-uploads")
             stack.callback(sweeper.cancel)
             self.bridge = AsgiBridge(ExplicitErrors(app))
-            await self._listen(stack, _ssl_context(args))
+            tls = _ssl_context(args)
+            await self._listen(stack, tls)
+            warmer = asyncio.create_task(self._warm_up(has_tls=tls is not None), name="warm-up")
+            stack.callback(warmer.cancel)
             self._stack = stack.pop_all()
         return self
 
@@ -96,9 +101,23 @@ class Endpoint:
         return readiness.View(
             registered=self.core.link.registered,
             draining=self.core.draining,
+            warming=self.warming,
             num_in_flight=self.core.num_in_flight,
             status=self.core.status,
         )
+
+    async def _warm_up(self, *, has_tls: bool) -> None:
+        """Once the pipeline is complete, has a request go through every prefill and decode worker."""
+        if self.warming and not has_tls:
+            while readiness.missing(msgspec.structs.replace(self.view(), warming=False)):
+                self.core.status_changed.clear()
+                await self.core.status_changed.wait()
+            endpoint, counts = self._config.endpoint, readiness.num_workers(self.core.status)
+            host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(endpoint.host, endpoint.host)
+            model = self._config.served_model_name or self._config.model
+            key = endpoint.api_keys[0] if endpoint.api_keys else ""
+            await warm_up(f"http://{host}:{self.port}", model, key, max(counts["prefill"], counts["decode"]))
+        self.warming = False
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no new requests, lets those under way end; what has not after `timeout_s` fails with 503."""

@@ -25,7 +25,7 @@ def config_for(address, engine=ENGINE, **endpoint):
         served_model_name="digits",
         engine=engine,
         broker=BrokerConfig(address=address),
-        endpoint=EndpointConfig(**{"port": 0} | endpoint),
+        endpoint=EndpointConfig(**{"port": 0, "warm_up": False} | endpoint),
     )
 
 
@@ -100,12 +100,13 @@ def events(text):
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, exit_status=0, **endpoint):
+async def serving(folder: Path, exit_status=0, script=None, **endpoint):
     """Runs the daemon's `main` on this loop; it must end with `exit_status`."""
     from epd.endpoint.daemon import main
 
     os.environ["EPD_PORT_FILE"] = str(folder / "port")
     async with FakeBroker() as broker:
+        broker.script = script
         stop = asyncio.Event()
         task = asyncio.create_task(main(config_for(broker.address, **endpoint), "endpoint-0", stop))
         port_file = folder / "port"

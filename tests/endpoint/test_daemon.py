@@ -95,3 +95,19 @@ def test_importing_the_daemon_does_not_import_vllm():
 
 def test_config_errors_are_one_class():
     assert issubclass(ConfigError, ValueError)
+
+
+async def test_it_is_ready_after_a_first_request_of_its_own_has_gone_the_whole_way(tmp_path):
+    async with serving(tmp_path, script=says([100, 101]), warm_up=True) as served:
+        [submit] = served.broker.submits
+        assert submit.patches, "with a picture"
+        answer, _ = await served.chat()
+        assert answer.status == 200
+
+
+async def test_a_first_request_that_fails_does_not_keep_it_from_being_ready(tmp_path, monkeypatch):
+    from epd.endpoint import warmup
+
+    monkeypatch.setattr(warmup, "TIMEOUT_S", 0.2)
+    async with serving(tmp_path, script=never, warm_up=True) as served:
+        assert (await served.get("/ready"))[0].status == 200
