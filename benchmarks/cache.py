@@ -14,7 +14,7 @@ from epd.builtin import MODEL_NAME
 
 NUM_REQUESTS = 50
 NEW_EVERY = 5
-BLOCKS, BLOCK = 6, 5
+BLOCKS, BLOCK = 10, 5
 UPLOAD_AHEAD_S = 1.0
 
 
