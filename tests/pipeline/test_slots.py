@@ -67,7 +67,7 @@ REASONS = {"magic": "header", "shape": " x ", "owner": "wrote this", "embeddings
 @pytest.fixture(scope="module")
 def unchecked() -> Iterator[Running]:
     """A pipeline without checksums and without prefix caching, so that it reads the slots and believes them."""
-    settings = config()
+    settings = config(warm_up=False)  # nothing is in the pool but what the test puts there
     settings.cache = CacheConfig(checksum=False)
     settings.prefill = PrefillConfig(engine={"enable_prefix_caching": False})
     running = Running(settings, encode=1, prefill=1, decode=1)
