@@ -198,7 +198,7 @@ class Flow:
         peer.num_done += 1
         self._endings.drop_unwanted(self._board.patches.release(request.request_id))
         if frames:
-            self._board.send(request.endpoint, m.Tokens(request_id=request.request_id, num_new_tokens=0), frames)
+            self._board.send(request.endpoint, m.Tokens(request_id=request.request_id, token_ids=[]), frames)
         decode = self._board.registry.get(request.decode)
         if request.early_finish and decode:
             self.finish(decode, request, *request.early_finish, now)
@@ -244,7 +244,7 @@ class Flow:
                 if request.num_tokens_out == 0:
                     request.tell(now, "first token", worker=peer.name)
                 request.move(Event.TOKENS)
-                request.num_tokens_out += message.num_new_tokens
+                request.num_tokens_out += len(message.token_ids)
                 self._board.send(request.endpoint, message, frames)
             case m.Finished() if request.allows(Event.FINISH):
                 if request.prefilled:
@@ -261,14 +261,14 @@ class Flow:
         """Ends a request that the decode worker `peer` has finished."""
         if request.num_tokens_out == 0:
             request.tell(now, "first token", worker=peer.name)
-        request.num_tokens_out += message.num_new_tokens
+        request.num_tokens_out += len(message.token_ids)
         detail = f"{request.num_tokens_out} tokens, {message.finish_reason}"
         request.tell(now, "finished", worker=peer.name, detail=detail)
         peer.num_done += 1
         self._endings.end(request, Event.FINISH, now, left=peer.peer_id)
         reply = m.Finished(
             request_id=message.request_id,
-            num_new_tokens=message.num_new_tokens,
+            token_ids=message.token_ids,
             finish_reason=message.finish_reason,
             story=request.story,
         )

@@ -66,14 +66,14 @@ class DecodeStage(Stage):
                 continue
             self._arriving.discard(request_id)
             output.kv_transfer_params = None
-            num_new_tokens = len(output.new_token_ids)
+            token_ids = list(output.new_token_ids)
             frames = self.engine.pack(output)
             if output.finished:
                 self._forget(request_id)
                 reason = str(output.finish_reason)
-                self._post(Finished(request_id=request_id, num_new_tokens=num_new_tokens, finish_reason=reason), frames)
+                self._post(Finished(request_id=request_id, token_ids=token_ids, finish_reason=reason), frames)
             else:
-                self._post(Tokens(request_id=request_id, num_new_tokens=num_new_tokens), frames)
+                self._post(Tokens(request_id=request_id, token_ids=token_ids), frames)
         if not executed:
             self._ask_for_patches()
         return executed

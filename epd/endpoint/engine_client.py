@@ -191,7 +191,7 @@ class PipelineCore(EngineCoreClient):
         """Takes one message of the broker."""
         match message:
             case Tokens():
-                self._on_output(message.request_id, message.num_new_tokens == 0, frames)
+                self._on_output(message.request_id, not message.token_ids, frames)
             case Finished():
                 if self._on_output(message.request_id, False, frames, is_last=True):
                     self._end(message.request_id)

@@ -11,7 +11,10 @@ class Submit(Struct, frozen=True):
     """Endpoint → Broker: a rendered request.
 
     Opaque frames: first `num_engine_frames` with the engine request, then each patch's in the order of `patches`.
-    `max_tokens` bounds the output; `deadline_s` is how long from now the whole request may take.
+    `max_tokens` bounds the output; `deadline_s` is how long from now the whole request may take. `tenant` names whose
+    it is, for fairness. A request that was begun before (the broker was lost) comes with the number of `attempts`
+    made, and with `output_token_ids`, the tokens that its client has: it continues after them. `resumable` says that
+    going on from prompt and tokens gives what an undisturbed run would have given.
     """
 
     request_id: str
@@ -21,6 +24,9 @@ class Submit(Struct, frozen=True):
     patches: list[Patch] = msgspec.field(default_factory=list)
     deadline_s: float = 600.0
     tenant: str = ""
+    attempts: int = 0
+    output_token_ids: list[int] = msgspec.field(default_factory=list)
+    resumable: bool = False
 
 
 class Cancel(Struct, frozen=True):
@@ -59,18 +65,19 @@ class DropUpload(Struct, frozen=True):
 class Tokens(Struct, frozen=True):
     """Decode → Broker → Endpoint: new tokens of a request, as one opaque engine output.
 
-    `num_new_tokens` counts them for the story.
+    The broker keeps `token_ids`, so that another decode worker can go on where this one stopped. They are empty for
+    an output of the prefill worker, which has log-probabilities of the prompt only.
     """
 
     request_id: str
-    num_new_tokens: int
+    token_ids: list[int]
 
 
 class Finished(Struct, frozen=True):
     """Decode → Broker → Endpoint: the last engine output of a request; the broker adds the story."""
 
     request_id: str
-    num_new_tokens: int
+    token_ids: list[int]
     finish_reason: str
     story: list[StoryEvent] = msgspec.field(default_factory=list)
 

@@ -43,7 +43,7 @@ def test_a_prefill_worker_lost_after_its_push_harms_nobody(world: World) -> None
     world.say(world.p[0], m.Pushed(request_id="r"))
     world.wait(4.0, but=(world.p[0],))
     assert world.take(m.Failed) == []
-    world.say(world.d[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="stop"))
+    world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="stop"))
     assert len(world.take(m.Finished)) == 1
     world.assert_idle()
 
@@ -206,7 +206,7 @@ def test_a_worker_that_registers_again_under_its_name_replaces_the_earlier_incar
     world.join("d0", Role.DECODE)
     [failed] = world.take(m.Failed)
     assert "registered again" in failed.message
-    world.say("d0#1", m.Tokens(request_id="r", num_new_tokens=1))
+    world.say("d0#1", m.Tokens(request_id="r", token_ids=[7]))
     assert world.take(m.Tokens) == []
     assert world.take(m.Unknown, "d0#1")
 
@@ -219,7 +219,7 @@ def test_a_message_of_a_peer_that_is_not_registered_is_answered_with_unknown(wor
 
 def test_a_message_that_the_sender_s_role_may_not_send_changes_nothing(world: World) -> None:
     world.submit("r")
-    world.say(world.e[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="stop"))
+    world.say(world.e[0], m.Finished(request_id="r", token_ids=[7], finish_reason="stop"))
     world.say(world.endpoint, m.Prefilled(request_id="r"))
     assert world.core.board.counters().num_fenced == 2
     assert "r" in world.core.board.requests

@@ -136,8 +136,8 @@ def test_requests_wait_while_every_slot_is_pinned_and_start_in_order_when_some_a
 def test_tokens_that_overtake_prefilled_are_delivered_and_the_end_waits_for_it(world: World) -> None:
     world.submit("r", ["a"])
     world.encode_all()
-    world.say(world.d[0], m.Tokens(request_id="r", num_new_tokens=1), [b"t1"])
-    world.say(world.d[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="length"), [b"t2"])
+    world.say(world.d[0], m.Tokens(request_id="r", token_ids=[7]), [b"t1"])
+    world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="length"), [b"t2"])
     assert len(world.take(m.Tokens)) == 1
     assert world.take(m.Finished) == [], "prompt log-probabilities may still come"
     world.say(world.p[0], m.Prefilled(request_id="r"), [b"logprobs"])
@@ -148,7 +148,7 @@ def test_tokens_that_overtake_prefilled_are_delivered_and_the_end_waits_for_it(w
 
 def test_an_answer_that_is_complete_survives_the_loss_of_its_prefill_worker(world: World) -> None:
     world.submit("r")
-    world.say(world.d[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="length"), [b"t"])
+    world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="length"), [b"t"])
     world.say(world.p[0], m.Goodbye(reason="killed"))
     assert len(world.take(m.Finished, world.endpoint)) == 1
     world.assert_idle()
@@ -158,7 +158,7 @@ def test_prompt_log_probabilities_of_the_prefill_worker_are_passed_on_as_tokens(
     world.submit("r")
     world.say(world.p[0], m.Prefilled(request_id="r"), [b"logprobs"])
     [send] = world.take_sends(m.Tokens)
-    assert (send.peer_id, send.message.num_new_tokens, send.frames) == (world.endpoint, 0, [b"logprobs"])
+    assert (send.peer_id, send.message.token_ids, send.frames) == (world.endpoint, [], [b"logprobs"])
 
 
 def test_an_encode_worker_is_not_given_more_than_a_few_batches_ahead() -> None:
@@ -189,11 +189,11 @@ def test_a_preempted_request_gets_its_patches_again_on_the_decode_worker(world: 
     world.submit("r", ["a", "b"])
     world.encode_all()
     world.say(world.p[0], m.Prefilled(request_id="r"))
-    world.say(world.d[0], m.Tokens(request_id="r", num_new_tokens=1), [b"t1"])
+    world.say(world.d[0], m.Tokens(request_id="r", token_ids=[7]), [b"t1"])
     world.say(world.d[0], m.NeedPatches(request_id="r", patch_hashes=["a", "b"]))
     ready = world.take(m.Ready, world.d[0])
     assert [one.patch_hash for one in ready[-1].ready] == ["a", "b"]
-    world.say(world.d[0], m.Finished(request_id="r", num_new_tokens=1, finish_reason="stop"), [b"t2"])
+    world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="stop"), [b"t2"])
     world.assert_idle()
 
 

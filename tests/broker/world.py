@@ -140,8 +140,8 @@ class World:
         """Has the legs of a request run to their ends."""
         self.say(p, m.Prefilled(request_id=request_id))
         self.say(p, m.Pushed(request_id=request_id))
-        self.say(d, m.Tokens(request_id=request_id, num_new_tokens=1), [b"t1"])
-        self.say(d, m.Finished(request_id=request_id, num_new_tokens=1, finish_reason="stop"), [b"t2"])
+        self.say(d, m.Tokens(request_id=request_id, token_ids=[7]), [b"t1"])
+        self.say(d, m.Finished(request_id=request_id, token_ids=[7], finish_reason="stop"), [b"t2"])
 
     def assert_idle(self) -> None:
         """Nothing is held by anyone."""

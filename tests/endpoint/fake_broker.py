@@ -146,10 +146,10 @@ def says(token_ids, finish="length", delay_s=0.0):
             is_last = i == len(token_ids) - 1
             frames = output(submit.request_id, [token], finish if is_last else None)
             if is_last:
-                last = Finished(request_id=submit.request_id, num_new_tokens=1, finish_reason=finish, story=STORY)
+                last = Finished(request_id=submit.request_id, token_ids=[7], finish_reason=finish, story=STORY)
                 await broker.send(last, frames)
             else:
-                await broker.send(Tokens(request_id=submit.request_id, num_new_tokens=1), frames)
+                await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), frames)
 
     return script
 
@@ -159,9 +159,7 @@ def fails(after=(), **fields):
 
     async def script(broker, submit, _frames):
         for token in after:
-            await broker.send(
-                Tokens(request_id=submit.request_id, num_new_tokens=1), output(submit.request_id, [token])
-            )
+            await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token]))
             await asyncio.sleep(0.1)  # vLLM's collector merges what comes at once; let the first be streamed
         await broker.send(Failed(request_id=submit.request_id, story=STORY, **fields))
 

@@ -166,9 +166,7 @@ async def test_n_choices_are_requests_of_their_own_that_share_the_patches(served
 async def test_a_stop_string_ends_the_answer_and_cancels_the_rest(served, tokenizer):
     async def script(broker, submit, frames):
         for token in (100, 101, 102):
-            await broker.send(
-                Tokens(request_id=submit.request_id, num_new_tokens=1), output(submit.request_id, [token])
-            )
+            await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token]))
 
     served.broker.script = script
     _, body = await served.chat(stop=[tokenizer.decode([102])])
@@ -200,7 +198,7 @@ async def test_logprobs_of_tokens(served):
         frames = output(
             submit.request_id, [100], "length", new_logprobs=LogprobsLists(ids, values, numpy.array([1]), None)
         )
-        finished = Finished(request_id=submit.request_id, num_new_tokens=1, finish_reason="length", story=STORY)
+        finished = Finished(request_id=submit.request_id, token_ids=[7], finish_reason="length", story=STORY)
         await broker.send(finished, frames)
 
     served.broker.script = script
@@ -220,8 +218,8 @@ async def test_prompt_logprobs_of_the_prefill_worker_come_with_the_first_output(
         return output(submit.request_id, [], new_prompt_logprobs_tensors=tensors)
 
     async def script(broker, submit, frames):
-        empty = Tokens(request_id=submit.request_id, num_new_tokens=0)
-        one = Tokens(request_id=submit.request_id, num_new_tokens=1)
+        empty = Tokens(request_id=submit.request_id, token_ids=[])
+        one = Tokens(request_id=submit.request_id, token_ids=[7])
         count = submit.num_prompt_tokens - 1
         if order == "before":  # in two chunks, as chunked prefill gives them
             await broker.send(empty, part(submit, 2, 100))
