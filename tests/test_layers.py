@@ -26,6 +26,7 @@ ALLOWED = {
 ENGINE = ("torch", "vllm")
 ENGINE_FILES = (
     "epd/endpoint/*",
+    "epd/multimodal/*",
     "epd/local/*",
     "epd/demo/*",
     "workers/*",

@@ -22,12 +22,11 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from epd.bounded import Beliefs
 from epd.config import Config
-from epd.endpoint.bounded import Beliefs
 from epd.endpoint.failures import Failure, current_exchange, failure_of
 from epd.endpoint.flight import Flight, IncompleteOutputError
 from epd.endpoint.questions import Questions
-from epd.endpoint.splitter import Split, Splitter
 from epd.endpoint.stories import Stories
 from epd.endpoint.submission import PipelineError, check_request, submission, too_large, wants_prompt_logprobs
 from epd.endpoint.uploads import Uploads
@@ -49,6 +48,7 @@ from epd.messages import (
     Uploaded,
     Welcome,
 )
+from epd.multimodal.splitter import Split, Splitter
 
 log = structlog.get_logger()
 

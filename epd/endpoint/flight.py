@@ -13,7 +13,7 @@ import torch
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
 from vllm.v1.outputs import LogprobsTensors
 
-from epd.endpoint.splitter import Split
+from epd.multimodal.splitter import Split
 
 
 class IncompleteOutputError(RuntimeError):

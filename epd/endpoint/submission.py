@@ -15,8 +15,8 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from epd import wire
 from epd.endpoint.failures import Failure
-from epd.endpoint.splitter import Split
 from epd.messages import Submit
+from epd.multimodal.splitter import Split
 
 _FORBIDDEN_EXTRA_ARGS = ("kv_transfer_params", "ec_transfer_params")
 

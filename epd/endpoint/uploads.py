@@ -17,14 +17,14 @@ from typing import Any
 
 import structlog
 
+from epd.bounded import Beliefs
 from epd.config import EndpointConfig
-from epd.endpoint.bounded import Beliefs
 from epd.endpoint.failures import Failure
 from epd.endpoint.kept import Kept
-from epd.endpoint.splitter import Split
 from epd.endpoint.submission import PipelineError, too_large
 from epd.errors import ErrorCode
 from epd.messages import DropUpload, Message, Upload, Uploaded
+from epd.multimodal.splitter import Split
 
 log = structlog.get_logger()
 

@@ -86,7 +86,7 @@ async def test_repeated_pictures_are_processed_once_and_their_pixels_sent_once(s
     from vllm.model_executor.models.idefics3 import Idefics3MultiModalProcessor
     from vllm.multimodal.media.image import ImageMediaIO
 
-    from epd.endpoint import splitter
+    from epd.multimodal import splitter
 
     counts = {"processed": 0, "decoded": 0, "cut": 0}
 

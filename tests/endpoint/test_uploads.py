@@ -2,8 +2,8 @@
 
 import pytest
 
+from epd.bounded import Beliefs, ByteCache
 from epd.config import EndpointConfig
-from epd.endpoint.bounded import Beliefs, ByteCache
 from epd.endpoint.kept import Kept
 from epd.messages import DropUpload, Patch, Upload, Uploaded
 
@@ -26,7 +26,7 @@ class Pipeline:
         return not self.full
 
     def add(self, *names, owner="a", num_bytes=100):
-        from epd.endpoint.splitter import Split
+        from epd.multimodal.splitter import Split
 
         kept = Kept(b"x" * 10)
         kept.item_bytes = num_bytes - 10

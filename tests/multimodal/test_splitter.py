@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from epd.builtin import demo_image_path
-
-from .serving import MODEL
+from tests.endpoint.serving import MODEL
 
 pytestmark = pytest.mark.engine
 IDENTITY = b"model"
@@ -50,7 +49,8 @@ def demo():
 
 
 def cut(request, salt="", identity=IDENTITY):
-    from epd.endpoint.splitter import idefics3_tiles, split
+    from epd.multimodal.rules import idefics3_tiles
+    from epd.multimodal.splitter import split
 
     return split(request.mm_features or [], idefics3_tiles, identity, salt)
 
@@ -147,7 +147,8 @@ def test_text_alone_has_no_patches(render):
 def test_without_a_rule_the_item_is_one_patch_that_keeps_its_mask(render, demo):
     import torch
 
-    from epd.endpoint.splitter import split, whole_item
+    from epd.multimodal.rules import whole_item
+    from epd.multimodal.splitter import split
 
     request = render(demo)
     parts = split(request.mm_features, whole_item, IDENTITY, "")
@@ -162,7 +163,7 @@ def test_items_that_do_not_fit_are_refused(render, demo, broken):
     import torch
     from vllm.multimodal.inputs import PlaceholderRange
 
-    from epd.endpoint.splitter import UnsupportedItemError
+    from epd.multimodal.rules import UnsupportedItemError
 
     request = render(demo)
     (feature,) = request.mm_features
@@ -187,7 +188,8 @@ def test_items_that_do_not_fit_are_refused(render, demo, broken):
 def test_the_identity_follows_the_model_and_its_settings(vllm_config):
     from copy import copy
 
-    from epd.endpoint.splitter import idefics3_tiles, identity_of, rule_for
+    from epd.multimodal.naming import identity_of
+    from epd.multimodal.rules import idefics3_tiles, rule_for
 
     assert rule_for(vllm_config) is idefics3_tiles
     assert identity_of(vllm_config) == identity_of(vllm_config)
