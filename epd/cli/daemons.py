@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from epd import activation
 from epd.cli import options
 from epd.config import Config, ConfigError
 
@@ -51,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if args.command in ("endpoint", "worker"):
         config = environment.resolve_model(config)
         environment.set_engine_environment(config.model, config.log.level)
-    if args.command == "endpoint":
-        environment.check_port(config.endpoint.host, config.endpoint.port)
+    if args.command == "endpoint" and not activation.is_offered():
+        environment.listen(config.endpoint.host, config.endpoint.port).close()
     environment.end_with_supervisor()
     environment.title(f"epd {name}")
     return _run_daemon(args, config, name)

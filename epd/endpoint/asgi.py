@@ -42,10 +42,15 @@ class AsgiBridge:
 
     def __init__(self, app: App, *, root_path: str = "", grace_s: float = 2.0, retry_after_s: int = 1) -> None:
         self._app, self._root_path = app, root_path
+        self._last = False
         self._grace_s, self._retry_after_s = grace_s, retry_after_s
         self._num_active = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def close_connections(self) -> None:
+        """From now on each response is the last on its connection, and says so."""
+        self._last = True
 
     async def wait_idle(self) -> None:
         """Returns once no exchange is under way."""
@@ -53,7 +58,7 @@ class AsgiBridge:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one request; the response is complete or its connection is closed when this returns."""
-        exchange = _Exchange(request, self._retry_after_s)
+        exchange = _Exchange(request, self._retry_after_s, lambda: self._last)
         scope = self._scope(request)
         self._num_active += 1
         self._idle.clear()
@@ -114,8 +119,8 @@ class AsgiBridge:
 class _Exchange:
     """The two callables that one run of the application gets, and what has become of its response."""
 
-    def __init__(self, request: web.Request, retry_after_s: int) -> None:
-        self._request, self._retry_after_s = request, retry_after_s
+    def __init__(self, request: web.Request, retry_after_s: int, is_last: Callable[[], bool]) -> None:
+        self._request, self._retry_after_s, self._is_last = request, retry_after_s, is_last
         self._gone = asyncio.Event()
         self._body_read = False
         self._start: Message | None = None
@@ -179,6 +184,8 @@ class _Exchange:
                 response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
         if response.status in (429, 503) and "Retry-After" not in response.headers:
             response.headers["Retry-After"] = str(self._retry_after_s)
+        if self._is_last():
+            response.force_close()
         return response
 
     async def fail(self) -> None:

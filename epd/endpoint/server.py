@@ -27,6 +27,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
+from epd import activation
 from epd.config import Config
 from epd.endpoint import readiness, stories
 from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
@@ -120,8 +121,18 @@ class Endpoint:
         self.warming = False
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no new requests, lets those under way end; what has not after `timeout_s` fails with 503."""
-        self.core.draining = True
+        """Takes no new requests, lets those under way end; what has not after `timeout_s` fails with 503.
+
+        Where the listening socket is somebody else's, new connections wait in it for the next endpoint, and those that
+        are idle are closed; else new requests are answered with 503.
+        """
+        if self._successor:
+            await self._site.stop()
+            self.bridge.close_connections()
+            if self._runner.server is not None:
+                self._runner.server.pre_shutdown()
+        else:
+            self.core.draining = True
         try:
             await asyncio.wait_for(self.bridge.wait_idle(), timeout_s)
         except TimeoutError:
@@ -157,8 +168,14 @@ class Endpoint:
         runner = web.AppRunner(http, handler_cancellation=True, access_log=None, shutdown_timeout=_END_S)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        endpoint = self._config.endpoint
-        await web.TCPSite(runner, endpoint.host, endpoint.port, ssl_context=tls).start()
+        endpoint, inherited = self._config.endpoint, activation.inherited()
+        self._site = (
+            web.TCPSite(runner, endpoint.host, endpoint.port, ssl_context=tls)
+            if inherited is None
+            else web.SockSite(runner, inherited, ssl_context=tls)
+        )
+        await self._site.start()
+        self._runner, self._successor = runner, inherited is not None
         self.port = runner.addresses[0][1]
 
     def _watch(self, output_handler: asyncio.Task[None]) -> None:

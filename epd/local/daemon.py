@@ -38,6 +38,7 @@ class Spec:
         stop_rank: Daemons stop in ascending order of it, those of one rank together.
         stop_s: How long one may take to stop after SIGTERM.
         once: It is no daemon but ends by itself, with status 0 if all went well.
+        listens: It gets the supervisor's listening socket (`epd.activation`).
         tidies: It removes something outside its process when it ends, so even a stop at once begins with SIGTERM.
     """
 
@@ -49,6 +50,7 @@ class Spec:
     env: dict[str, str] = field(default_factory=dict)
     stop_rank: int = 0
     stop_s: float = 10.0
+    listens: bool = False
     tidies: bool = False
     once: bool = False
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from epd import builtin
+from epd import activation, builtin
 from epd.config import Config, ConfigError
 from epd.service import die_with_parent
 
@@ -106,19 +106,14 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     return ports
 
 
-def check_port(host: str, port: int) -> None:
-    """Makes sure that the endpoint will be able to listen, before anything is started.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens where the endpoint will, before anything is started; port 0 picks a free one.
 
     Raises:
-        ConfigError: it will not; the text says why.
+        ConfigError: it cannot; the text says why.
     """
-    if not port:
-        return
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
+        return activation.bind(host, port)
     except OSError as error:
         hint = "; choose another with --port" if error.errno == 98 else ""
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}{hint}") from None

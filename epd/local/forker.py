@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from epd.activation import LISTEN_FD
 from epd.local.daemon import Spec
 from epd.local.environment import ORPHANED_S, python
 
@@ -31,12 +32,21 @@ class Forker:
     Args:
         preload: What the zygote imports and calls before it forks anything, see `epd.local.zygote`.
         run_dir: Where its log goes; swept by the zygote if this process dies.
+        listening: A socket for the daemons that listen.
         on_exit: Called with name, pid and exit status of each forked process that has ended.
         on_lost: Called when the zygote has ended by itself, and with it all that it had forked.
     """
 
-    def __init__(self, preload: dict[str, Any], run_dir: Path, *, on_exit: OnExit, on_lost: Callable[[], None]) -> None:
-        self._preload, self._run_dir = preload, run_dir
+    def __init__(
+        self,
+        preload: dict[str, Any],
+        run_dir: Path,
+        *,
+        on_exit: OnExit,
+        on_lost: Callable[[], None],
+        listening: socket.socket | None = None,
+    ) -> None:
+        self._preload, self._run_dir, self._listening = preload, run_dir, listening
         self._on_exit, self._on_lost = on_exit, on_lost
         self._forked: dict[str, asyncio.Future[int]] = {}
         self.imported: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -45,10 +55,12 @@ class Forker:
 
     async def __aenter__(self) -> Self:
         ours, theirs = socket.socketpair()
+        listening = [] if self._listening is None else [self._listening.fileno()]
         with theirs, self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *python("-m", "epd.local.zygote", str(theirs.fileno()), str(self._run_dir), json.dumps(self._preload)),
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *listening],
+                env=os.environ | ({LISTEN_FD: str(listening[0])} if listening else {}),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -92,7 +104,15 @@ class Forker:
         await asyncio.shield(self.imported)
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._forked[spec.name] = future
-        self._send(op="fork", name=spec.name, target=spec.target, args=spec.args, env=env, log=str(log_path))
+        self._send(
+            op="fork",
+            name=spec.name,
+            target=spec.target,
+            args=spec.args,
+            env=env,
+            log=str(log_path),
+            listens=spec.listens,
+        )
         return await future
 
     def watch(self, pid: int) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-import dataclasses
 import shutil
 import signal
 import time
@@ -22,7 +21,7 @@ from typing import Any, Self
 
 from epd.config import Config, dump
 from epd.local.daemon import Daemon, Spec, StartError, State
-from epd.local.environment import check_port, free_ports, make_run_directory, python, resolve_model
+from epd.local.environment import free_ports, listen, make_run_directory, python, resolve_model
 from epd.local.environment import set_engine_environment as set_environment
 from epd.local.supervisor import Supervisor
 
@@ -90,16 +89,19 @@ class LocalPipeline:
             ConfigError, StartError: as on entering.
         """
         started = time.monotonic()
-        check_port(self.config.endpoint.host, self.config.endpoint.port)
+        self._listening = listen(self.config.endpoint.host, self.config.endpoint.port)
+        self.config.endpoint.port = self._listening.getsockname()[1]
         self.run_dir = make_run_directory()
         self.config.broker.address = f"ipc://{self.run_dir}/broker.sock"
         set_environment(self.config.model, self.config.log.level)
         (self.run_dir / "config.json").write_text(dump(self.config))
-        self._supervisor = Supervisor(self.run_dir, preload=self._preload(), on_change=self._on_change)
+        self._supervisor = Supervisor(
+            self.run_dir, preload=self._preload(), on_change=self._on_change, listening=self._listening
+        )
         try:
             await self._start(started + self._start_s)
         except BaseException as error:
-            await self._supervisor.stop(at_once=True)
+            await self.stop_now()
             if not isinstance(error, Exception):  # somebody does not want it any more: nobody will read the logs
                 shutil.rmtree(self.run_dir, ignore_errors=True)
             raise
@@ -154,11 +156,13 @@ class LocalPipeline:
         Returns:
             Whether every daemon ended by itself, with status 0.
         """
+        self._listening.close()
         self.clean = await self.supervisor.stop()
         return self.clean
 
     async def stop_now(self) -> None:
         """Stops at once; what runs is lost, what is not memory of a process is tidied up."""
+        self._listening.close()
         await self.supervisor.stop(at_once=True)
 
     async def call(self, name: str, target: str, args: list[Any]) -> Daemon:
@@ -209,9 +213,6 @@ class LocalPipeline:
         await self._until(lambda: "endpoint" in self.processes)
         endpoint = self.processes["endpoint"]
         await self._until(lambda: endpoint.state is State.READY)
-        self.config.endpoint.port = int((self.run_dir / "endpoint.port").read_text())
-        # If it is started again, it shall listen where it does now.
-        endpoint.spec = dataclasses.replace(endpoint.spec, args=[dump(self.config), "endpoint"])
         await self._until(lambda: all(daemon.state is State.READY for daemon in self.processes.values()))
         async with AsyncClient(self.url) as client:
             while True:
@@ -268,7 +269,7 @@ class LocalPipeline:
                 role="endpoint",
                 target="epd.local.targets:endpoint",
                 args=[text, "endpoint"],
-                env={"EPD_PORT_FILE": str(self.run_dir / "endpoint.port")},
+                listens=True,
                 stop_rank=0,
                 stop_s=self.config.endpoint.drain_s + 5.0,
             )

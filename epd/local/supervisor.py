@@ -36,13 +36,21 @@ class Supervisor:
         run_dir: Logs and sockets go here.
         preload: What the zygote loads, see `epd.local.zygote`; daemons without `argv` are forked from it.
         on_change: Called at each change of a daemon's state.
+        listening: A socket for the daemons that listen; it stays the caller's.
 
     Attributes:
         restart_crashed: Start daemons again that end without being asked to, after 0.5 s at first and 10 s at most.
     """
 
-    def __init__(self, run_dir: Path, *, preload: dict[str, Any], on_change: OnChange = lambda _: None) -> None:
-        self.run_dir, self._preload, self.on_change = run_dir, preload, on_change
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        preload: dict[str, Any],
+        on_change: OnChange = lambda _: None,
+        listening: socket.socket | None = None,
+    ) -> None:
+        self.run_dir, self._preload, self.on_change, self._listening = run_dir, preload, on_change, listening
         self.restart_crashed = False
         self.daemons: dict[str, Daemon] = {}
         self.stopping = False
@@ -70,7 +78,11 @@ class Supervisor:
                 self._forker = None
             if self._forker is None:
                 self._forker = await Forker(
-                    self._preload, self.run_dir, on_exit=self._on_exit, on_lost=self._on_zygote_lost
+                    self._preload,
+                    self.run_dir,
+                    on_exit=self._on_exit,
+                    on_lost=self._on_zygote_lost,
+                    listening=self._listening,
                 ).__aenter__()
                 for daemon in self.daemons.values():
                     if daemon.spec.argv and daemon.alive:

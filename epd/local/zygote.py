@@ -8,8 +8,9 @@ left and goes too. It runs no thread and no event loop, because a fork keeps onl
 
 Both directions of the socket FD carry lines of JSON.
 
-In: `{"op": "fork", "name", "target", "args", "env", "log"}`, with `target` as "module:function"; `{"op": "watch",
-"pid"}` and `{"op": "unwatch", "pid"}` for processes of the supervisor's own that must not outlive it either.
+In: `{"op": "fork", "name", "target", "args", "env", "log", "listens"}`, with `target` as "module:function" and
+`listens` for the one that keeps the listening socket (`epd.activation`) that the zygote was started with; `{"op":
+"watch", "pid"}` and `{"op": "unwatch", "pid"}` for processes of the supervisor's own that must not outlive it either.
 
 Out: `{"event": "imported", "took_s", "num_threads"}`, `{"event": "failed", "message"}`,
 `{"event": "forked", "name", "pid"}`, `{"event": "exited", "name", "pid", "status"}`.
@@ -33,6 +34,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from epd.activation import LISTEN_FD
 from epd.local.environment import ORPHANED_S, sweep, title
 from epd.service import die_with_parent
 
@@ -134,6 +136,8 @@ class Zygote:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
+            if not command["listens"] and (listening := os.environ.pop(LISTEN_FD, "")):
+                os.close(int(listening))
             os.environ.update(command["env"])
             atexit._clear()  # the zygote's
             _fresh_seeds()

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from epd import activation
 from epd.config import Config, ConfigError
 
 from .fake_broker import never, says
@@ -29,6 +31,26 @@ async def test_a_drain_lets_streams_end_and_takes_no_new_requests(tmp_path):
         assert events(rest)[-1] == "[DONE]" and "error" not in rest
         assert await asyncio.wait_for(served.task, 5) == 0
         await asyncio.wait_for(served.broker.goodbye.wait(), 1)
+
+
+async def test_with_a_socket_of_its_supervisor_a_restart_refuses_nobody(tmp_path, monkeypatch):
+    with activation.bind("127.0.0.1", 0) as sock:
+        monkeypatch.setenv(activation.LISTEN_FD, str(os.dup(sock.fileno())))
+        async with serving(tmp_path, script=says([100] * 10, delay_s=0.1)) as served:
+            assert int((tmp_path / "port").read_text()) == sock.getsockname()[1]
+            async with served.session.post("/v1/chat/completions", json=chat_body(stream=True)) as answer:
+                await answer.content.readline()
+                served.stop.set()
+                await asyncio.sleep(0.2)
+                reader, writer = await asyncio.open_connection(*sock.getsockname())
+                writer.write(b"GET /health HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+                rest = (await answer.content.read()).decode()
+            assert events(rest)[-1] == "[DONE]" and "error" not in rest
+            assert await asyncio.wait_for(served.task, 5) == 0
+        monkeypatch.setenv(activation.LISTEN_FD, str(os.dup(sock.fileno())))
+        async with serving(tmp_path) as served:
+            assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 200")
+            writer.close()
 
 
 async def test_what_does_not_end_in_time_is_cut_off_with_a_reason(tmp_path):

@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
-from epd.config import parse
+from epd import activation
 from epd.local.environment import end_with_supervisor
 from epd.service import notify_systemd
 
@@ -68,8 +68,12 @@ def endpoint(config: str, name: str) -> int:
             self.send_response(503 if Handler.num_asked == 1 else 200)
             self.end_headers()
 
-    server = HTTPServer(("127.0.0.1", parse(config).endpoint.port), Handler)
-    Path(os.environ["EPD_PORT_FILE"]).write_text(str(server.server_address[1]))
+    sock = activation.inherited()
+    assert sock is not None
+    sock.setblocking(True)
+    server = HTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = sock
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return serve(name)
 

@@ -14,7 +14,7 @@ import pytest
 
 from epd.config import Config, ConfigError
 from epd.local import LocalPipeline, StartError, State
-from epd.local.environment import check_port, free_ports, make_run_directory, resolve_model, sweep
+from epd.local.environment import free_ports, listen, make_run_directory, resolve_model, sweep
 from epd.local.forker import is_running
 
 HERE = Path(__file__).parent
@@ -114,10 +114,30 @@ async def test_a_restarted_endpoint_listens_where_it_did():
         url = pipeline.url
         pipeline.kill("endpoint", signal.SIGKILL)
         await pipeline.processes["endpoint"].exited.wait()
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))  # while there is no endpoint
+        writer.write(b"GET /ready HTTP/1.0\r\n\r\n")
         daemon = await pipeline.restart("endpoint")
         assert (daemon.state, pipeline.url) == (State.READY, url)
-        port = (pipeline.run_dir / "endpoint.port").read_text()
-        assert url.endswith(f":{port}")
+        assert (await reader.readline()).startswith(b"HTTP/1.0 503")
+        writer.close()
+
+
+def holders(pipeline: LocalPipeline) -> set[str]:
+    """Which daemons have the socket open that listens on the pipeline's port."""
+    port = f":{int(pipeline.url.rpartition(':')[2]):04X} 00000000:0000"
+    [inode] = {line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines() if port in line}
+    found = set()
+    for daemon in pipeline.processes.values():
+        open_files = [os.readlink(file) for file in Path(f"/proc/{daemon.pid}/fd").iterdir()]
+        if f"socket:[{inode}]" in open_files:
+            found.add(daemon.name)
+    return found
+
+
+async def test_only_the_endpoint_has_the_listening_socket():
+    async with light() as pipeline:
+        assert holders(pipeline) == {"endpoint"}
 
 
 async def test_a_one_off_process_is_waited_for():
@@ -132,7 +152,7 @@ def test_a_port_in_use_is_a_sentence():
         sock.listen()
         port = sock.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
-            check_port("127.0.0.1", port)
+            listen("127.0.0.1", port)
 
 
 def test_a_model_folder_must_be_one(tmp_path):
