@@ -160,7 +160,7 @@ EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_t
 | variable | read by | meaning |
 |---|---|---|
 | `EPD_API_KEY` | `epd ask` | the key it sends |
-| `LISTEN_PID`, `LISTEN_FDS` | endpoint | a listening socket from systemd, in place of host and port (sd_listen_fds(3)) |
+| `LISTEN_PID`, `LISTEN_FDS` | endpoint | a listening socket from systemd, in place of host and port |
 | `EPD_PORT_FILE` | endpoint | a file that the port is written to once it listens |
 | `VLLM_NIXL_SIDE_CHANNEL_HOST` | prefill, decode worker | vLLM's: where its NIXL connector listens |
 | `VLLM_NIXL_SIDE_CHANNEL_PORT` | prefill, decode worker | vLLM's: the port for that |
