@@ -32,6 +32,7 @@ from epd.endpoint import readiness, stories
 from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
 from epd.endpoint.engine_client import PipelineCore
 from epd.endpoint.failures import ExplicitErrors, failure_of
+from epd.endpoint.keys import owner_of
 from epd.endpoint.limits import Limits
 from epd.endpoint.llm import PipelineLLM
 from epd.endpoint.media import MediaRoutes
@@ -83,7 +84,7 @@ class Endpoint:
             await stack.enter_async_context(self.core.link)
             sweeper = asyncio.create_task(self.core.uploads.keep_sweeping(), name="sweep-uploads")
             stack.callback(sweeper.cancel)
-            self.bridge = AsgiBridge(ExplicitErrors(app))
+            self.bridge = AsgiBridge(ExplicitErrors(app, has_keys=bool(self._config.endpoint.api_keys)))
             tls = _ssl_context(args)
             await self._listen(stack, tls)
             warmer = asyncio.create_task(self._warm_up(has_tls=tls is not None), name="warm-up")
@@ -126,7 +127,7 @@ class Endpoint:
             await asyncio.wait_for(self.bridge.wait_idle(), timeout_s)
         except TimeoutError:
             log.warning("requests are cut off", num_in_flight=self.core.num_in_flight)
-            self.core.fail_all(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
+            self.core.flights.fail_all(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.bridge.wait_idle(), _END_S)
         self.core.link.goodbye("drained")
@@ -139,6 +140,7 @@ class Endpoint:
         app: FastAPI = build_app(args, _TASKS, llm.model_config)
         app.add_api_route("/ready", self._ready, methods=["GET"])
         app.add_api_route("/v1/requests/{request_id}", self._story, methods=["GET"])
+        app.add_api_route("/v1/requests/{request_id}/cancel", self._cancel, methods=["POST"])
         app.add_api_route("/v1/cache", self._cache, methods=["GET"])
         media = MediaRoutes(self.core, has_keys=bool(self._config.endpoint.api_keys))
         media.add_to(app)
@@ -174,13 +176,18 @@ class Endpoint:
         """Where the request with this id (as in the answer's `id`) is, or how it ended."""
         found = self.core.stories.find(request_id)
         if not found:
-            error = {"message": f"no request {request_id!r} is known here", "type": "not_found", "code": 404}
-            return JSONResponse({"error": error | {"param": None}}, 404)
+            return _unknown(request_id)
         for each in found:
             if each.state != "failed" and not each.events:
                 told = await self.core.story(each.request_id)
                 each.events = told.events if told is not None else each.events
         return JSONResponse(stories.describe(request_id, found))
+
+    async def _cancel(self, request: Request, request_id: str) -> JSONResponse:
+        """Ends what is in flight of the request with this id; only for the key that made it."""
+        owner = owner_of(request.scope, has_keys=bool(self._config.endpoint.api_keys))
+        count = self.core.cancel(request_id, owner)
+        return _unknown(request_id) if count is None else JSONResponse({"id": request_id, "cancelled": count})
 
     async def _cache(self) -> JSONResponse:
         """How the pools of embeddings are filled, and the broker's counters; what `epd cache ls` draws."""
@@ -220,6 +227,11 @@ class _Uvicorn:
     def should_exit(self, value: bool) -> None:
         if value:
             self._died.set()
+
+
+def _unknown(request_id: str) -> JSONResponse:
+    error = {"message": f"no request {request_id!r} is known here", "type": "not_found", "code": 404}
+    return JSONResponse({"error": error | {"param": None}}, 404)
 
 
 def _ssl_context(args: argparse.Namespace) -> ssl.SSLContext | None:

@@ -112,6 +112,17 @@ class FakeBroker:
                         Story(request_id=message.request_id, found=True, state=self.story_state, events=STORY[:1])
                     )
 
+    async def die(self):
+        """As a broker that is killed: nothing more comes of it, and the endpoint notices at once."""
+        for task in self._tasks:
+            task.cancel()
+        await self.send(Unknown())
+        self.silent = True
+
+    def live(self):
+        """As the next broker, which knows nothing."""
+        self.silent = False
+
     async def forget(self):
         """As after a restart: the endpoint is unknown and has to register again."""
         await self.send(Unknown())
