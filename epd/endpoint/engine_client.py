@@ -20,6 +20,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import SchedulerStats
 
+from epd import held
 from epd.bounded import Beliefs
 from epd.config import Config
 from epd.endpoint.failures import Failure, current_exchange, failure_of
@@ -81,6 +82,7 @@ class PipelineCore(EngineCoreClient):
             on_message=self.on_message,
             on_registered=self.on_registered,
             on_lost=self.on_lost,
+            held=lambda: held.of_process() | self.held(),
         )
 
     def attach(self, processor: OutputProcessor) -> None:
@@ -91,6 +93,19 @@ class PipelineCore(EngineCoreClient):
     def num_in_flight(self) -> int:
         """Requests taken in and not ended."""
         return len(self.flights)
+
+    def held(self) -> dict[str, int]:
+        """What is held for clients, by kind, here and in vLLM's output processor."""
+        processor = self.flights.processor
+        return {
+            "requests": len(self.flights),
+            "requests_waiting": self.flights.num_waiting,
+            "request_bytes": self.flights.held_bytes,
+            "outputs": self.flights.outputs.qsize(),
+            "processor_requests": len(processor.request_states) + len(processor.parent_requests),
+            "uploads": len(self.uploads),
+            "upload_bytes": self.uploads.num_bytes,
+        }
 
     # --- vLLM's side
 
@@ -220,10 +235,14 @@ class PipelineCore(EngineCoreClient):
 
     async def story(self, request_id: str) -> Story | None:
         """The broker's story of a request so far, or None where it does not answer in time."""
+        if not self.link.registered:
+            return None
         return await self._stories_asked.ask(request_id, lambda: self._send(GetStory(request_id=request_id)))
 
     async def cache_state(self) -> CacheState | None:
         """How the pools are filled, or None where the broker does not answer in time."""
+        if not self.link.registered:
+            return None
         return await self._cache_asked.ask("", lambda: self._send(GetCache()))
 
     # --- inside

@@ -85,7 +85,7 @@ class Flights:
     @property
     def num_waiting(self) -> int:
         """Those that wait for a broker."""
-        return sum(not flight.sent for flight in self._flights.values())
+        return sum(not flight.sent for flight in list(self._flights.values()))
 
     # --- beginnings
 

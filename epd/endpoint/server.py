@@ -27,6 +27,7 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
+from epd import held
 from epd.config import Config
 from epd.endpoint import readiness, stories
 from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
@@ -45,7 +46,7 @@ log = structlog.get_logger()
 _TASKS = ("generate",)
 _END_S = 2.0
 # What anyone may read of a server that asks for keys.
-_OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/ping", "/version", "/load"})
+_OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/debug/held", "/ping", "/version", "/load"})
 
 
 class Endpoint:
@@ -64,6 +65,7 @@ class Endpoint:
         self.port = 0
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         args = serve_args(self._config)
         vllm_config = vllm_config_of(args)
         self.core = PipelineCore(self._config, vllm_config, self._name)
@@ -78,13 +80,13 @@ class Endpoint:
             self._watch(llm.output_handler)
             app = await self._app(args, llm)
             await stack.enter_async_context(Lifespan(app))
+            self.bridge = AsgiBridge(ExplicitErrors(app, has_keys=bool(self._config.endpoint.api_keys)))
             collector = readiness.Collector(self.view)
             prometheus_client.REGISTRY.register(collector)
             stack.callback(prometheus_client.REGISTRY.unregister, collector)
             await stack.enter_async_context(self.core.link)
             sweeper = asyncio.create_task(self.core.uploads.keep_sweeping(), name="sweep-uploads")
             stack.callback(sweeper.cancel)
-            self.bridge = AsgiBridge(ExplicitErrors(app, has_keys=bool(self._config.endpoint.api_keys)))
             tls = _ssl_context(args)
             await self._listen(stack, tls)
             warmer = asyncio.create_task(self._warm_up(has_tls=tls is not None), name="warm-up")
@@ -105,7 +107,13 @@ class Endpoint:
             warming=self.warming,
             num_in_flight=self.core.num_in_flight,
             status=self.core.status,
+            name=self._name,
+            held=self.held(),
         )
+
+    def held(self) -> dict[str, int]:
+        """What this process holds, by kind; may be called from any thread, as vLLM's /metrics does."""
+        return held.of_process(self._loop) | self.core.held() | {"exchanges": self.bridge.num_active}
 
     async def _warm_up(self, *, has_tls: bool) -> None:
         """Once the pipeline is complete, has a request go through every prefill and decode worker."""
@@ -139,6 +147,7 @@ class Endpoint:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         app: FastAPI = build_app(args, _TASKS, llm.model_config)
         app.add_api_route("/ready", self._ready, methods=["GET"])
+        app.add_api_route("/debug/held", self._held, methods=["GET"])
         app.add_api_route("/v1/requests/{request_id}", self._story, methods=["GET"])
         app.add_api_route("/v1/requests/{request_id}/cancel", self._cancel, methods=["POST"])
         app.add_api_route("/v1/cache", self._cache, methods=["GET"])
@@ -171,6 +180,10 @@ class Endpoint:
         """200 while requests can be answered, else 503 and what is missing."""
         view = self.view()
         return JSONResponse(readiness.describe(view), 503 if readiness.missing(view) else 200)
+
+    async def _held(self) -> JSONResponse:
+        """What each daemon holds, by kind; the same when idle, whatever has happened."""
+        return JSONResponse({"daemons": readiness.held_by_daemon(self.view())})
 
     async def _story(self, request: Request, request_id: str) -> JSONResponse:
         """Where the request with this id (as in the answer's `id`) is, or how it ended."""

@@ -136,7 +136,13 @@ def status_of(roles, num_pools=1):
     workers = [
         WorkerStatus(name=f"{role}-{i}", role=role, incarnation=str(i), host="h", pid=i) for i, role in enumerate(roles)
     ]
-    return Status(workers=workers, counters=Counters(num_accepted=3, held_pins=1), num_pools=num_pools)
+    return Status(
+        workers=workers,
+        counters=Counters(num_accepted=3, held_pins=1),
+        num_pools=num_pools,
+        broker_held={"pins": 1},
+        peers_held={"cache": {"pools": 1}},
+    )
 
 
 def output(request_id, token_ids, finish=None, **fields):
