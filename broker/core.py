@@ -134,7 +134,7 @@ class Core:
     def _from_peer(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
         match message:
             case m.Heartbeat():
-                peer.num_steps = message.num_steps
+                peer.num_steps, peer.held = message.num_steps, message.held
                 self.board.send(peer.peer_id, m.HeartbeatAck())
                 if peer.role is Role.ENDPOINT:
                     self.board.send(peer.peer_id, self.board.status())

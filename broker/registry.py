@@ -29,6 +29,7 @@ class Peer:
     num_steps: int = 0
     jobs: set[int] = dataclasses.field(default_factory=set)
     requests: set[str] = dataclasses.field(default_factory=set)
+    held: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def status(self) -> WorkerStatus:
         """This peer as shown to people."""
@@ -41,6 +42,7 @@ class Peer:
             num_outstanding=len(self.jobs) or len(self.requests),
             num_done=self.num_done,
             info=self.info,
+            held=self.held,
         )
 
 

@@ -52,6 +52,11 @@ class AsgiBridge:
         """From now on each response is the last on its connection, and says so."""
         self._last = True
 
+    @property
+    def num_active(self) -> int:
+        """Exchanges under way."""
+        return self._num_active
+
     async def wait_idle(self) -> None:
         """Returns once no exchange is under way."""
         await self._idle.wait()

@@ -124,7 +124,7 @@ class StoryEvent(Struct, frozen=True):
 
 
 class WorkerStatus(Struct, frozen=True):
-    """One worker as the broker sees it, for `/ready`, `/metrics` and people."""
+    """One worker as the broker sees it, for `/ready`, `/metrics` and people; `held` as in its last HEARTBEAT."""
 
     name: str
     role: Role
@@ -134,6 +134,7 @@ class WorkerStatus(Struct, frozen=True):
     num_outstanding: int = 0
     num_done: int = 0
     info: WorkerInfo = WorkerInfo()
+    held: dict[str, int] = {}
 
 
 class Counters(Struct, frozen=True):
