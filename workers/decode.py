@@ -67,6 +67,11 @@ class DecodeStage(Stage):
             self._arriving.discard(request_id)
             output.kv_transfer_params = None
             token_ids = list(output.new_token_ids)
+            if str(output.finish_reason) == "error":  # it has been refused its KV (`workers.push_connector`)
+                self._forget(request_id)
+                text = "its KV was not pushed"
+                self._post(Failed(request_id=request_id, code="worker_lost", message=text), ())
+                continue
             frames = self.engine.pack(output)
             if output.finished:
                 self._forget(request_id)

@@ -35,6 +35,7 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config, ConfigError
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
+from workers import push_connector
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -153,7 +154,11 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
         options |= {"enable_prefix_caching": False}
     else:
         kv = {
-            "kv_connector": "NixlPushConnector",
+            "kv_connector": push_connector.CONNECTOR,
+            "kv_connector_module_path": push_connector.MODULE,
+            # What a push that has failed leaves is never decoded; the broker decides what becomes of the request.
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {"kv_lease_duration": push_connector.LEASE_S},
             "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
             "engine_id": engine_id,
             "kv_buffer_device": "cpu" if current_platform.is_cpu() else "cuda",
@@ -298,8 +303,11 @@ class Engine:
         self.core.add_request(*self.core.preprocess_add_request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Drops requests that are not finished; their blocks are freed with the next step."""
+        """Drops requests; their blocks are freed with the next steps, once nothing writes to or reads from them."""
+        request_ids = list(request_ids)
         self.core.abort_requests([one for one in request_ids if one in self.scheduler.requests])
+        if self.role is Role.PREFILL:
+            self.scheduler.get_kv_connector().connector_scheduler.give_up(request_ids)
         for request_id in request_ids:
             self.connector.forget(request_id)
 
