@@ -41,7 +41,7 @@ class Board:
     `requests` has them by their ids, `legs` by the ids of their present legs. `queue` holds the ids of requests that
     wait for a place; `releasing` the ended legs whose slots a peer may still be reading, with those peers;
     `frames_bytes` counts the opaque frames held for requests. `encode_info` is what the last encode worker that came
-    said of itself.
+    said of itself; `process_held` is what the daemon's process holds, as it last said.
     """
 
     def __init__(self, config: BrokerConfig, first_generation: int) -> None:
@@ -56,6 +56,7 @@ class Board:
         self.releasing: dict[str, set[str]] = {}
         self.frames_bytes = 0
         self._last_leg = first_generation - 1
+        self.process_held: dict[str, int] = {}
         self._stories: OrderedDict[str, m.Story] = OrderedDict()
         self._out: list[Send] = []
         self._counts: dict[str, Any] = dict.fromkeys(m.Counters.__struct_fields__, 0)
@@ -96,7 +97,15 @@ class Board:
         """Workers, pools and counters as they are now."""
         peers = [peer for peer in self.registry if peer.role in m.STAGES]
         pools = sum(len(peer.pools) for peer in self.registry)
-        return m.Status(workers=[peer.status() for peer in peers], counters=self.counters(), num_pools=pools)
+        counters = self.counters()
+        held = {name: getattr(counters, name) for name in counters.__struct_fields__ if name.startswith("held_")}
+        return m.Status(
+            workers=[peer.status() for peer in peers],
+            counters=counters,
+            num_pools=pools,
+            broker_held={name.removeprefix("held_"): count for name, count in held.items()} | self.process_held,
+            peers_held={peer.name: peer.held for peer in self.registry if peer.role not in m.STAGES},
+        )
 
     def counters(self) -> m.Counters:
         """The counts; the `held_*` ones are 0 when nothing is in flight."""

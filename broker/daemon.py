@@ -14,7 +14,7 @@ import zmq
 
 from broker.board import Send
 from broker.core import Core
-from epd import service, wire
+from epd import held, service, wire
 from epd.config import Config
 from epd.sockets import MessageSocket
 
@@ -59,6 +59,7 @@ class Broker:
         try:
             while True:
                 await asyncio.sleep(TICK_S)
+                self.core.board.process_held = held.of_process()
                 self._perform(self.core.tick(time.monotonic()))
         finally:
             self._socket.close()

@@ -33,6 +33,7 @@ class Peer:
     draining: bool = False
     jobs: set[int] = dataclasses.field(default_factory=set)
     requests: set[str] = dataclasses.field(default_factory=set)
+    held: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def status(self) -> WorkerStatus:
         """This peer as shown to people."""
@@ -46,6 +47,7 @@ class Peer:
             num_done=self.num_done,
             draining=self.draining,
             info=self.info,
+            held=self.held,
         )
 
 

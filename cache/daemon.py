@@ -15,7 +15,7 @@ import structlog
 
 from cache import pools
 from cache.pools.shared_memory import sweep_stale
-from epd import service
+from epd import held, service
 from epd.config import Config
 from epd.link import BrokerLink
 from epd.messages import Message, Role, Welcome
@@ -55,6 +55,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
             on_message=_unexpected,
             pools=lambda: [descriptor],
             on_registered=_registered,
+            held=lambda: held.of_process() | {"pools": 1},
         ) as link:
             await stop.wait()
             service.notify_systemd("STOPPING=1")

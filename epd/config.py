@@ -66,7 +66,10 @@ class EndpointConfig(_Section):
     taken. `max_pixels` bounds one picture, `max_images` one request, `max_body_bytes` one HTTP body. With `warm_up`
     the endpoint sends the first requests itself, and is ready after them. Pictures uploaded
     to `/v1/media` are kept `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all
-    as the processor gives them.
+    as the processor gives them. While there is no broker, requests in flight and up to `max_waiting` new ones wait
+    `broker_wait_s` seconds for one; to be sent again they are held, in up to `max_held_bytes`: beyond that a request
+    is held until its first token only, and ends with `broker_lost` if the broker dies after it. A stream ends with
+    `slow_client` when its client leaves `max_unread_bytes` of engine output unread.
     """
 
     host: str = "127.0.0.1"
@@ -83,6 +86,10 @@ class EndpointConfig(_Section):
     media_ttl_s: float = 300.0
     media_max_per_key: int = 64
     media_bytes: int = 512 << 20
+    broker_wait_s: float = 30.0
+    max_waiting: int = 256
+    max_held_bytes: int = 2 << 30
+    max_unread_bytes: int = 4 << 20
     serve: dict[str, Any] = {}
 
 

@@ -23,6 +23,8 @@ class ErrorCode(enum.StrEnum):
     SHUTTING_DOWN = "shutting_down"
     BROKER_LOST = "broker_lost"
     PIXELS_NEEDED = "pixels_needed"
+    CANCELLED = "cancelled"
+    SLOW_CLIENT = "slow_client"
 
 
 HTTP_STATUS: dict[ErrorCode, int] = {
@@ -38,4 +40,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.SHUTTING_DOWN: 503,
     ErrorCode.BROKER_LOST: 503,
     ErrorCode.PIXELS_NEEDED: 503,
+    # nginx's word for a request that nobody waits for; OpenAI's clients do not try it again, as they would 408 and 409
+    ErrorCode.CANCELLED: 499,
+    ErrorCode.SLOW_CLIENT: 408,
 }

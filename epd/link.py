@@ -19,7 +19,7 @@ from typing import Self
 import structlog
 import zmq
 
-from epd import wire
+from epd import held, wire
 from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Message, Pool, Role, Unknown, Welcome, WorkerInfo
 from epd.sockets import MessageSocket
 
@@ -51,6 +51,7 @@ class BrokerLink:
         on_lost: awaited when a registration has ended (the broker restarted or fell silent); everything held for the
             broker is to be dropped. Registration then starts again by itself.
         steps: the number of engine steps, sent with each heartbeat.
+        held: what this process holds, sent with each heartbeat too.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class BrokerLink:
         on_registered: OnRegistered | None = None,
         on_lost: OnLost | None = None,
         steps: Callable[[], int] = int,
+        held: Callable[[], dict[str, int]] = held.of_process,
     ) -> None:
         self._address, self._name, self._role = address, name, role
-        self._info, self._pools, self._steps = info, pools, steps
+        self._info, self._pools, self._steps, self._held = info, pools, steps, held
         self._on_message, self._on_registered, self._on_lost = on_message, on_registered, on_lost
         self._context = zmq.Context()
         self._socket: MessageSocket | None = None
@@ -182,7 +184,7 @@ class BrokerLink:
             if done:
                 return lost.result()
             if not self._leaving:
-                self.send(Heartbeat(num_steps=self._steps()))
+                self.send(Heartbeat(num_steps=self._steps(), held=self._held()))
             silent_s = time.monotonic() - self._heard_at
             if silent_s > welcome.lost_after_s:
                 return f"the broker was silent for {silent_s:.1f} s"

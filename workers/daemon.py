@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from epd import service
+from epd import held, service
 from epd.config import Config, ConfigError
 from epd.link import BrokerLink
 from epd.messages import Draining, Message, Pools, Role, Welcome, WorkerInfo
@@ -62,6 +62,7 @@ class Worker:
             on_registered=self._on_registered,
             on_lost=self._on_lost,
             steps=lambda: self._thread.num_steps,
+            held=lambda: held.of_process() | self._thread.held,
         )
 
     async def serve(self, stop: asyncio.Event) -> int:

@@ -107,6 +107,10 @@ class DecodeStage(Stage):
             return _ARRIVING_POLL_S
         return _WAIT_POLL_S
 
+    def held(self) -> dict[str, int]:
+        """As `Stage`, and the requests that this stage knows."""
+        return super().held() | {"requests": len(self._requests)}
+
     def reset(self) -> None:
         """Drops all requests."""
         self.engine.abort(list(self._requests))

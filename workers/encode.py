@@ -87,6 +87,10 @@ class EncodeStage(Stage):
         """Nothing is waited for here; a step without the model only clears what has finished."""
         return 0.0 if num_idle_steps < 3 else 0.05
 
+    def held(self) -> dict[str, int]:
+        """As `Stage`, and the jobs that this stage knows."""
+        return super().held() | {"requests": len(self._jobs)}
+
     def reset(self) -> None:
         """Drops all jobs."""
         self.engine.abort(list(self._jobs))

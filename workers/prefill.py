@@ -107,6 +107,10 @@ class PrefillStage(Stage):
         first, last = _PUSH_POLL_S
         return float(min(first * 1.5**num_idle_steps, last)) if num_idle_steps < 32 else last
 
+    def held(self) -> dict[str, int]:
+        """As `Stage`, and the requests that this stage knows."""
+        return super().held() | {"requests": len(self._legs) + len(self._pushing)}
+
     def reset(self) -> None:
         """Drops all requests."""
         self.engine.abort([*self._legs, *self._pushing])

@@ -14,6 +14,7 @@ import structlog
 from cache.pools import PoolError
 from epd.config import Config
 from epd.messages import Message, Pool, Role, WorkerInfo
+from workers.held import of_engine
 
 if TYPE_CHECKING:
     from workers.engine import Engine
@@ -51,6 +52,10 @@ class Stage(abc.ABC):
     def stop(self) -> None:
         """Frees the engine."""
         self.engine.shutdown()
+
+    def held(self) -> dict[str, int]:
+        """What the engine and its connector hold, by kind; 0 when nothing is in flight."""
+        return of_engine(self.engine)
 
     def has_work(self) -> bool:
         """Whether the engine has anything to step for."""

@@ -30,6 +30,9 @@ class Steps(Protocol):
     def poll_s(self, num_idle_steps: int) -> float | None:
         """How long to sleep after that many steps without the model running; None until a command comes."""
 
+    def held(self) -> dict[str, int]:
+        """What is held now, by kind."""
+
     def stop(self) -> None:
         """Frees the engine; runs last, in the thread."""
 
@@ -43,6 +46,7 @@ class EngineThread(threading.Thread):
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self.num_steps = 0
+        self.held: dict[str, int] = {}  # replaced, never changed: other threads read it
 
     def call(self, command: Callable[..., None], *args: Any) -> None:
         """Has `command(*args)` run between two steps; wakes the thread."""
@@ -92,6 +96,7 @@ class EngineThread(threading.Thread):
                 executed = self._steps.step()
                 self.num_steps += 1
                 num_idle_steps = 0 if executed else num_idle_steps + 1
+            self.held = self._steps.held()
 
     def _take(self, wait_s: float | None) -> list[Command] | None:
         """The commands that wait; sleeps up to `wait_s` seconds (None: as long as it takes) for the first."""

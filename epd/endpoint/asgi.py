@@ -47,6 +47,11 @@ class AsgiBridge:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    @property
+    def num_active(self) -> int:
+        """Exchanges under way."""
+        return self._num_active
+
     async def wait_idle(self) -> None:
         """Returns once no exchange is under way."""
         await self._idle.wait()

@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from epd.endpoint.asgi import App, Message, Receive, Scope, Send
+from epd.endpoint.keys import owner_of
 from epd.errors import HTTP_STATUS, ErrorCode
 
 log = structlog.get_logger()
@@ -32,6 +33,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     message: str
     status: int
     retry_after_s: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
 
     def body(self, path: str) -> dict[str, Any]:
         """The JSON body in the shape that the clients of `path` expect: Anthropic's on /v1/messages, else OpenAI's.
@@ -59,11 +63,25 @@ def failure_of(code: ErrorCode, message: str, retry_after_s: float = 0.0) -> Fai
 
 
 class Exchange:
-    """One HTTP request and its answer, as far as failures are concerned."""
+    """One HTTP request and its answer, as far as failures are concerned.
 
-    failure: Failure | None = None
+    Attributes:
+        owner: a digest of the API key that it came with, or nothing.
+        failure: why it fails; the first reason stays.
+    """
+
+    def __init__(self, owner: str = "") -> None:
+        self.owner = owner
+        self.failure: Failure | None = None
+
+    def note(self, failure: Failure) -> None:
+        """It fails by this, unless it does already."""
+        if self.failure is None:
+            self.failure = failure
 
 
+# What vLLM's handlers write when a stream fails, of the three APIs.
+_ERROR_EVENTS = (b"event: error", b'data: {"error"')
 _OWN_HEADERS = frozenset({b"content-type", b"content-length", b"retry-after", b"cache-control"})
 
 current_exchange: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar("exchange", default=None)
@@ -90,17 +108,22 @@ class ExplicitErrors:
 
     vLLM answers every stream with 200 and puts whatever happens later into the stream. Here the start of an event
     stream is held back until its first bytes, so that a failure before them is still a status.
+
+    Args:
+        app: the application.
+        has_keys: whether clients have API keys.
     """
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self, app: App, *, has_keys: bool = False) -> None:
+        self._app, self._has_keys = app, has_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application with its own `Exchange`."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(scope["path"].removeprefix(scope.get("root_path", "")), send)
+        exchange = Exchange(owner_of(scope, has_keys=self._has_keys))
+        answer = _Answer(scope["path"].removeprefix(scope.get("root_path", "")), send, exchange)
         token = current_exchange.set(answer.exchange)
         try:
             await self._app(scope, receive, answer.send)
@@ -116,9 +139,8 @@ class ExplicitErrors:
 class _Answer:
     """What has been sent of one response; `replaced` once ours stands for the application's."""
 
-    def __init__(self, path: str, send: Send) -> None:
-        self.path, self._send = path, send
-        self.exchange = Exchange()
+    def __init__(self, path: str, send: Send, exchange: Exchange) -> None:
+        self.path, self._send, self.exchange = path, send, exchange
         self._held: Message | None = None
         self._is_stream = self._begun = self._ended = self._replaced = False
 
@@ -154,7 +176,7 @@ class _Answer:
                 return
             start, self._held, self._begun = self._held, None, True
             await self._send(start)
-        elif self._is_stream and self.exchange.failure is not None and body.startswith(b"event: error"):
+        elif self._is_stream and self.exchange.failure is not None and body.startswith(_ERROR_EVENTS):
             body = self.exchange.failure.event(self.path)
         self._ended = not message.get("more_body", False)
         await self._send({**message, "body": body})

@@ -13,7 +13,11 @@ import torch
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
 from vllm.v1.outputs import LogprobsTensors
 
+from epd.endpoint.resume import resumable
+from epd.endpoint.submission import wants_prompt_logprobs
 from epd.multimodal.splitter import Split
+
+_TOKEN_BYTES = 8
 
 
 class IncompleteOutputError(RuntimeError):
@@ -21,40 +25,69 @@ class IncompleteOutputError(RuntimeError):
 
 
 class Flight:
-    """A request that has been submitted.
+    """A request that was taken in and has not ended.
 
     Args:
-        request_id: vLLM's internal id, the pipeline's `request_id`.
-        wants_prompt_logprobs: the prefill worker will send prompt log-probabilities; all output waits for them, as
-            vLLM's handlers expect them with the first output.
-        timer: fails the request at its deadline; cancelled when it ends.
+        request: vLLM's, without pixels.
+        parts: its patches with all frames.
+        exchange: the HTTP exchange it belongs to, for its failure.
+        may_resume: whether requests may go on elsewhere at all.
 
     Attributes:
+        request_id: vLLM's internal id, the pipeline's `request_id`.
+        parts: as given; None once the frames were let go of, so that it cannot be sent again.
         patches: the hashes of its patches.
-        whole: the engine request and its patches with all frames, while it may have to be sent again.
+        num_bytes: what is held to send it again, about.
+        token_ids: the output so far, as the decode workers gave it.
+        begun: whether decode workers have given output since it was sent.
+        has_output: whether any output was passed on.
+        resumable: whether going on from prompt and tokens gives what an undisturbed run would have given.
+        sent: whether the present broker has it.
+        attempts: how often it was sent.
+        num_pixels_asked: how often the answer was that pixels are needed.
+        unread_bytes: output that its client has not taken.
+        timers: fail it at its deadline, or when no broker has come; cancelled when it ends.
     """
 
     def __init__(
-        self, request_id: str, *, wants_prompt_logprobs: bool, timer: asyncio.TimerHandle | None = None
+        self, request: EngineCoreRequest, parts: Split, *, exchange: Any = None, may_resume: bool = True
     ) -> None:
-        self.request_id = request_id
-        self.timer = timer
-        self.has_output = False
-        self.patches: list[str] = []
-        self.whole: tuple[EngineCoreRequest, Split] | None = None
-        self._wants_prompt_logprobs = wants_prompt_logprobs
+        assert request.sampling_params is not None and request.prompt_token_ids is not None
+        self.request, self.exchange = request, exchange
+        self.request_id: str = request.request_id
+        self.parts: Split | None = parts
+        self.patches = [patch.patch_hash for patch in parts.patches]
+        num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_bytes = sum(map(len, parts.frames)) + num_prompt_tokens * _TOKEN_BYTES
+        self.resumable = may_resume and resumable(request.sampling_params)
+        self.token_ids: list[int] = []
+        self.has_output = self.begun = self.sent = False
+        self.attempts = self.num_pixels_asked = self.unread_bytes = 0
+        self.timers: dict[str, asyncio.TimerHandle] = {}
         self._submitted_at = time.monotonic()
-        self._waits = wants_prompt_logprobs
+        self._num_rows = num_prompt_tokens - 1
+        self._waits = wants_prompt_logprobs(request)
         self._parts: list[LogprobsTensors] = []
         self._row_logprobs: Any = None
         self._held: list[EngineCoreOutput] = []
 
-    def again(self) -> tuple[EngineCoreRequest, Split] | None:
-        """Starts over: what is to be sent again, once; None where that is not possible."""
-        whole, self.whole = self.whole, None
-        if whole is not None:
-            self._waits, self._parts, self._row_logprobs, self._held = self._wants_prompt_logprobs, [], None, []
-        return whole
+    def start_over(self) -> bool:
+        """Makes it ready to be sent again; false where that is not possible.
+
+        What was passed on stays; what was not is forgotten, and will come again.
+        """
+        if self.parts is None or (self.has_output and not self.resumable):
+            return False
+        self.sent = False
+        if not self.has_output:
+            self.token_ids, self._parts, self._row_logprobs, self._held = [], [], None, []
+        return True
+
+    def stop_timer(self, name: str) -> None:
+        """Cancels a timer, if it runs."""
+        timer = self.timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
 
     def left_s(self, deadline_s: float) -> float:
         """How much of a deadline is left."""
@@ -62,6 +95,8 @@ class Flight:
 
     def partial(self, output: EngineCoreOutput) -> list[EngineCoreOutput]:
         """An output of the prefill worker that has no tokens; returns what can be processed now."""
+        if self.has_output:
+            return []  # the prompt was computed once more, to go on
         if output.new_prompt_logprobs_tensors is not None:
             self._parts.append(output.new_prompt_logprobs_tensors)
         if output.prompt_token_id_logprobs is not None:
@@ -76,6 +111,7 @@ class Flight:
         """
         output.request_id = self.request_id
         output.new_prompt_logprobs_tensors = None  # of the one token that decode computes again, if any
+        self.token_ids += output.new_token_ids
         if self._waits and not self._parts and self._row_logprobs is None:
             if output.finished:
                 raise IncompleteOutputError("the prompt's log-probabilities did not arrive")
@@ -85,30 +121,32 @@ class Flight:
 
     def _release(self, outputs: list[EngineCoreOutput]) -> list[EngineCoreOutput]:
         self._held, self._waits = [], False
+        for output in outputs:
+            # Event times are of the worker's clock, which another host does not share; vLLM's metrics compare them
+            # with ours. Here a request is queued and running from its submission on, wherever it goes on later.
+            preempted = [event for event in output.events or () if event.type == EngineCoreEventType.PREEMPTED]
+            output.events = preempted or None
         if not self.has_output:
             self.has_output = True
             first = outputs[0]
-            # Event times are of the worker's clock, which another host does not share; vLLM's metrics compare them
-            # with ours. Here a request is queued and running from its submission on.
             first.events = [
                 EngineCoreEvent(type=kind, timestamp=self._submitted_at)
                 for kind in (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)
             ]
             if self._parts:
-                first.new_prompt_logprobs_tensors = _joined(self._parts)
+                first.new_prompt_logprobs_tensors = _joined(self._parts, self._num_rows)
             if self._row_logprobs is not None:
                 first.prompt_token_id_logprobs = self._row_logprobs
-        for output in outputs[1:]:
-            output.events = None
         return outputs
 
 
-def _joined(parts: list[LogprobsTensors]) -> LogprobsTensors:
-    """Several chunks of prompt log-probabilities as one, in the order they came."""
-    if len(parts) == 1:
-        return parts[0]
+def _joined(parts: list[LogprobsTensors], num_rows: int) -> LogprobsTensors:
+    """Several chunks of prompt log-probabilities as one, in the order they came.
+
+    A prompt that was computed twice, or with tokens of the output behind it, gives more rows than it has.
+    """
     return LogprobsTensors(
-        torch.cat([part.logprob_token_ids for part in parts]),
-        torch.cat([part.logprobs for part in parts]),
-        torch.cat([part.selected_token_ranks for part in parts]),
+        torch.cat([part.logprob_token_ids for part in parts])[:num_rows],
+        torch.cat([part.logprobs for part in parts])[:num_rows],
+        torch.cat([part.selected_token_ranks for part in parts])[:num_rows],
     )

@@ -7,7 +7,6 @@ its keys and our limits, which have read and checked the body. Written against v
 
 from __future__ import annotations
 
-import hashlib
 import math
 import secrets
 from collections.abc import Awaitable, Callable
@@ -25,6 +24,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from epd.endpoint.engine_client import PipelineCore
 from epd.endpoint.failures import Failure, failure_of
 from epd.endpoint.kept import SCHEME, Kept, current_media
+from epd.endpoint.keys import owner_of
 from epd.endpoint.limits import MEDIA_PATH as PATH
 from epd.endpoint.limits import media_not_found
 from epd.endpoint.submission import PipelineError
@@ -50,11 +50,8 @@ class MediaRoutes:
         app.add_api_route(PATH + "/{media_id}", self._delete, methods=["DELETE"])
 
     def owner_of(self, scope: Scope) -> str:
-        """Who asks: a digest of the API key, or nothing where there are no keys."""
-        if not self._has_keys:
-            return ""
-        header = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
-        return hashlib.sha256(header.partition(b" ")[2].strip()).hexdigest()
+        """Who asks."""
+        return owner_of(scope, has_keys=self._has_keys)
 
     def find(self, scope: Scope, media_id: str) -> Kept | None:
         """The kept picture of this id, if whoever asks may use it."""

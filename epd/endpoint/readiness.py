@@ -16,13 +16,15 @@ from epd.messages import STAGES, Counters, Status, WorkerStatus
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    """What the endpoint sees of the pipeline at one moment."""
+    """What the endpoint, which is called `name`, sees of the pipeline at one moment; `held` is what it holds itself."""
 
     registered: bool
     draining: bool
     warming: bool = False
     num_in_flight: int
     status: Status | None
+    name: str = ""
+    held: dict[str, int] = {}
 
 
 def num_workers(status: Status | None) -> dict[str, int]:
@@ -73,6 +75,16 @@ def describe_worker(worker: WorkerStatus) -> dict[str, Any]:
     }
 
 
+def held_by_daemon(view: View) -> dict[str, dict[str, int]]:
+    """What each daemon holds, by its name and kind: this endpoint's now, the others' as of their last heartbeats."""
+    held = {view.name: view.held}
+    if view.status is not None:
+        held["broker"] = view.status.broker_held
+        held |= {worker.name: worker.held for worker in view.status.workers}
+        held |= {name: counts for name, counts in view.status.peers_held.items() if name != view.name}
+    return held
+
+
 class Collector:
     """Gives Prometheus the pipeline's numbers beside vLLM's; register it with the registry vLLM uses."""
 
@@ -93,6 +105,11 @@ class Collector:
         yield GaugeMetricFamily("epd_link_registered", "1 while the broker knows this endpoint.", view.registered)
         yield GaugeMetricFamily("epd_ready", "1 while requests can be answered.", not missing(view))
         yield GaugeMetricFamily("epd_requests_in_flight", "Requests submitted here.", view.num_in_flight)
+        held = GaugeMetricFamily("epd_held", "What a daemon holds, by kind.", labels=["daemon", "kind"])
+        for daemon, counts in held_by_daemon(view).items():
+            for kind, count in counts.items():
+                held.add_metric([daemon, kind], count)
+        yield held
         if view.status is None:
             return
         yield GaugeMetricFamily("epd_pools", "Pools that hold embeddings.", view.status.num_pools)

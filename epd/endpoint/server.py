@@ -27,11 +27,13 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
+from epd import held
 from epd.config import Config
 from epd.endpoint import readiness, stories
 from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
 from epd.endpoint.engine_client import PipelineCore
 from epd.endpoint.failures import ExplicitErrors, failure_of
+from epd.endpoint.keys import owner_of
 from epd.endpoint.limits import Limits
 from epd.endpoint.llm import PipelineLLM
 from epd.endpoint.media import MediaRoutes
@@ -44,7 +46,7 @@ log = structlog.get_logger()
 _TASKS = ("generate",)
 _END_S = 2.0
 # What anyone may read of a server that asks for keys.
-_OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/ping", "/version", "/load"})
+_OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/debug/held", "/ping", "/version", "/load"})
 
 
 class Endpoint:
@@ -63,6 +65,7 @@ class Endpoint:
         self.port = 0
 
     async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
         args = serve_args(self._config)
         vllm_config = vllm_config_of(args)
         self.core = PipelineCore(self._config, vllm_config, self._name)
@@ -77,13 +80,13 @@ class Endpoint:
             self._watch(llm.output_handler)
             app = await self._app(args, llm)
             await stack.enter_async_context(Lifespan(app))
+            self.bridge = AsgiBridge(ExplicitErrors(app, has_keys=bool(self._config.endpoint.api_keys)))
             collector = readiness.Collector(self.view)
             prometheus_client.REGISTRY.register(collector)
             stack.callback(prometheus_client.REGISTRY.unregister, collector)
             await stack.enter_async_context(self.core.link)
             sweeper = asyncio.create_task(self.core.uploads.keep_sweeping(), name="sweep-uploads")
             stack.callback(sweeper.cancel)
-            self.bridge = AsgiBridge(ExplicitErrors(app))
             tls = _ssl_context(args)
             await self._listen(stack, tls)
             warmer = asyncio.create_task(self._warm_up(has_tls=tls is not None), name="warm-up")
@@ -104,7 +107,13 @@ class Endpoint:
             warming=self.warming,
             num_in_flight=self.core.num_in_flight,
             status=self.core.status,
+            name=self._name,
+            held=self.held(),
         )
+
+    def held(self) -> dict[str, int]:
+        """What this process holds, by kind; may be called from any thread, as vLLM's /metrics does."""
+        return held.of_process(self._loop) | self.core.held() | {"exchanges": self.bridge.num_active}
 
     async def _warm_up(self, *, has_tls: bool) -> None:
         """Once the pipeline is complete, has a request go through every prefill and decode worker."""
@@ -126,7 +135,7 @@ class Endpoint:
             await asyncio.wait_for(self.bridge.wait_idle(), timeout_s)
         except TimeoutError:
             log.warning("requests are cut off", num_in_flight=self.core.num_in_flight)
-            self.core.fail_all(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
+            self.core.flights.fail_all(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.bridge.wait_idle(), _END_S)
         self.core.link.goodbye("drained")
@@ -138,7 +147,9 @@ class Endpoint:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         app: FastAPI = build_app(args, _TASKS, llm.model_config)
         app.add_api_route("/ready", self._ready, methods=["GET"])
+        app.add_api_route("/debug/held", self._held, methods=["GET"])
         app.add_api_route("/v1/requests/{request_id}", self._story, methods=["GET"])
+        app.add_api_route("/v1/requests/{request_id}/cancel", self._cancel, methods=["POST"])
         app.add_api_route("/v1/cache", self._cache, methods=["GET"])
         media = MediaRoutes(self.core, has_keys=bool(self._config.endpoint.api_keys))
         media.add_to(app)
@@ -170,17 +181,26 @@ class Endpoint:
         view = self.view()
         return JSONResponse(readiness.describe(view), 503 if readiness.missing(view) else 200)
 
+    async def _held(self) -> JSONResponse:
+        """What each daemon holds, by kind; the same when idle, whatever has happened."""
+        return JSONResponse({"daemons": readiness.held_by_daemon(self.view())})
+
     async def _story(self, request: Request, request_id: str) -> JSONResponse:
         """Where the request with this id (as in the answer's `id`) is, or how it ended."""
         found = self.core.stories.find(request_id)
         if not found:
-            error = {"message": f"no request {request_id!r} is known here", "type": "not_found", "code": 404}
-            return JSONResponse({"error": error | {"param": None}}, 404)
+            return _unknown(request_id)
         for each in found:
             if each.state != "failed" and not each.events:
                 told = await self.core.story(each.request_id)
                 each.events = told.events if told is not None else each.events
         return JSONResponse(stories.describe(request_id, found))
+
+    async def _cancel(self, request: Request, request_id: str) -> JSONResponse:
+        """Ends what is in flight of the request with this id; only for the key that made it."""
+        owner = owner_of(request.scope, has_keys=bool(self._config.endpoint.api_keys))
+        count = self.core.cancel(request_id, owner)
+        return _unknown(request_id) if count is None else JSONResponse({"id": request_id, "cancelled": count})
 
     async def _cache(self) -> JSONResponse:
         """How the pools of embeddings are filled, and the broker's counters; what `epd cache ls` draws."""
@@ -220,6 +240,11 @@ class _Uvicorn:
     def should_exit(self, value: bool) -> None:
         if value:
             self._died.set()
+
+
+def _unknown(request_id: str) -> JSONResponse:
+    error = {"message": f"no request {request_id!r} is known here", "type": "not_found", "code": 404}
+    return JSONResponse({"error": error | {"param": None}}, 404)
 
 
 def _ssl_context(args: argparse.Namespace) -> ssl.SSLContext | None:

@@ -19,10 +19,14 @@ IN_FLIGHT = "in_flight"
 
 
 class RequestStory(msgspec.Struct, kw_only=True):
-    """One request of the pipeline: `state` is "in_flight", "finished", "failed" or "cancelled"; `detail` says how."""
+    """One request of the pipeline: `state` is "in_flight", "finished", "failed" or "cancelled"; `detail` says how.
+
+    `owner` is a digest of the API key that it came with.
+    """
 
     request_id: str
     external_id: str
+    owner: str = ""
     state: str = IN_FLIGHT
     detail: str = ""
     events: list[StoryEvent] = []
@@ -37,9 +41,9 @@ class Stories:
         self._by_external: dict[str, list[str]] = {}
         self._ended: deque[str] = deque()
 
-    def open(self, request_id: str, external_id: str) -> None:
+    def open(self, request_id: str, external_id: str, owner: str = "") -> None:
         """A request has been submitted."""
-        self._stories[request_id] = RequestStory(request_id=request_id, external_id=external_id)
+        self._stories[request_id] = RequestStory(request_id=request_id, external_id=external_id, owner=owner)
         self._by_external.setdefault(_stem(external_id), []).append(request_id)
 
     def close(self, request_id: str, state: str, detail: str = "", events: Sequence[StoryEvent] = ()) -> None:

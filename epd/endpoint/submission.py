@@ -25,7 +25,10 @@ class PipelineError(GracefulHTTPError):
     """A request that the pipeline refused or could not finish; carries the HTTP status for the client."""
 
     def __init__(self, failure: Failure) -> None:
-        super().__init__(f"{failure.code}: {failure.message}", HTTPStatus(failure.status))
+        # 499, which is no status to Python, is known to `ExplicitErrors`, which has the last word.
+        known = failure.status in HTTPStatus.__members__.values()
+        status = HTTPStatus(failure.status) if known else HTTPStatus.BAD_REQUEST
+        super().__init__(f"{failure.code}: {failure.message}", status)
         self.failure = failure
 
 
@@ -55,22 +58,33 @@ def check_request(request: EngineCoreRequest) -> None:
             raise VLLMValidationError("the prompt must not end inside a multimodal item; add text after it")
 
 
-def submission(request: EngineCoreRequest, parts: Split, deadline_s: float) -> tuple[Submit, list[Any]]:
-    """The message and its opaque frames: the engine request without any pixels, then each patch's."""
-    params = request.sampling_params
-    assert params is not None and request.prompt_token_ids is not None
+def without_pixels(request: EngineCoreRequest, parts: Split) -> EngineCoreRequest:
+    """The engine request as workers get it: its items are its patches, by name and place only."""
     sent = copy(request)
     sent.mm_features = parts.features or None
     sent.data_parallel_rank = None  # a choice among this process's engines, of which there are none
-    engine_frames = MsgpackEncoder().encode(sent)
+    return sent
+
+
+def submission(request: EngineCoreRequest, parts: Split, **fields: Any) -> tuple[Submit, list[Any]]:
+    """The message and its opaque frames: the engine request, which is without pixels, then each patch's.
+
+    `fields` are SUBMIT's others. A request that goes on is not asked for the log-probabilities of its prompt again.
+    """
+    params = request.sampling_params
+    assert params is not None and request.prompt_token_ids is not None
+    if fields.get("output_token_ids") and wants_prompt_logprobs(request):
+        request = copy(request)
+        request.sampling_params = copy(params)
+        request.sampling_params.prompt_logprobs = request.sampling_params.prompt_logprob_token_ids = None
+    engine_frames = MsgpackEncoder().encode(request)
     submit = Submit(
         request_id=request.request_id,
         num_prompt_tokens=len(request.prompt_token_ids),
         max_tokens=params.max_tokens,
         num_engine_frames=len(engine_frames),
         patches=parts.patches,
-        deadline_s=deadline_s,
-        tenant=request.cache_salt or "",
+        **fields,
     )
     return submit, [*engine_frames, *parts.frames]
 

@@ -124,7 +124,7 @@ class StoryEvent(Struct, frozen=True):
 
 
 class WorkerStatus(Struct, frozen=True):
-    """One worker as the broker sees it, for `/ready`, `/metrics` and people.
+    """One worker as the broker sees it, for `/ready`, `/metrics` and people; `held` as in its last HEARTBEAT.
 
     A worker that is `draining` finishes what it has and gets nothing new.
     """
@@ -138,6 +138,7 @@ class WorkerStatus(Struct, frozen=True):
     num_done: int = 0
     draining: bool = False
     info: WorkerInfo = WorkerInfo()
+    held: dict[str, int] = {}
 
 
 class Counters(Struct, frozen=True):

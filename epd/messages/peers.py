@@ -34,9 +34,13 @@ class Pools(Struct, frozen=True):
 
 
 class Heartbeat(Struct, frozen=True):
-    """Any peer → Broker: still here. `num_steps` counts engine steps, so that a hung engine shows."""
+    """Any peer → Broker: still here. `num_steps` counts engine steps, so that a hung engine shows.
+
+    `held` counts what the process holds, by kind: requests, patches, KV blocks, tasks, file descriptors.
+    """
 
     num_steps: int = 0
+    held: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 class HeartbeatAck(Struct, frozen=True):
@@ -58,11 +62,16 @@ class Goodbye(Struct, frozen=True):
 
 
 class Status(Struct, frozen=True):
-    """Broker → Endpoint: the workers and counters, at each change of the workers and with each heartbeat's answer."""
+    """Broker → Endpoint: the workers and counters, at each change of the workers and with each heartbeat's answer.
+
+    `broker_held` counts what the broker itself holds, `peers_held` (by name) what caches and endpoints do.
+    """
 
     workers: list[WorkerStatus]
     counters: Counters
     num_pools: int = 0
+    broker_held: dict[str, int] = msgspec.field(default_factory=dict)
+    peers_held: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
 
 
 class GetCache(Struct, frozen=True):

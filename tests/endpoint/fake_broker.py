@@ -112,6 +112,17 @@ class FakeBroker:
                         Story(request_id=message.request_id, found=True, state=self.story_state, events=STORY[:1])
                     )
 
+    async def die(self):
+        """As a broker that is killed: nothing more comes of it, and the endpoint notices at once."""
+        for task in self._tasks:
+            task.cancel()
+        await self.send(Unknown())
+        self.silent = True
+
+    def live(self):
+        """As the next broker, which knows nothing."""
+        self.silent = False
+
     async def forget(self):
         """As after a restart: the endpoint is unknown and has to register again."""
         await self.send(Unknown())
@@ -125,7 +136,13 @@ def status_of(roles, num_pools=1):
     workers = [
         WorkerStatus(name=f"{role}-{i}", role=role, incarnation=str(i), host="h", pid=i) for i, role in enumerate(roles)
     ]
-    return Status(workers=workers, counters=Counters(num_accepted=3, held_pins=1), num_pools=num_pools)
+    return Status(
+        workers=workers,
+        counters=Counters(num_accepted=3, held_pins=1),
+        num_pools=num_pools,
+        broker_held={"pins": 1},
+        peers_held={"cache": {"pools": 1}},
+    )
 
 
 def output(request_id, token_ids, finish=None, **fields):

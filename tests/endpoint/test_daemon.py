@@ -45,9 +45,9 @@ async def test_what_does_not_end_in_time_is_cut_off_with_a_reason(tmp_path):
 
 
 async def test_a_request_that_outlives_its_deadline_is_ended_here_too(tmp_path, monkeypatch):
-    from epd.endpoint import engine_client
+    from epd.endpoint import flights
 
-    monkeypatch.setattr(engine_client, "_DEADLINE_GRACE_S", 0.1)
+    monkeypatch.setattr(flights, "_DEADLINE_GRACE_S", 0.1)
     async with serving(tmp_path, request_timeout_s=0.2) as served:
         served.broker.script = never
         answer, body = await asyncio.wait_for(served.chat(), 3)

@@ -68,10 +68,15 @@ async def test_a_stream_that_goes_well_is_left_alone():
     assert answer.status == 200 and answer.ended and answer.chunks == [*chunks, b""]
 
 
-async def test_a_stream_that_has_begun_keeps_vllms_own_error_event():
-    event = b'data: {"error": {"message": "worker_lost: decode-0 died", "code": 502}}\n\n'
-    answer = await call(stream(b"data: 1\n\n", event, failure=LOST, fails_after=1))
-    assert answer.status == 200 and answer.chunks[1] == event and answer.ended
+async def test_vllms_own_error_event_in_a_stream_that_has_begun_says_our_word():
+    event = b'data: {"error": {"message": "worker_lost: decode-0 died", "type": "Bad Gateway", "code": 502}}\n\n'
+    done = b"data: [DONE]\n\n"
+    answer = await call(stream(b"data: 1\n\n", event, done, failure=LOST, fails_after=1))
+    assert answer.status == 200 and answer.ended and answer.chunks[2] == done
+    error = json.loads(answer.chunks[1].removeprefix(b"data: "))["error"]
+    assert (error["type"], error["message"], error["code"]) == ("worker_lost", "decode-0 died", 502)
+    answer = await call(stream(b"data: 1\n\n", event))
+    assert answer.chunks[1] == event, "it is not ours"
 
 
 async def test_an_exception_in_a_stream_that_has_begun_is_an_error_event():

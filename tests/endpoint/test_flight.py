@@ -18,10 +18,16 @@ def make(token_ids=(), finish=False, rows=None, **fields):
     return EngineCoreOutput("theirs", list(token_ids), finish_reason=reason, **fields)
 
 
-def flight(wants=False):
-    from epd.endpoint.flight import Flight
+def flight(wants=False, num_prompt_tokens=9, may_resume=True, **params):
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
 
-    return Flight("r", wants_prompt_logprobs=wants)
+    from epd.endpoint.flight import Flight
+    from epd.multimodal.splitter import Split
+
+    sampling = SamplingParams(temperature=0.0, prompt_logprobs=1 if wants else None, **params)
+    request = EngineCoreRequest("r", [5] * num_prompt_tokens, None, sampling, None, 0.0, None, None, None)
+    return Flight(request, Split([], [], []), may_resume=may_resume)
 
 
 def test_outputs_pass_under_our_id_with_events_of_our_clock():
@@ -66,13 +72,62 @@ def test_a_request_that_ends_without_them_is_an_error():
         one.output(make([1], finish=True, rows=1))
 
 
-def test_a_request_that_is_sent_again_starts_over_once():
-    one = flight(wants=True)
-    assert one.again() is None, "nothing was withheld"
-    one.whole = ("request", "patches")
-    assert one.partial(make(rows=2)) == []
-    assert one.again() == ("request", "patches") and one.again() is None
-    assert one.partial(make(rows=4)) == []
-    (first,) = one.output(make([1]))
-    assert len(first.new_prompt_logprobs_tensors.logprobs) == 4, "only those of the second time"
+def test_events_of_a_worker_that_goes_on_do_not_set_the_clock_back():
+    from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType
+
+    kinds = [EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED, EngineCoreEventType.PREEMPTED]
+    theirs = [EngineCoreEvent.new_event(kind, 1e12) for kind in kinds]
+    one = flight()
+    one.output(make([1]))
+    (second,) = one.output(make([2], events=theirs))
+    assert [event.type.name for event in second.events] == ["PREEMPTED"]
+
+
+def test_a_request_goes_on_with_the_tokens_it_has():
+    one = flight()
+    one.output(make([1, 2]))
+    one.output(make([3]))
+    assert one.start_over() and one.token_ids == [1, 2, 3]
+    assert [each.new_token_ids for each in one.output(make([4], finish=True))] == [[4]]
     assert 0 < one.left_s(600) <= 600
+
+
+@pytest.mark.parametrize("options", [{"presence_penalty": 0.5}, {"may_resume": False}])
+def test_a_request_with_tokens_that_cannot_go_on_does_not(options):
+    one = flight(**options)
+    assert one.start_over(), "it has no tokens yet"
+    one.output(make([1]))
+    assert not one.start_over()
+
+
+def test_a_request_whose_frames_were_let_go_of_does_not_start_over():
+    one = flight()
+    one.parts = None
+    assert not one.start_over()
+
+
+def test_what_was_not_passed_on_is_forgotten_and_comes_again():
+    one = flight(wants=True)
+    assert one.output(make([1])) == [], "it waits for the prompt's log-probabilities"
+    assert one.start_over() and one.token_ids == []
+    assert one.partial(make(rows=8)) == []
+    (first,) = one.output(make([1]))
+    assert len(first.new_prompt_logprobs_tensors.logprobs) == 8
+
+
+def test_prompt_logprobs_that_were_passed_on_are_neither_repeated_nor_waited_for():
+    one = flight(wants=True)
+    one.partial(make(rows=8))
+    one.output(make([1]))
+    assert one.start_over()
+    assert one.partial(make(rows=9)) == []
+    (second,) = one.output(make([2], finish=True))
+    assert second.new_prompt_logprobs_tensors is None and one.token_ids == [1, 2]
+
+
+def test_a_prompt_that_was_computed_twice_gives_its_logprobs_once():
+    one = flight(wants=True)
+    one.partial(make(rows=8))
+    one.partial(make(rows=10))
+    (first,) = one.output(make([1]))
+    assert first.new_prompt_logprobs_tensors.logprob_token_ids[:, 0].tolist() == [8] * 8

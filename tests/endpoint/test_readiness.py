@@ -1,10 +1,11 @@
 """When the endpoint is ready, and its metrics."""
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from epd.endpoint.readiness import Collector, View, describe, missing
+from epd.endpoint.readiness import Collector, View, describe, held_by_daemon, missing
 from epd.messages import Role
 
 from .fake_broker import ALL_STAGES, status_of
@@ -46,3 +47,15 @@ def test_the_metrics_are_valid_with_and_without_a_status(seen):
         assert families["epd_broker_accepted"].samples[0].name == "epd_broker_accepted_total"
         assert families["epd_broker_held_pins"].type == "gauge"
         assert "epd_broker_cache_bytes_capacity" in families
+
+
+def test_what_each_daemon_holds_is_shown_by_name_and_kind():
+    seen = msgspec.structs.replace(view(status=status_of(ALL_STAGES)), name="endpoint-0", held={"requests": 2})
+    told = held_by_daemon(seen)
+    assert list(told) == ["endpoint-0", "broker", "encode-0", "prefill-1", "decode-2", "cache"]
+    assert told["endpoint-0"] == {"requests": 2} and told["broker"] == {"pins": 1} and told["cache"] == {"pools": 1}
+    registry = CollectorRegistry()
+    registry.register(Collector(lambda: seen))
+    families = {each.name: each for each in text_string_to_metric_families(generate_latest(registry).decode())}
+    samples = {(s.labels["daemon"], s.labels["kind"]): s.value for s in families["epd_held"].samples}
+    assert samples == {("endpoint-0", "requests"): 2, ("broker", "pins"): 1, ("cache", "pools"): 1}

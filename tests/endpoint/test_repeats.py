@@ -57,7 +57,7 @@ async def test_pixels_that_are_needed_after_all_are_sent_and_the_client_sees_one
     await served.idle()
 
 
-async def test_pixels_are_sent_again_only_once(served):
+async def test_pixels_are_not_sent_again_for_ever(served):
     async def script(broker, submit, _frames):
         await broker.send(Failed(request_id=submit.request_id, code="pixels_needed", message="gone", status=503))
 
@@ -66,7 +66,24 @@ async def test_pixels_are_sent_again_only_once(served):
     served.broker.script = script
     answer, body = await served.chat(content=media(told["id"]))
     assert answer.status == 503 and body["error"]["type"] == "pixels_needed"
-    assert len(served.broker.submits) == 2
+    assert [each.attempts for each in served.broker.submits] == [0, 1, 2, 3]
+
+
+async def test_pixels_may_be_needed_in_the_middle_of_a_request(served):
+    async def script(broker, submit, frames):
+        if submit.attempts:
+            await says([101, 102])(broker, submit, frames)
+        else:
+            await fails(after=[100], code="pixels_needed", message="the worker is gone", status=503)(
+                broker, submit, frames
+            )
+
+    served.broker.script = script
+    answer, body = await served.chat(content=with_picture(url=image_url(picture())), temperature=0)
+    assert answer.status == 200 and body["usage"]["completion_tokens"] == 3
+    first, second = served.broker.submits
+    assert first.request_id == second.request_id and second.attempts == 1
+    assert second.output_token_ids == [100] and all(patch.num_frames for patch in second.patches)
 
 
 async def test_an_upload_with_other_settings_is_processed_anew(served):

@@ -35,6 +35,9 @@ class Counting:
             return True
         return False
 
+    def held(self) -> dict[str, int]:
+        return {"steps": len(self.steps)}
+
     def poll_s(self, num_idle_steps: int) -> float | None:
         return None
 
@@ -92,3 +95,20 @@ def test_an_engine_that_fails_ends_the_thread_with_its_error() -> None:
     thread.join(5)
     assert not thread.is_alive()
     assert str(exits[0]) == "boom"
+
+
+def test_what_is_held_is_published_after_each_step_and_when_idle() -> None:
+    steps = Counting()
+    thread, _, _ = run(steps)
+    published = threading.Event()
+
+    def look() -> None:
+        if thread.held == {"steps": 3}:
+            published.set()
+
+    thread.call(steps.give, 3)
+    deadline = time.monotonic() + 10
+    while not published.wait(0.01):
+        assert time.monotonic() < deadline, thread.held
+        thread.call(look)
+    assert thread.close(5)

@@ -1,0 +1,310 @@
+"""The requests in flight: sent to the broker, sent again when it has come back, and ended, each exactly once.
+
+Lives in the endpoint process, on its event loop; owns the flights. A part of the engine client, written against vLLM
+0.32 (`vllm.v1.engine.output_processor`).
+
+A request outlives the broker. It and its patches' frames are held until it ends; while there is no broker it waits,
+`broker_wait_s` at most, and the next broker gets it with the tokens that it has given so far (ADR 10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.serial_utils import MsgpackDecoder
+
+from epd.bounded import Beliefs
+from epd.config import EndpointConfig
+from epd.endpoint.failures import Exchange, Failure, failure_of
+from epd.endpoint.flight import Flight, IncompleteOutputError
+from epd.endpoint.keys import tenant_of
+from epd.endpoint.stories import Stories
+from epd.endpoint.submission import PipelineError, submission, too_large, without_pixels
+from epd.errors import HTTP_STATUS, ErrorCode
+from epd.messages import Cancel, Failed, Message, StoryEvent
+from epd.multimodal.splitter import Split
+
+log = structlog.get_logger()
+
+# The broker ends a request at its deadline; the endpoint does so where the broker has not.
+_DEADLINE_GRACE_S = 5.0
+# A request whose pixels are asked for more often than this is not helped by them.
+_MAX_PIXELS_ASKED = 3
+_ERROR_STATUSES = {status for status in HTTPStatus if status >= 400} | set(HTTP_STATUS.values())
+_RETRY_AFTER_S = 1.0
+
+Send = Callable[[Message, Sequence[Any]], bool]
+
+
+class Flights:
+    """All requests in flight.
+
+    Args:
+        config: the bounds.
+        send: sends to the broker; false where its outbox is full.
+        beliefs: which patches are in the broker's cache.
+        stories: told of each beginning and end.
+        may_resume: whether requests with tokens may go on elsewhere at all.
+
+    Attributes:
+        processor: vLLM's output processor whose requests these are.
+        outputs: what it is to be given next; None only wakes it.
+        held_bytes: what is held to send requests again.
+    """
+
+    processor: OutputProcessor
+
+    def __init__(
+        self, config: EndpointConfig, send: Send, beliefs: Beliefs, stories: Stories, *, may_resume: bool = True
+    ) -> None:
+        self._config, self._send, self._beliefs, self._stories = config, send, beliefs, stories
+        self._may_resume = may_resume
+        self._decoder = MsgpackDecoder(EngineCoreOutput)
+        self._flights: dict[str, Flight] = {}
+        self._has_broker = False
+        self.outputs: asyncio.Queue[EngineCoreOutput | None] = asyncio.Queue()
+        self.held_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._flights
+
+    @property
+    def num_running(self) -> int:
+        """Those that have given output."""
+        return sum(flight.has_output for flight in self._flights.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Those that wait for a broker."""
+        return sum(not flight.sent for flight in list(self._flights.values()))
+
+    # --- beginnings
+
+    def check_room(self) -> None:
+        """Refuses what cannot even wait.
+
+        Raises:
+            PipelineError: there is no broker, and as many requests wait for one as may; HTTP 503.
+        """
+        if self._has_broker:
+            return
+        config = self._config
+        has_room = self.num_waiting < config.max_waiting and self.held_bytes < config.max_held_bytes
+        if config.broker_wait_s <= 0 or not has_room:
+            raise PipelineError(failure_of(ErrorCode.NOT_READY, "the broker cannot be reached", _RETRY_AFTER_S))
+
+    def submit(self, request: EngineCoreRequest, parts: Split, exchange: Exchange | None) -> None:
+        """Takes a request in: sends it, or has it wait for a broker.
+
+        Raises:
+            PipelineError: it cannot be sent; nothing of it stays.
+        """
+        flight = Flight(without_pixels(request, parts), parts, exchange=exchange, may_resume=self._may_resume)
+        self._flights[flight.request_id] = flight
+        self.held_bytes += flight.num_bytes
+        owner = exchange.owner if exchange is not None else ""
+        self._stories.open(flight.request_id, request.external_req_id or flight.request_id, owner)
+        deadline_s = self._config.request_timeout_s + _DEADLINE_GRACE_S
+        self._after(deadline_s, flight, "deadline", self._on_deadline)
+        if not self._has_broker:
+            self._after(self._config.broker_wait_s, flight, "broker", self._on_no_broker)
+            return
+        try:
+            failure = self._send_off(flight)
+            if failure is not None:
+                raise PipelineError(failure)
+        except Exception as error:
+            self.end(flight.request_id)
+            self._stories.close(flight.request_id, "failed", str(error))
+            raise
+
+    def _send_off(self, flight: Flight) -> Failure | None:
+        """Sends a request, the first time without the pixels that should not be needed; or why it cannot be sent."""
+        assert flight.parts is not None
+        parts = flight.parts if flight.attempts else flight.parts.without(self._beliefs)
+        owner = flight.exchange.owner if flight.exchange is not None else ""
+        submit, frames = submission(
+            flight.request,
+            parts,
+            deadline_s=max(flight.left_s(self._config.request_timeout_s), 0.001),
+            tenant=tenant_of(owner, flight.request.cache_salt),
+            attempts=flight.attempts,
+            output_token_ids=list(flight.token_ids),
+            resumable=flight.resumable,
+        )
+        reason = too_large(frames)
+        if reason:
+            return failure_of(ErrorCode.TOO_LARGE, reason)
+        if not self._send(submit, frames):
+            return failure_of(ErrorCode.OVERLOADED, "too many messages wait for the broker", _RETRY_AFTER_S)
+        flight.sent, flight.begun, flight.attempts = True, False, flight.attempts + 1
+        flight.stop_timer("broker")
+        return None
+
+    # --- the broker comes and goes
+
+    def on_registered(self) -> None:
+        """There is a broker, which knows nothing: it gets all that is in flight."""
+        self._has_broker = True
+        for flight in list(self._flights.values()):
+            if flight.request_id in self._flights and not flight.sent:
+                self._again(flight)
+
+    def on_lost(self, reason: str) -> None:
+        """The broker is gone; what can be sent again waits for the next."""
+        self._has_broker = False
+        for flight in list(self._flights.values()):
+            if flight.request_id not in self._flights:
+                continue  # a sibling has failed
+            if self._config.broker_wait_s > 0 and flight.start_over():
+                self._after(self._config.broker_wait_s, flight, "broker", self._on_no_broker)
+            else:
+                failure = failure_of(ErrorCode.BROKER_LOST, f"the broker was lost: {reason}", _RETRY_AFTER_S)
+                self.fail(flight.request_id, failure)
+
+    def _on_no_broker(self, request_id: str) -> None:
+        text = f"no broker for {self._config.broker_wait_s:g} s"
+        code = ErrorCode.BROKER_LOST if self._flights[request_id].attempts else ErrorCode.NOT_READY
+        self.fail(request_id, failure_of(code, text, _RETRY_AFTER_S))
+
+    def _again(self, flight: Flight) -> None:
+        failure = self._send_off(flight)
+        if failure is not None:
+            self.fail(flight.request_id, failure)
+
+    # --- what the broker says
+
+    def on_failed(self, message: Failed) -> None:
+        """A request has failed, or goes on with the pixels that it lacked."""
+        flight = self._flights.get(message.request_id)
+        if flight is not None and message.code == ErrorCode.PIXELS_NEEDED:
+            self._beliefs.forget(flight.patches)
+            flight.num_pixels_asked += 1
+            if flight.num_pixels_asked <= _MAX_PIXELS_ASKED and flight.start_over():
+                self._again(flight)
+                return
+        failure = Failure(
+            code=message.code,
+            message=message.message,
+            status=message.status if message.status in _ERROR_STATUSES else 500,
+            retry_after_s=message.retry_after_s,
+        )
+        self.fail(message.request_id, failure, message.story)
+
+    def on_output(self, request_id: str, is_partial: bool, frames: list[bytes], is_last: bool = False) -> bool:
+        """Queues what an opaque output gives; false where the request is unknown or has failed by it."""
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return False
+        try:
+            output = self._decoder.decode(frames)
+            if is_last and not output.finished:
+                raise IncompleteOutputError("the last output has no finish reason")
+            if not is_partial and not flight.begun:
+                self._on_first(flight)
+            ready = flight.partial(output) if is_partial else flight.output(output)
+        except Exception as error:
+            if not isinstance(error, IncompleteOutputError):
+                log.exception("an output could not be read", request_id=request_id)
+            self.give_up(request_id, ErrorCode.ENGINE_FAILED, f"unreadable output: {error}")
+            return False
+        for each in ready:
+            self.outputs.put_nowait(each)
+        return is_last or self._is_read(flight, sum(map(len, frames)))
+
+    def _on_first(self, flight: Flight) -> None:
+        """The decode workers have begun: its patches are in the cache."""
+        flight.begun = True
+        self._beliefs.add(flight.patches)
+        if self.held_bytes > self._config.max_held_bytes:
+            self._let_go(flight)
+
+    def _is_read(self, flight: Flight, num_bytes: int) -> bool:
+        """Whether its client keeps up; one that does not ends here, as vLLM would collect all output for it."""
+        state = self.processor.request_states.get(flight.request_id)
+        if state is None or state.queue is None or state.queue.output is None:
+            flight.unread_bytes = 0
+        flight.unread_bytes += num_bytes
+        if flight.unread_bytes <= self._config.max_unread_bytes:
+            return True
+        self.give_up(flight.request_id, ErrorCode.SLOW_CLIENT, "the client does not read its stream")
+        return False
+
+    # --- ends
+
+    def end(self, request_id: str) -> Flight | None:
+        """Takes a request out of flight; None where it is not in flight."""
+        flight = self._flights.pop(request_id, None)
+        if flight is not None:
+            self._let_go(flight)
+            for name in list(flight.timers):
+                flight.stop_timer(name)
+        return flight
+
+    def cancel(self, request_id: str, reason: str) -> bool:
+        """Ends a request that nobody waits for any more; false where it is not in flight."""
+        if self.end(request_id) is None:
+            return False
+        self._send(Cancel(request_id=request_id, reason=reason), ())
+        self._stories.close(request_id, "finished" if reason == "stop" else "cancelled", reason)
+        return True
+
+    def cancel_all(self, request_ids: Iterable[str]) -> int:
+        """Ends those of these that are in flight by `cancelled`, which their callers get; returns how many."""
+        ids = [request_id for request_id in request_ids if request_id in self._flights]
+        for request_id in ids:
+            if request_id in self._flights:
+                self._stories.close(request_id, "cancelled", "by request")
+                self.give_up(request_id, ErrorCode.CANCELLED, "cancelled by request")
+        return len(ids)
+
+    def give_up(self, request_id: str, code: ErrorCode, message: str) -> None:
+        """Ends a request that the broker still has."""
+        self._send(Cancel(request_id=request_id), ())
+        self.fail(request_id, failure_of(code, message))
+
+    def fail_all(self, failure: Failure) -> None:
+        """Ends all requests by `failure`."""
+        for request_id in list(self._flights):
+            self.fail(request_id, failure)
+
+    def fail(self, request_id: str, failure: Failure, story: list[StoryEvent] | None = None) -> None:
+        """Ends a request and its siblings by `failure`: their caller gets it, nothing of them stays."""
+        self._stories.close(request_id, "failed", str(failure), story or ())
+        flight = self.end(request_id)
+        if flight is None:
+            return
+        if flight.exchange is not None:
+            flight.exchange.note(failure)
+        state = self.processor.request_states.get(request_id)
+        if state is not None:
+            whole = state.parent_req.request_id if state.parent_req is not None else request_id
+            for sibling in self.processor.abort_requests([whole], internal=True):
+                if self.end(sibling) is not None:
+                    self._send(Cancel(request_id=sibling), ())
+                    self._stories.close(sibling, "cancelled", f"{request_id} failed")
+            if state.queue is not None:
+                state.queue.put(PipelineError(failure))
+        self.outputs.put_nowait(None)  # so that the gauges of vLLM's metrics follow
+
+    def _on_deadline(self, request_id: str) -> None:
+        self.give_up(request_id, ErrorCode.DEADLINE, "the request took too long")
+
+    def _after(self, delay_s: float, flight: Flight, name: str, call: Callable[[str], None]) -> None:
+        flight.stop_timer(name)
+        flight.timers[name] = asyncio.get_running_loop().call_later(delay_s, call, flight.request_id)
+
+    def _let_go(self, flight: Flight) -> None:
+        """It cannot be sent again from here on."""
+        if flight.parts is not None:
+            flight.parts = None
+            self.held_bytes -= flight.num_bytes

@@ -1,0 +1,27 @@
+"""What an engine holds for requests, by kind. Read in the engine's thread, between two steps.
+
+Written against vLLM 0.32 (`vllm.v1.core.sched.scheduler`, `vllm.v1.core.block_pool`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workers.engine import Engine
+
+
+def of_engine(engine: Engine) -> dict[str, int]:
+    """Requests, patches (or write slots) and KV blocks; all 0 when nothing is in flight.
+
+    Blocks that only the prefix cache remembers are free, and one block is vLLM's own for ever.
+    """
+    num_running, num_waiting = engine.scheduler.get_request_counts()
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    return {
+        "running": num_running,
+        "waiting": num_waiting,
+        "engine_requests": len(engine.scheduler.requests),
+        "patches": engine.connector.num_held,
+        "kv_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+    }
