@@ -1,4 +1,4 @@
-"""Workers killed for real while requests run: the requests go on elsewhere, and their tokens are an undisturbed run's."""
+"""Workers killed for real while requests run: these go on elsewhere, and their tokens are an undisturbed run's."""
 
 from __future__ import annotations
 
