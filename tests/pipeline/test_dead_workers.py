@@ -1,4 +1,4 @@
-"""Workers killed for real while requests run: the requests go on elsewhere, and their tokens are an undisturbed run's."""
+"""Workers killed for real while requests run: these go on elsewhere, and their tokens are an undisturbed run's."""
 
 from __future__ import annotations
 
@@ -158,8 +158,7 @@ def test_an_encode_worker_killed_while_it_encodes(running: Running) -> None:
 
 
 def test_requests_wait_for_the_last_encode_worker_to_come_back(small: Running) -> None:
-    small.signal("encode-0", signal.SIGKILL)
-    small.wait_workers("encode", 0)
+    small.signal("encode-0", signal.SIGKILL)  # it is back in seconds; until then its patches wait
     body = chat(DEMO_QUESTION, [demo()], cache_salt="none left")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         asked = pool.submit(post, small.http, body)
