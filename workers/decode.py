@@ -31,7 +31,7 @@ class DecodeStage(Stage):
         match message:
             case Decode():
                 try:
-                    self.engine.add_decode(frames, message.prefill)
+                    self.engine.add_decode(message.request_id, frames, message.prefill, message.output_token_ids)
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
@@ -67,6 +67,11 @@ class DecodeStage(Stage):
             self._arriving.discard(request_id)
             output.kv_transfer_params = None
             token_ids = list(output.new_token_ids)
+            if str(output.finish_reason) == "error":  # it has been refused its KV (`workers.push_connector`)
+                self._forget(request_id)
+                text = "its KV was not pushed"
+                self._post(Failed(request_id=request_id, code="worker_lost", message=text), ())
+                continue
             frames = self.engine.pack(output)
             if output.finished:
                 self._forget(request_id)

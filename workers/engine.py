@@ -35,6 +35,7 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config, ConfigError
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
+from workers import push_connector
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -153,7 +154,11 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
         options |= {"enable_prefix_caching": False}
     else:
         kv = {
-            "kv_connector": "NixlPushConnector",
+            "kv_connector": push_connector.CONNECTOR,
+            "kv_connector_module_path": push_connector.MODULE,
+            # What a push that has failed leaves is never decoded; the broker decides what becomes of the request.
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {"kv_lease_duration": push_connector.LEASE_S},
             "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
             "engine_id": engine_id,
             "kv_buffer_device": "cpu" if current_platform.is_cpu() else "cuda",
@@ -259,9 +264,17 @@ class Engine:
         self._add(request)
         return name
 
-    def add_prefill(self, frames: Sequence[bytes]) -> EngineCoreRequest:
-        """Queues a request to be prefilled and its KV kept for a decode worker."""
-        request = self._request_decoder.decode(frames)
+    def add_prefill(
+        self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int] = ()
+    ) -> EngineCoreRequest:
+        """Queues a request to be prefilled and its KV kept for a decode worker.
+
+        Args:
+            leg_id: what the engine knows it by: the push connector must not see an id twice.
+            frames: the engine request.
+            output_token_ids: what earlier legs have sampled; follows the prompt.
+        """
+        request = self._leg(leg_id, frames, output_token_ids)
         sampling = request.sampling_params
         request.sampling_params = SamplingParams(
             max_tokens=1,
@@ -274,10 +287,17 @@ class Engine:
         self._add(request)
         return request
 
-    def add_decode(self, frames: Sequence[bytes], peer: KvPeer) -> EngineCoreRequest:
-        """Queues a request whose KV `peer` will push."""
-        request = self._request_decoder.decode(frames)
+    def add_decode(
+        self, leg_id: str, frames: Sequence[bytes], peer: KvPeer, output_token_ids: Sequence[int] = ()
+    ) -> EngineCoreRequest:
+        """Queues a request whose KV `peer` will push; the others as for `add_prefill`.
+
+        `output_token_ids` count towards the bounds of the output.
+        """
+        request = self._leg(leg_id, frames, output_token_ids)
         sampling = request.sampling_params
+        sampling.max_tokens -= len(output_token_ids)
+        sampling.min_tokens = max(0, sampling.min_tokens - len(output_token_ids))
         sampling.prompt_logprobs = None  # the prefill worker gives them
         sampling.extra_args = (sampling.extra_args or {}) | {
             "kv_transfer_params": {
@@ -294,12 +314,21 @@ class Engine:
         self._add(request)
         return request
 
+    def _leg(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int]) -> EngineCoreRequest:
+        request = self._request_decoder.decode(frames)
+        request.request_id = leg_id
+        request.prompt_token_ids = [*request.prompt_token_ids, *output_token_ids]
+        return request
+
     def _add(self, request: EngineCoreRequest) -> None:
         self.core.add_request(*self.core.preprocess_add_request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Drops requests that are not finished; their blocks are freed with the next step."""
+        """Drops requests; their blocks are freed with the next steps, once nothing writes to or reads from them."""
+        request_ids = list(request_ids)
         self.core.abort_requests([one for one in request_ids if one in self.scheduler.requests])
+        if self.role is Role.PREFILL:
+            self.scheduler.get_kv_connector().connector_scheduler.give_up(request_ids)
         for request_id in request_ids:
             self.connector.forget(request_id)
 
@@ -308,6 +337,10 @@ class Engine:
     def has_requests(self) -> bool:
         """Whether there is anything to step for, a KV push still under way included."""
         return bool(self.scheduler.has_requests())
+
+    def waiting(self) -> list[str]:
+        """The requests that the scheduler has not begun, in order."""
+        return [request.request_id for request in self.scheduler.waiting]
 
     def holds(self, request_id: str) -> bool:
         """Whether the scheduler still has this request; a finished prefill stays until its KV has been pushed."""
