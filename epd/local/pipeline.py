@@ -148,6 +148,15 @@ class LocalPipeline:
             raise _start_error(daemon)
         return daemon
 
+    async def roll(self, name: str) -> Daemon:
+        """Has a daemon finish and starts it again, as `systemctl restart` does; returns when it is ready.
+
+        Raises:
+            StartError: it ended again.
+        """
+        await self.supervisor.stop_one(name)
+        return await self.restart(name)
+
     async def drain(self) -> bool:
         """Stops in order: the endpoint finishes what runs, then the workers, then broker and cache.
 

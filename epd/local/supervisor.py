@@ -119,6 +119,10 @@ class Supervisor:
             self._set(daemon, State.LOADING)
         return daemon
 
+    async def stop_one(self, name: str) -> None:
+        """Has a daemon finish what it has (SIGTERM), and kills it if that takes too long; it stays stopped."""
+        await self._stop_one(self.daemons[name], at_once=False)
+
     async def restart(self, name: str) -> Daemon:
         """Starts a daemon again that has ended."""
         return await self.start(self.daemons[name].spec)
