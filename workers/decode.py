@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from cache.slot import StaleSlotError
 from epd.messages import Abort, Decode, Failed, Finished, Message, NeedPatches, Prefilled, Ready, Released, Role, Tokens
+from workers.held import blocks
+from workers.leaks import LeakWatch
 from workers.stage import Frames, Stage
 
 _ARRIVING_POLL_S = 0.0002
@@ -25,6 +27,7 @@ class DecodeStage(Stage):
         super().start()
         self._requests: set[str] = set()
         self._arriving: set[str] = set()
+        self._leaks = LeakWatch()
 
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in DECODE, PREFILLED, READY and ABORT."""
@@ -110,6 +113,10 @@ class DecodeStage(Stage):
     def held(self) -> dict[str, int]:
         """As `Stage`, and the requests that this stage knows."""
         return super().held() | {"requests": len(self._requests)}
+
+    def leak(self, now: float) -> str:
+        """Looks for KV blocks that no request holds."""
+        return self._leaks.observe(now, **blocks(self.engine, self._requests))
 
     def reset(self) -> None:
         """Drops all requests."""

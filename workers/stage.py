@@ -68,6 +68,13 @@ class Stage(abc.ABC):
         except PoolError as error:  # a pool that was just replaced; the next list will be right
             log.warning("pool not opened", reason=str(error))
 
+    def leak(self, now: float) -> str:
+        """Why this worker should be replaced: its engine holds memory for nobody (`workers.leaks`); "" if it does not.
+
+        `now` is in seconds of any monotonic clock.
+        """
+        return ""
+
     def drain(self) -> None:
         """This worker is to stop: what it has is finished, what has not been started may be handed back."""
         self.draining = True
