@@ -288,6 +288,8 @@ class Flow:
                     self._send_ready(request, peer.peer_id, [message.patch_hash])
             case m.NeedPatches() if peer.peer_id == request.decode:
                 self._need_patches(request, message.patch_hashes, now)
+            case m.Tokens() | m.Finished() if self._is_out_of_place(peer, request, message, now):
+                self._board.count("num_fenced")
             case m.Tokens() if request.allows(Event.TOKENS):
                 if request.state is not State.DECODING:
                     request.tell(now, "first token", worker=peer.name)
@@ -303,12 +305,22 @@ class Flow:
             case m.Failed():
                 code = ErrorCode(message.code) if message.code in set(ErrorCode) else ErrorCode.ENGINE_FAILED
                 text = f"{peer.name}: {message.message}"
-                if code is ErrorCode.PREEMPTED:
+                if code in (ErrorCode.PREEMPTED, ErrorCode.WORKER_LOST):
                     self._retries.again(request, code, text, now, left=peer.peer_id)
                 else:
                     self._endings.fail(request, code, text, now, left=peer.peer_id)
             case _:
                 self._board.count("num_fenced")
+
+    def _is_out_of_place(self, peer: Peer, request: Request, message: m.Tokens | m.Finished, now: float) -> bool:
+        """Whether these tokens are not the next ones; where some are missing, the request is tried again."""
+        num_known = len(request.output_token_ids)
+        if message.first is None or message.first == num_known:
+            return False
+        if message.first > num_known:
+            text = f"tokens {num_known} to {message.first} from {peer.name} are missing"
+            self._retries.again(request, ErrorCode.WORKER_LOST, text, now)
+        return True
 
     def finish(self, request: Request, message: m.Finished, frames: list[bytes], now: float) -> None:
         """Ends a request that its decode worker has finished."""
@@ -316,6 +328,7 @@ class Flow:
         name = decode.name if decode else ""
         if request.state is not State.DECODING:
             request.tell(now, "first token", worker=name)
+        first = len(request.output_token_ids)
         request.output_token_ids += message.token_ids
         detail = f"{len(request.output_token_ids)} tokens, {message.finish_reason}"
         request.tell(now, "finished", worker=name, detail=detail)
@@ -326,6 +339,7 @@ class Flow:
             request_id=request.request_id,
             token_ids=message.token_ids,
             finish_reason=message.finish_reason,
+            first=first,
             story=request.story,
         )
         self._board.send(request.endpoint, reply, frames)

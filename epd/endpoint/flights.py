@@ -200,10 +200,20 @@ class Flights:
         )
         self.fail(message.request_id, failure, message.story)
 
-    def on_output(self, request_id: str, is_partial: bool, frames: list[bytes], is_last: bool = False) -> bool:
-        """Queues what an opaque output gives; false where the request is unknown or has failed by it."""
+    def on_output(
+        self, request_id: str, is_partial: bool, frames: list[bytes], is_last: bool = False, first: int | None = None
+    ) -> bool:
+        """Queues what an opaque output gives; false where the request is unknown or has failed by it.
+
+        `first` is how many tokens come before: what is here already is dropped, what lacks some fails the request.
+        """
         flight = self._flights.get(request_id)
         if flight is None:
+            return False
+        if first is not None and not is_partial and first != len(flight.token_ids):
+            if first > len(flight.token_ids):
+                text = f"tokens {len(flight.token_ids)} to {first} are missing"
+                self.give_up(request_id, ErrorCode.ENGINE_FAILED, text)
             return False
         try:
             output = self._decoder.decode(frames)

@@ -66,19 +66,25 @@ class Tokens(Struct, frozen=True):
     """Decode → Broker → Endpoint: new tokens of a request, as one opaque engine output.
 
     The broker keeps `token_ids`, so that another decode worker can go on where this one stopped. They are empty for
-    an output of the prefill worker, which has log-probabilities of the prompt only.
+    an output of the prefill worker, which has log-probabilities of the prompt only. `first` is how many tokens of the
+    answer come before these, so that none is lost or repeated unnoticed.
     """
 
     request_id: str
     token_ids: list[int]
+    first: int | None = None
 
 
 class Finished(Struct, frozen=True):
-    """Decode → Broker → Endpoint: the last engine output of a request; the broker adds the story."""
+    """Decode → Broker → Endpoint: the last engine output of a request; the broker adds the story.
+
+    `first` is as in TOKENS.
+    """
 
     request_id: str
     token_ids: list[int]
     finish_reason: str
+    first: int | None = None
     story: list[StoryEvent] = msgspec.field(default_factory=list)
 
 
