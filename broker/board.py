@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
+from broker.fairness import FairQueue
 from broker.patches import Patches
 from broker.registry import Registry
 from broker.request import Request
@@ -37,9 +38,10 @@ class Upload:
 class Board:
     """Peers, patches, requests in flight, uploads, stories of the ended ones, counts, and the messages to send next.
 
-    `queue` holds the ids of requests that wait for a place, in order; `releasing` the ended requests whose slots a
-    peer may still be reading, with those peers; `frames_bytes` counts the opaque frames held for requests;
-    `process_held` is what the daemon's process holds, as it last said.
+    `requests` has them by their ids, `legs` by the ids of their present legs. `queue` holds the ids of requests that
+    wait for a place; `releasing` the ended legs whose slots a peer may still be reading, with those peers;
+    `frames_bytes` counts the opaque frames held for requests. `encode_info` is what the last encode worker that came
+    said of itself, `process_held` what the daemon's process holds, as it last said.
     """
 
     def __init__(self, config: BrokerConfig, first_generation: int) -> None:
@@ -48,10 +50,13 @@ class Board:
         self.patches = Patches(config.encode_batches_ahead, first_generation, config.pixel_store_bytes)
         self.requests: dict[str, Request] = {}
         self.uploads: dict[str, Upload] = {}
-        self.queue: deque[str] = deque()
+        self.legs: dict[str, Request] = {}
+        self.encode_info: m.WorkerInfo | None = None
+        self.queue: FairQueue[str] = FairQueue()
         self.releasing: dict[str, set[str]] = {}
         self.frames_bytes = 0
         self.process_held: dict[str, int] = {}
+        self._last_leg = first_generation - 1
         self._stories: OrderedDict[str, m.Story] = OrderedDict()
         self._out: list[Send] = []
         self._counts: dict[str, Any] = dict.fromkeys(m.Counters.__struct_fields__, 0)
@@ -123,6 +128,11 @@ class Board:
             cache_bytes_total=stats.total_bytes,
         )
         return m.Counters(**self._counts)
+
+    def new_leg(self, request_id: str) -> str:
+        """An id for another leg of a request: no worker has seen it, not even from an earlier broker."""
+        self._last_leg += 1
+        return f"{request_id}~{self._last_leg:x}"
 
     # ---- stories ---------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 `Core.handle` takes one message from one peer, and `Core.tick` the time; both return what to send. The daemon performs
 it, tests and the simulator call it directly. Every accepted request ends in exactly one FINISHED or FAILED, or in
-silence when its endpoint cancelled it or is gone. Peers come and go here; `broker.flow` moves requests,
-`broker.endings` ends them, `broker.board` holds what they share.
+silence when its endpoint cancelled it or is gone. Peers come and go here; `broker.flow` moves requests, `broker.retry`
+tries them again, `broker.endings` ends them, `broker.liveness` knows who is away, `broker.board` holds what they share.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from broker.board import Board, Send
 from broker.endings import Endings
 from broker.fill import fills
 from broker.flow import Flow
+from broker.liveness import Liveness, needed
 from broker.patches import Lost
 from broker.registry import Peer
-from broker.request import Event, State
+from broker.request import Event, Request, State
+from broker.retry import Retries
 from broker.uploads import Uploads
 from epd import messages as m
 from epd.config import BrokerConfig
 from epd.errors import ErrorCode
-from epd.messages import STAGES, Message, Role
+from epd.messages import Message, Role
 from epd.protocol import BY_STRUCT
 
 
@@ -35,10 +37,14 @@ class Core:
         self.board = Board(config, first_generation)
         self._endings = Endings(self.board)
         self._uploads = Uploads(self.board, self._endings)
-        self._flow = Flow(self.board, self._endings, self._uploads)
+        self._retries = Retries(self.board, self._endings)
+        self._liveness = Liveness(self.board)
+        self._flow = Flow(self.board, self._endings, self._uploads, self._retries, self._liveness)
+        self._started = False
 
     def handle(self, peer_id: str, message: Message, frames: list[bytes], now: float) -> list[Send]:
         """What to send after `message` from `peer_id` arrived at `now` (seconds of any monotonic clock)."""
+        self._start_clock(now)
         peer = self.board.registry.get(peer_id)
         if peer is not None:
             peer.heard_at = now
@@ -56,19 +62,29 @@ class Core:
         return self.board.take()
 
     def tick(self, now: float) -> list[Send]:
-        """What to send because time has passed: silent peers are lost, late requests fail."""
+        """What to send because time has passed: silent and hung peers are lost, late requests fail."""
+        self._start_clock(now)
         for peer in self.board.registry.silent_since(now - self.board.config.lost_after_s):
             self._lose(peer, f"silent for {now - peer.heard_at:.1f} s", now)
+        for peer in self._liveness.hung(now):
+            self._lose(peer, f"its engine hangs: no step for {now - peer.stepped_at:.0f} s", now)
+        self._give_up_waiting(now)
         for request in list(self.board.requests.values()):
             if now >= request.deadline_at:
                 self._endings.fail(request, ErrorCode.DEADLINE, "the request's deadline has passed", now)
-            elif request.state is State.QUEUED and now - request.accepted_at > self.board.config.max_queue_s:
+            elif request.state is State.QUEUED and now - request.queued_at > self.board.config.max_queue_s:
                 self._endings.fail(request, ErrorCode.OVERLOADED, "no worker became free in time", now)
         self.board.patches.lift_quarantine("", now)
         self._uploads.expire(now)
         self._flow.start_queued(now)
         self._flow.dispatch(now)
         return self.board.take()
+
+    def _start_clock(self, now: float) -> None:
+        """The first time that is told is when this broker was born: every stage is absent since then."""
+        if not self._started:
+            self._started = True
+            self._liveness.update(now)
 
     # ---- peers -----------------------------------------------------------------------------------------------------
 
@@ -82,11 +98,14 @@ class Core:
             self.board.patches.lift_quarantine(hello.name, now)
             known = {pool.pool_id for pool in self.board.pools()}
             self.board.registry.add(peer_id, hello, now)
+            if hello.role is Role.ENCODE:
+                self.board.encode_info = hello.info
             for pool in hello.pools:
                 if pool.pool_id not in known:
                     self.board.patches.index.add_pool(pool)
             if hello.pools:
                 self.board.tell_pools()
+            self._liveness.update(now)
             self.board.tell_status()
         config = self.board.config
         welcome = m.Welcome(heartbeat_s=config.heartbeat_s, lost_after_s=config.lost_after_s, pools=self.board.pools())
@@ -94,7 +113,8 @@ class Core:
         if hello.role is Role.ENDPOINT:
             self.board.send(peer_id, self.board.status())
 
-    def _lose(self, peer: Peer, reason: str, now: float) -> None:
+    def _lose(self, peer: Peer, reason: str, now: float, *, orderly: bool = False) -> None:
+        """A peer is gone; `orderly` where it said so in time, so that nothing it had can be to blame."""
         self.board.registry.remove(peer.peer_id)
         lost: list[Lost] = []
         for pool in peer.pools:
@@ -102,31 +122,50 @@ class Core:
         if peer.role is Role.ENCODE:
             lost += self.board.patches.worker_lost(peer, now)
         for one in lost:
-            self._flow.patch_lost(one, ErrorCode.WORKER_LOST, now)
+            self._flow.patch_lost(one, ErrorCode.WORKER_LOST, now, blame=not orderly)
         self._uploads.endpoint_lost(peer.peer_id)
         for waiting in list(self.board.releasing):
             self._endings.released(peer.peer_id, waiting)
         for request in list(self.board.requests.values()):
             if request.endpoint == peer.peer_id:
                 self._endings.end(request, Event.CANCEL, now)
-            elif request.early_finish:
-                if (decode := self.board.registry.get(request.decode)) and request.prefill == peer.peer_id:
-                    self._flow.finish(decode, request, *request.early_finish, now)
-            elif request.decode == peer.peer_id or (request.prefill == peer.peer_id and not request.pushed):
-                text = f"{peer.role} worker {peer.name} was lost ({reason})"
-                self._endings.fail(request, ErrorCode.WORKER_LOST, text, now)
-        if peer.role in STAGES and not self.board.registry.of(peer.role):
-            self._last_of_stage_lost(peer.role, now)
+            elif peer.peer_id in (request.prefill, request.decode):
+                self._leg_lost(peer, request, reason, now, blame=not orderly)
         if peer.pools:
             self.board.tell_pools()
+        self._liveness.update(now)
+        self._give_up_waiting(now)
         self.board.tell_status()
 
-    def _last_of_stage_lost(self, role: Role, now: float) -> None:
-        """Requests that wait for a worker of a stage that has none left fail now, not at the end of their patience."""
-        text = f"the last {role} worker was lost"
+    def _leg_lost(self, peer: Peer, request: Request, reason: str, now: float, *, blame: bool) -> None:
+        """One of the two workers of a request's leg is gone."""
+        text = f"{peer.role} worker {peer.name} was lost ({reason})"
+        if request.early_finish:
+            if request.prefill == peer.peer_id:  # else PREFILLED is still to come
+                self._flow.finish(request, *request.early_finish, now)
+        elif request.decode == peer.peer_id:
+            self._retries.again(request, ErrorCode.WORKER_LOST, text, now, blame=blame)
+        elif not request.pushed and request.state is State.DECODING:
+            if request.prefilled or not request.submit.resumable:
+                request.pushed = True  # there are tokens, so the KV has arrived
+                self._flow.leave_patches(request)
+            else:  # the prompt's log-probabilities may have been lost
+                self._retries.again(request, ErrorCode.WORKER_LOST, text, now, blame=blame)
+        elif not request.pushed:
+            self._retries.again(request, ErrorCode.WORKER_LOST, text, now, blame=blame)
+
+    def _give_up_waiting(self, now: float) -> None:
+        """Requests that wait for a stage that has been away for too long fail."""
+        encode = str(Role.ENCODE)
+        nobody_encodes = self._liveness.gone([encode], now) and not self.board.registry.of(Role.ENCODE)
         for request in list(self.board.requests.values()):
-            waits = request.state is State.QUEUED and (role is not Role.ENCODE or request.patches)
-            if waits or (role is Role.ENCODE and request.missing):
+            gone = []
+            if request.state is State.QUEUED:
+                gone = self._liveness.gone(needed(bool(request.patches)), now)
+            elif request.missing and nobody_encodes:
+                gone = [encode]
+            if gone:
+                text = f"the last {' and the last '.join(gone)} worker was lost, and none came in time"
                 self._endings.fail(request, ErrorCode.WORKER_LOST, text, now)
 
     # ---- messages of registered peers ------------------------------------------------------------------------------
@@ -134,12 +173,19 @@ class Core:
     def _from_peer(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
         match message:
             case m.Heartbeat():
-                peer.num_steps, peer.held = message.num_steps, message.held
+                self._liveness.heard_steps(peer, message.num_steps, now)
+                peer.held = message.held
                 self.board.send(peer.peer_id, m.HeartbeatAck())
                 if peer.role is Role.ENDPOINT:
                     self.board.send(peer.peer_id, self.board.status())
+            case m.Draining():
+                peer.draining = True
+                self._liveness.update(now)
+                self._give_up_waiting(now)
+                self.board.tell_status()
             case m.Goodbye():
-                self._lose(peer, message.reason or "it said goodbye", now)
+                orderly = peer.draining or peer.role is Role.CACHE
+                self._lose(peer, message.reason or "it said goodbye", now, orderly=orderly)
             case m.Submit():
                 self._flow.submit(peer, message, frames, now)
             case m.Cancel():
@@ -157,7 +203,7 @@ class Core:
             case m.Encoded():
                 self._flow.encoded(peer, message, now)
             case m.EncodeFailed():
-                if lost := self.board.patches.not_encoded(peer, message.job_id, message.message):
+                if lost := self.board.patches.not_encoded(peer, message.job_id, message.message, message.dropped):
                     self._flow.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)
             case m.Released():
                 self._endings.released(peer.peer_id, message.request_id)

@@ -1,23 +1,27 @@
 """The patches waiting to be encoded and the ones being encoded, and which worker gets which. Pure.
 
-First come, first served. Each patch goes to the encode worker with the least outstanding work, which spreads one
-request's patches over all workers and gets its last patch done soonest. A worker is given at most a few batches ahead,
-so that what waits here can still go to whoever is free first.
+Tenants take turns by the tokens of their patches, and each tenant's are served first come, first served. Each patch
+goes to the encode worker with the least outstanding work, which spreads one request's patches over all workers and gets
+its last patch done soonest. A worker is given at most a few batches ahead, so that what waits here can still go to
+whoever is free first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Iterator
 
+from broker.fairness import FairQueue
 from broker.registry import Peer
 from epd.messages import EncodeJob, Slot
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Job:
-    """One patch to encode into one slot. `num_attempts` counts the workers it has been given to."""
+    """One patch to encode into one slot. `num_attempts` counts the workers it has been given to and may have hurt.
+
+    `tenant` is the first who wanted it.
+    """
 
     job_id: int
     patch_hash: str
@@ -25,6 +29,7 @@ class Job:
     num_tokens: int
     slot: Slot
     frames: list[bytes]
+    tenant: str = ""
     worker: str = ""
     num_attempts: int = 0
     sent_at: float = 0.0
@@ -48,7 +53,7 @@ class EncodeQueue:
     def __init__(self, batches_ahead: int) -> None:
         self._batches_ahead = batches_ahead
         self._jobs: dict[int, Job] = {}
-        self._waiting: deque[int] = deque()
+        self._waiting: FairQueue[int] = FairQueue()
         self._by_hash: dict[str, int] = {}
         self._next_id = 1
 
@@ -64,38 +69,38 @@ class EncodeQueue:
         job_id = self._by_hash.get(patch_hash)
         return None if job_id is None else self._jobs.get(job_id)
 
-    def add(self, patch_hash: str, modality: str, num_tokens: int, slot: Slot, frames: list[bytes]) -> Job:
+    def add(
+        self, patch_hash: str, modality: str, num_tokens: int, slot: Slot, frames: list[bytes], tenant: str = ""
+    ) -> Job:
         """Queues a patch; `dispatch` gives it to a worker."""
-        job = Job(self._next_id, patch_hash, modality, num_tokens, slot, frames)
+        job = Job(self._next_id, patch_hash, modality, num_tokens, slot, frames, tenant)
         self._next_id += 1
         self._jobs[job.job_id] = job
         self._by_hash[patch_hash] = job.job_id
-        self._waiting.append(job.job_id)
+        self._waiting.push(tenant, job.job_id, num_tokens)
         return job
 
     def again(self, job: Job, slot: Slot) -> None:
-        """Puts a job that its worker could not finish back at the head of the queue, with a new slot."""
-        job.slot, job.worker = slot, ""
-        self._waiting.appendleft(job.job_id)
+        """Puts a job that its worker could not finish back before all that have not been started, with a new slot."""
+        job.slot, job.worker, job.dropped = slot, "", False
+        self._waiting.push_front(job.tenant, job.job_id)
 
     def end(self, job: Job) -> None:
         """Forgets a job that is done or not wanted any more."""
         self._jobs.pop(job.job_id, None)
+        self._waiting.remove(job.job_id)
         if self._by_hash.get(job.patch_hash) == job.job_id:
             del self._by_hash[job.patch_hash]
 
     def dispatch(self, workers: list[Peer], now: float) -> Iterator[tuple[Job, Peer]]:
         """Assigns waiting jobs to `workers` and yields each pair, until none waits or all workers have enough."""
-        while self._waiting and workers:
-            job = self._jobs.get(self._waiting[0])
-            if job is None or job.worker:
-                self._waiting.popleft()
-                continue
+        while workers and (job_id := self._waiting.next()) is not None:
+            job = self._jobs[job_id]
             worker = min(workers, key=lambda peer: peer.load_tokens)
             ahead = worker.info.max_batch_tokens * self._batches_ahead
             if worker.jobs and worker.load_tokens + job.num_tokens > ahead:
                 return
-            self._waiting.popleft()
+            self._waiting.take(job_id)
             job.worker, job.sent_at, job.num_attempts = worker.peer_id, now, job.num_attempts + 1
             worker.jobs.add(job.job_id)
             worker.load_tokens += job.num_tokens

@@ -24,7 +24,7 @@ class Endings:
     def patch_lost(self, lost: Lost, code: ErrorCode, now: float) -> None:
         """Fails every request that waits for a patch that will not come."""
         for holder in lost.holders:
-            if request := self._board.requests.get(holder):
+            if request := self._board.legs.get(holder):
                 self.fail(request, code, f"patch {lost.patch_hash[:8]}: {lost.reason}", now)
 
     def fail(self, request: Request, code: ErrorCode, text: str, now: float, *, left: str = "") -> None:
@@ -34,46 +34,50 @@ class Endings:
         self._board.send(request.endpoint, failed(request.request_id, code, text, request.story))
 
     def end(self, request: Request, event: Event, now: float, *, left: str = "") -> None:
-        """Ends a request: aborts the legs that still run and unpins its slots once nobody can be reading them.
-
-        `left` is the peer that ended it and has already let go of it.
-        """
-        running = {request.prefill if not request.prefilled else "", request.decode} - {"", left}
-        if event is Event.FINISH:
-            running -= {request.decode}
+        """Ends a request and its leg; `left` is the peer that ended it and has already let go of it."""
         request.move(event)
-        self.leave_prefill(request)
-        if decode := self._board.registry.get(request.decode):
-            decode.requests.discard(request.request_id)
-            decode.load_tokens -= request.reserved_tokens
+        self._board.queue.remove(request.request_id)
         self._board.frames_bytes -= request.frames_bytes
         del self._board.requests[request.request_id]
         self._board.count({Event.FINISH: "num_finished", Event.FAIL: "num_failed"}.get(event, "num_cancelled"))
         self._board.remember(request)
+        self.end_leg(request, left=request.decode if event is Event.FINISH else left)
+
+    def end_leg(self, request: Request, *, left: str = "") -> None:
+        """Ends a request's present leg: aborts it where it still runs, and unpins its slots once nobody reads them.
+
+        `left` is the peer that has already let go of it.
+        """
+        running = {request.prefill if not request.prefilled else "", request.decode} - {"", left}
+        self.leave_prefill(request)
+        if decode := self._board.registry.get(request.decode):
+            decode.requests.discard(request.leg_id)
+            decode.load_tokens -= request.reserved_tokens
+        del self._board.legs[request.leg_id]
         alive = {peer_id for peer_id in running if self._board.registry.get(peer_id)}
         for peer_id in sorted(alive):
-            self._board.send(peer_id, m.Abort(request_id=request.request_id))
+            self._board.send(peer_id, m.Abort(request_id=request.leg_id))
         if alive:
-            self._board.releasing[request.request_id] = alive
+            self._board.releasing[request.leg_id] = alive
         else:
-            self.drop_unwanted(self._board.patches.release(request.request_id))
+            self.drop_unwanted(self._board.patches.release(request.leg_id))
 
     def leave_prefill(self, request: Request) -> None:
         """The prefill worker has nothing more to compute for this request."""
         prefill = self._board.registry.get(request.prefill)
-        if prefill and request.request_id in prefill.requests:
-            prefill.requests.discard(request.request_id)
-            prefill.load_tokens -= request.submit.num_prompt_tokens
+        if prefill and request.leg_id in prefill.requests:
+            prefill.requests.discard(request.leg_id)
+            prefill.load_tokens -= request.prompt_tokens
 
-    def released(self, peer_id: str, request_id: str) -> None:
-        """A peer does not read an ended request's slots any more."""
-        waiting = self._board.releasing.get(request_id)
+    def released(self, peer_id: str, leg_id: str) -> None:
+        """A peer does not read an ended leg's slots any more."""
+        waiting = self._board.releasing.get(leg_id)
         if waiting is None or peer_id not in waiting:
             return
         waiting.discard(peer_id)
         if not waiting:
-            del self._board.releasing[request_id]
-            self.drop_unwanted(self._board.patches.release(request_id))
+            del self._board.releasing[leg_id]
+            self.drop_unwanted(self._board.patches.release(leg_id))
 
     def drop_unwanted(self, jobs: list[Job]) -> None:
         """Asks encode workers to drop what nobody waits for."""

@@ -5,15 +5,19 @@ Part of the decision core: takes in what endpoints and workers say of requests a
 
 from __future__ import annotations
 
+import msgspec
+
 from broker import placement
 from broker.board import Board
 from broker.encoding import Job
 from broker.endings import Endings, failed
+from broker.liveness import Liveness, needed
 from broker.patches import Lost, PixelsNeededError
 from broker.registry import Peer
 from broker.request import Event, Request, State
+from broker.retry import Retries
 from broker.uploads import Uploads
-from cache.index import Outcome
+from cache.index import Outcome, PatchNeed
 from epd import messages as m
 from epd.errors import ErrorCode
 from epd.messages import Message, Role
@@ -22,26 +26,35 @@ from epd.messages import Message, Role
 class Flow:
     """Moves requests on the board."""
 
-    def __init__(self, board: Board, endings: Endings, uploads: Uploads) -> None:
+    def __init__(self, board: Board, endings: Endings, uploads: Uploads, retries: Retries, liveness: Liveness) -> None:
         self._board, self._endings, self._uploads = board, endings, uploads
+        self._retries, self._liveness = retries, liveness
 
     def submit(self, peer: Peer, submit: m.Submit, frames: list[bytes], now: float) -> None:
         """Admits a request to the queue, or refuses it."""
         request = self._unpack(peer, submit, frames, now)
-        refusal = self._refusal(request)
+        refusal = self._refusal(request, now)
         if refusal is not None:
             self._board.count("num_refused")
             self._board.send(peer.peer_id, failed(submit.request_id, *refusal))
             return
+        if len(self._board.queue) >= self._board.config.max_queued and (other := self._gives_way(submit.tenant)):
+            text = "too many requests of this tenant wait, and another tenant's has come"
+            self._endings.fail(other, ErrorCode.OVERLOADED, text, now)
         self._board.count("num_accepted")
-        self._board.requests[submit.request_id] = request
+        self._board.requests[submit.request_id] = self._board.legs[request.leg_id] = request
         self._board.frames_bytes += request.frames_bytes
-        self._board.queue.append(submit.request_id)
-        request.tell(now, "accepted", detail=f"{submit.num_prompt_tokens} tokens, {len(request.patches)} patches")
+        self._board.queue.push(submit.tenant, submit.request_id, request.cost)
+        detail = f"{submit.num_prompt_tokens} tokens, {len(request.patches)} patches"
+        if submit.attempts:
+            detail += f", tried {submit.attempts} times before, {len(submit.output_token_ids)} tokens are kept"
+        request.tell(now, "accepted", detail=detail)
 
     def _unpack(self, peer: Peer, submit: m.Submit, frames: list[bytes], now: float) -> Request:
         at = submit.num_engine_frames
         patch_frames = {}
+        request_id = submit.request_id
+        seen = submit.attempts > 0 or request_id in self._board.releasing
         for patch in submit.patches:
             patch_frames[patch.patch_hash] = frames[at : at + patch.num_frames]
             at += patch.num_frames
@@ -53,27 +66,31 @@ class Flow:
             engine_frames=frames[: submit.num_engine_frames],
             patch_frames=patch_frames,
             patches={patch.patch_hash: patch for patch in submit.patches},
+            leg_id=self._board.new_leg(request_id) if seen else request_id,
+            output_token_ids=list(submit.output_token_ids),
+            num_losses=submit.attempts,
+            queued_at=now,
         )
 
-    def _refusal(self, request: Request) -> tuple[ErrorCode, str] | None:
+    def _refusal(self, request: Request, now: float) -> tuple[ErrorCode, str] | None:
         submit, config = request.submit, self._board.config
-        stages = (Role.ENCODE, Role.PREFILL, Role.DECODE) if submit.patches else (Role.PREFILL, Role.DECODE)
-        if submit.request_id in self._board.requests or submit.request_id in self._board.releasing:
+        if submit.request_id in self._board.requests:
             return ErrorCode.DUPLICATE, "a request with this id is in flight"
-        if absent := [stage for stage in stages if not self._board.registry.of(stage)]:
-            return ErrorCode.NOT_READY, f"no {' and no '.join(absent)} worker is registered"
-        if len(self._board.queue) >= config.max_queued or len(self._board.requests) >= config.max_in_flight:
+        if gone := self._liveness.gone(needed(bool(submit.patches)), now):
+            return ErrorCode.NOT_READY, f"no {' and no '.join(gone)} worker is registered"
+        is_full = len(self._board.queue) >= config.max_queued and self._gives_way(submit.tenant) is None
+        if is_full or len(self._board.requests) >= config.max_in_flight:
             return ErrorCode.OVERLOADED, f"{len(self._board.requests)} requests are in flight"
         if self._board.frames_bytes + request.frames_bytes > config.max_frames_bytes:
             return ErrorCode.OVERLOADED, f"{self._board.frames_bytes} bytes of pictures are in flight"
         prefills, decodes = self._board.registry.of(Role.PREFILL), self._board.registry.of(Role.DECODE)
-        if reason := placement.too_large(submit, prefills, decodes):
+        if reason := placement.too_large(request.num_tokens, prefills, decodes):
             return ErrorCode.TOO_LARGE, reason
-        if submit.patches:
-            if not self._board.patches.index.pools:
-                return ErrorCode.NOT_READY, "no cache is registered"
+        if request.num_tokens_left < 1:
+            return ErrorCode.TOO_LARGE, "it has all the tokens it asks for already"
+        if submit.patches and self._board.encode_info and self._board.patches.index.pools:
             try:
-                needs = self._board.patches.needs(submit.patches, self._board.registry.of(Role.ENCODE)[0].info)
+                needs = self._board.patches.needs(submit.patches, self._board.encode_info)
                 fits = self._board.patches.index.could_ever_fit(needs)
             except ValueError as error:  # an unknown modality, or a shape that cannot be
                 return ErrorCode.TOO_LARGE, str(error)
@@ -81,33 +98,48 @@ class Flow:
                 return ErrorCode.TOO_LARGE, f"the embeddings of {len(needs)} patches do not fit the cache"
         return None
 
+    def _gives_way(self, tenant: str) -> Request | None:
+        """The queued request that a new one of `tenant` would displace: the newest of whoever has the most of them.
+
+        None where that tenant has no more than `tenant` would have then.
+        """
+        longest = self._board.queue.newest_of_longest()
+        if longest is None or self._board.queue.count(longest[0]) <= self._board.queue.count(tenant) + 1:
+            return None
+        return self._board.requests[longest[1]]
+
     def start_queued(self, now: float) -> None:
-        """Starts the requests that wait, in order, as long as there is room."""
-        while self._board.queue:
-            request = self._board.requests.get(self._board.queue[0])
-            if request is None or request.state is not State.QUEUED or self._start(request, now):
-                self._board.queue.popleft()
-            else:
+        """Starts the requests that wait, in turn, as long as there is room; who waits for a stage is passed by."""
+
+        def may_start(request_id: str) -> bool:
+            request = self._board.requests[request_id]
+            return now >= request.not_before and not self._liveness.absent(needed(bool(request.patches)))
+
+        while (request_id := self._board.queue.next(may_start)) is not None:
+            if not self._start(self._board.requests[request_id], now):
                 return
+            if request_id in self._board.queue:  # else it has failed
+                self._board.queue.take(request_id)
 
     def _start(self, request: Request, now: float) -> bool:
         """Gives a queued request its workers and slots, all or nothing; False while there is no room."""
-        prefills, decodes = self._board.registry.of(Role.PREFILL), self._board.registry.of(Role.DECODE)
-        placed = placement.place(request.submit, prefills, decodes, self._board.config.decode_reserve_tokens)
+        prefills, decodes = self._board.registry.serving(Role.PREFILL), self._board.registry.serving(Role.DECODE)
+        num_outputs = min(request.num_tokens_left, self._board.config.decode_reserve_tokens)
+        placed = placement.place(request.num_tokens, num_outputs, prefills, decodes)
         if placed is None:
             return False
         if request.patches:
-            encoders = self._board.registry.of(Role.ENCODE)
-            if not encoders:
-                return False
+            assert self._board.encode_info is not None
+            needs: list[PatchNeed] = []
             try:
-                needs = self._board.patches.needs(request.patches.values(), encoders[0].info)
+                needs = self._board.patches.needs(request.patches.values(), self._board.encode_info)
                 acquired = self._board.patches.acquire(
-                    request.request_id,
+                    request.leg_id,
                     request.patches,
                     request.patch_frames,
                     needs,
                     prefer_pool=self._pool_near(placed.prefill),
+                    tenant=request.submit.tenant,
                 )
             except PixelsNeededError as error:
                 self._endings.fail(request, ErrorCode.PIXELS_NEEDED, str(error), now)
@@ -116,7 +148,11 @@ class Flow:
                 self._endings.fail(request, ErrorCode.TOO_LARGE, str(error), now)
                 return True
             if acquired is None:
-                return False
+                if self._board.patches.index.could_ever_fit(needs):
+                    return False
+                text = f"the embeddings of {len(needs)} patches do not fit the cache"
+                self._endings.fail(request, ErrorCode.TOO_LARGE, text, now)
+                return True
             for item in acquired:
                 if item.outcome is not Outcome.NEW:
                     event = "cache hit" if item.outcome is Outcome.HIT else "coalesced"
@@ -126,17 +162,19 @@ class Flow:
         prefill, decode = placed.prefill, placed.decode
         request.move(Event.START)
         request.prefill, request.decode = prefill.peer_id, decode.peer_id
-        request.reserved_tokens = placed.reserved_tokens
-        prefill.load_tokens += request.submit.num_prompt_tokens
+        request.prompt_tokens, request.reserved_tokens = request.num_tokens, placed.reserved_tokens
+        prefill.load_tokens += request.prompt_tokens
         decode.load_tokens += placed.reserved_tokens
-        prefill.requests.add(request.request_id)
-        decode.requests.add(request.request_id)
+        prefill.requests.add(request.leg_id)
+        decode.requests.add(request.leg_id)
         request.tell(now, "started", detail=f"prefill on {prefill.name}, decode on {decode.name}")
         ready = self._board.patches.readable(one for one in request.patches if one not in request.missing)
-        frames = request.engine_frames
-        self._board.send(prefill.peer_id, m.Prefill(request_id=request.request_id, ready=ready), frames)
+        leg_id, frames, outputs = request.leg_id, request.engine_frames, list(request.output_token_ids)
+        to_prefill = m.Prefill(request_id=leg_id, ready=ready, output_token_ids=outputs)
+        self._board.send(prefill.peer_id, to_prefill, frames)
         assert prefill.info.kv is not None
-        self._board.send(decode.peer_id, m.Decode(request_id=request.request_id, prefill=prefill.info.kv), frames)
+        to_decode = m.Decode(request_id=leg_id, prefill=prefill.info.kv, output_token_ids=outputs)
+        self._board.send(decode.peer_id, to_decode, frames)
         return True
 
     def _pool_near(self, peer: Peer) -> str | None:
@@ -145,10 +183,10 @@ class Flow:
     def dispatch(self, now: float) -> None:
         """Gives waiting patches to encode workers, each worker's in one message."""
         given: dict[str, list[Job]] = {}
-        for job, worker in self._board.patches.dispatch(self._board.registry.of(Role.ENCODE), now):
+        for job, worker in self._board.patches.dispatch(self._board.registry.serving(Role.ENCODE), now):
             given.setdefault(worker.peer_id, []).append(job)
             for holder in sorted(self._board.patches.index.holders(job.patch_hash)):
-                if request := self._board.requests.get(holder):
+                if request := self._board.legs.get(holder):
                     request.tell(now, "encode", worker=worker.name, patch=job.patch_hash)
         for peer_id, jobs in given.items():
             message = m.Encode(jobs=[job.message() for job in jobs])
@@ -168,7 +206,7 @@ class Flow:
                 news.setdefault(holder, []).append(done.patch_hash)
         detail = f"batch of {len(message.jobs)}"
         for holder, hashes in news.items():
-            request = self._board.requests.get(holder)
+            request = self._board.legs.get(holder)
             if self._uploads.encoded(holder, hashes) or request is None:
                 continue
             for patch_hash in hashes:
@@ -176,49 +214,59 @@ class Flow:
                 request.tell(now, "encoded", worker=worker.name, patch=patch_hash, took_s=message.took_s, detail=detail)
             self._send_ready(request, request.decode if request.prefilled else request.prefill, hashes)
 
-    def patch_lost(self, lost: Lost, code: ErrorCode, now: float) -> None:
-        """Fails every request and upload that waits for a patch that will not come."""
+    def patch_lost(self, lost: Lost, code: ErrorCode, now: float, *, blame: bool = True) -> None:
+        """Who waits for a patch that will not come fails, or is tried again; `blame` as in `Retries.again`."""
         for holder in lost.holders:
             self._uploads.patch_lost(holder, code, lost.reason)
-        self._endings.patch_lost(lost, code, now)
+        if lost.again:
+            self._retries.patch_lost(lost, now, blame)
+        else:
+            self._endings.patch_lost(lost, code, now)
 
     def _send_ready(self, request: Request, reader: str, patch_hashes: list[str]) -> None:
-        if ready := self._board.patches.readable(patch_hashes):
-            self._board.send(reader, m.Ready(request_id=request.request_id, ready=ready))
+        ready = self._board.patches.readable(patch_hashes)
+        if ready and reader:  # a request that waits for its next leg has no reader
+            self._board.send(reader, m.Ready(request_id=request.leg_id, ready=ready))
 
     def _prefilled(self, peer: Peer, request: Request, message: m.Prefilled, frames: list[bytes], now: float) -> None:
         request.move(Event.PREFILLED)
-        request.prefilled = True
-        detail = f"{message.num_cached_tokens} of {request.submit.num_prompt_tokens} tokens were cached"
+        detail = f"{message.num_cached_tokens} of {request.prompt_tokens} tokens were cached"
         request.tell(now, "prefilled", worker=peer.name, took_s=message.took_s, detail=detail)
-        self._board.frames_bytes -= request.frames_bytes
-        request.patch_frames, request.engine_frames = {}, []
-        self._board.send(request.decode, message)
-        self._endings.leave_prefill(request)
+        if self._board.registry.get(request.decode):
+            self._board.send(request.decode, message)
         peer.num_done += 1
-        self._endings.drop_unwanted(self._board.patches.release(request.request_id))
-        if frames:
+        self.leave_patches(request)
+        if frames and not request.has_prompt_output:
+            request.has_prompt_output = True
             self._board.send(request.endpoint, m.Tokens(request_id=request.request_id, token_ids=[]), frames)
-        decode = self._board.registry.get(request.decode)
-        if request.early_finish and decode:
-            self.finish(decode, request, *request.early_finish, now)
+        if request.early_finish:
+            self.finish(request, *request.early_finish, now)
+
+    def leave_patches(self, request: Request) -> None:
+        """The prompt is computed, and nobody reads the patches any more; the engine request is kept for another leg."""
+        request.prefilled = True
+        before = request.frames_bytes
+        request.patch_frames = {}
+        self._board.frames_bytes -= before - request.frames_bytes
+        self._endings.leave_prefill(request)
+        self._endings.drop_unwanted(self._board.patches.release(request.leg_id))
 
     def _need_patches(self, request: Request, patch_hashes: list[str], now: float) -> None:
         """A decode worker has to prefill a preempted request itself: pin what is still in the cache for it."""
         wanted = [request.patches[patch_hash] for patch_hash in patch_hashes if patch_hash in request.patches]
         readable = self._board.patches.readable([patch.patch_hash for patch in wanted])
-        encoders = self._board.registry.of(Role.ENCODE)
         request.tell(now, "preempted", detail=f"{len(readable)} of {len(wanted)} patches are in the cache")
-        if len(readable) < len(wanted) or not encoders:
-            self._endings.fail(request, ErrorCode.PREEMPTED, "preempted, and its patches are not in the cache", now)
+        if len(readable) < len(wanted) or self._board.encode_info is None:
+            text = "preempted, and its patches are not in the cache"
+            self._retries.again(request, ErrorCode.PREEMPTED, text, now)
             return
-        needs = self._board.patches.needs(wanted, encoders[0].info)
-        self._board.patches.acquire(request.request_id, request.patches, {}, needs)
-        self._board.send(request.decode, m.Ready(request_id=request.request_id, ready=readable))
+        needs = self._board.patches.needs(wanted, self._board.encode_info)
+        self._board.patches.acquire(request.leg_id, request.patches, {}, needs)
+        self._board.send(request.decode, m.Ready(request_id=request.leg_id, ready=readable))
 
     def from_leg(self, peer: Peer, message: Message, frames: list[bytes], now: float) -> None:
         """Takes in what a prefill or decode worker says of a request."""
-        request = self._board.requests.get(message.request_id)  # type: ignore[union-attr]
+        request = self._board.legs.get(message.request_id)  # type: ignore[union-attr]
         if request is None or peer.peer_id not in (request.prefill, request.decode):
             if isinstance(message, m.Prefilled | m.Failed | m.Finished):  # what has ended here has ended there too
                 self._endings.released(peer.peer_id, message.request_id)
@@ -238,36 +286,44 @@ class Flow:
                     self.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)
                 else:
                     self._send_ready(request, peer.peer_id, [message.patch_hash])
-            case m.NeedPatches():
+            case m.NeedPatches() if peer.peer_id == request.decode:
                 self._need_patches(request, message.patch_hashes, now)
             case m.Tokens() if request.allows(Event.TOKENS):
-                if request.num_tokens_out == 0:
+                if request.state is not State.DECODING:
                     request.tell(now, "first token", worker=peer.name)
                 request.move(Event.TOKENS)
-                request.num_tokens_out += len(message.token_ids)
-                self._board.send(request.endpoint, message, frames)
+                request.output_token_ids += message.token_ids
+                told = msgspec.structs.replace(message, request_id=request.request_id)
+                self._board.send(request.endpoint, told, frames)
             case m.Finished() if request.allows(Event.FINISH):
                 if request.prefilled:
-                    self.finish(peer, request, message, frames, now)
+                    self.finish(request, message, frames, now)
                 else:  # wait for PREFILLED, which may carry prompt log-probabilities
                     request.early_finish = message, frames
             case m.Failed():
                 code = ErrorCode(message.code) if message.code in set(ErrorCode) else ErrorCode.ENGINE_FAILED
-                self._endings.fail(request, code, f"{peer.name}: {message.message}", now, left=peer.peer_id)
+                text = f"{peer.name}: {message.message}"
+                if code is ErrorCode.PREEMPTED:
+                    self._retries.again(request, code, text, now, left=peer.peer_id)
+                else:
+                    self._endings.fail(request, code, text, now, left=peer.peer_id)
             case _:
                 self._board.count("num_fenced")
 
-    def finish(self, peer: Peer, request: Request, message: m.Finished, frames: list[bytes], now: float) -> None:
-        """Ends a request that the decode worker `peer` has finished."""
-        if request.num_tokens_out == 0:
-            request.tell(now, "first token", worker=peer.name)
-        request.num_tokens_out += len(message.token_ids)
-        detail = f"{request.num_tokens_out} tokens, {message.finish_reason}"
-        request.tell(now, "finished", worker=peer.name, detail=detail)
-        peer.num_done += 1
-        self._endings.end(request, Event.FINISH, now, left=peer.peer_id)
+    def finish(self, request: Request, message: m.Finished, frames: list[bytes], now: float) -> None:
+        """Ends a request that its decode worker has finished."""
+        decode = self._board.registry.get(request.decode)
+        name = decode.name if decode else ""
+        if request.state is not State.DECODING:
+            request.tell(now, "first token", worker=name)
+        request.output_token_ids += message.token_ids
+        detail = f"{len(request.output_token_ids)} tokens, {message.finish_reason}"
+        request.tell(now, "finished", worker=name, detail=detail)
+        if decode:
+            decode.num_done += 1
+        self._endings.end(request, Event.FINISH, now)
         reply = m.Finished(
-            request_id=message.request_id,
+            request_id=request.request_id,
             token_ids=message.token_ids,
             finish_reason=message.finish_reason,
             story=request.story,

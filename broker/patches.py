@@ -31,11 +31,15 @@ class PixelsNeededError(LookupError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lost:
-    """A patch that will not be encoded: every holder fails, and why."""
+    """A patch that will not be encoded for its present holders, and why.
+
+    They may try `again` where it is no fault of the patch's; else they fail.
+    """
 
     patch_hash: str
     holders: tuple[str, ...]
     reason: str
+    again: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class Patches:
         frames: Mapping[str, list[bytes]],
         needs: list[PatchNeed],
         prefer_pool: str | None = None,
+        tenant: str = "",
     ) -> list[Acquired] | None:
         """Pins all patches for `holder` and queues the missing ones, or does nothing and returns None.
 
@@ -96,6 +101,7 @@ class Patches:
             frames: their pixels by hash; a patch without any must be in the cache, or its pixels in the store.
             needs: what they need, from `needs`.
             prefer_pool: where new patches go as long as there is room: near the worker that will read them.
+            tenant: who is charged for encoding what is missing.
 
         Raises:
             PixelsNeededError: a patch would have to be encoded, and there are no pixels; nothing has changed.
@@ -114,7 +120,7 @@ class Patches:
             raise PixelsNeededError(f"{len(new)} patches are not in the cache and came without pixels")
         for patch_hash, slot in new.items():
             patch = patches[patch_hash]
-            self.queue.add(patch_hash, patch.modality, patch.num_tokens, slot, found[patch_hash])
+            self.queue.add(patch_hash, patch.modality, patch.num_tokens, slot, found[patch_hash], tenant)
         for item in acquired:
             if item.outcome is not Outcome.NEW:
                 patch = patches[item.patch_hash]
@@ -146,30 +152,43 @@ class Patches:
         self.num_encoded += 1
         return Done(job.patch_hash, self._holders(job.patch_hash), job)
 
-    def not_encoded(self, worker: Peer, job_id: int, reason: str) -> Lost | None:
-        """A worker could not encode a patch, or dropped it: nobody else is tried, since the input is to blame."""
+    def not_encoded(self, worker: Peer, job_id: int, reason: str, dropped: bool = False) -> Lost | None:
+        """A worker could not encode a patch: nobody else is tried, since the input is to blame.
+
+        With `dropped` it was not started: as asked, or because its worker is draining; it is queued again if wanted.
+        """
         job = self._of(worker, job_id)
         if job is None:
             return None
         self._leave(worker, job)
+        if not self.index.is_current(job.patch_hash, job.slot.generation):
+            self.queue.end(job)  # its pool is gone
+            return None
         holders = self._holders(job.patch_hash)
-        if job.dropped and holders:  # wanted again since it was dropped
+        if (dropped or job.dropped) and holders:
+            job.num_attempts -= 1  # no fault of the patch's
             self.queue.again(job, job.slot)
-            job.dropped = False
             return None
         self.queue.end(job)
         self.index.drop(job.patch_hash, job.slot.generation)
         return Lost(job.patch_hash, holders, reason) if holders else None
 
     def worker_lost(self, worker: Peer, now: float) -> list[Lost]:
-        """An encode worker is gone: its patches go to the others, unless they have been tried often enough."""
+        """An encode worker is gone: its patches go to the others, unless they have been tried often enough.
+
+        A worker that was draining has left in good order, which no patch is to blame for.
+        """
         lost = []
-        for job_id in sorted(worker.jobs, reverse=True):
+        for job_id in sorted(worker.jobs):
             job = self.queue.get(job_id)
             if job is None or job.worker != worker.peer_id:
                 continue
+            if not self.index.is_current(job.patch_hash, job.slot.generation):
+                self.queue.end(job)  # its pool is gone
+                continue
             self._quarantined[job.slot.generation] = (worker.name, now + QUARANTINE_S)
             holders = self._holders(job.patch_hash)
+            job.num_attempts -= worker.draining
             if not holders:
                 self.index.drop(job.patch_hash, job.slot.generation, quarantine=True)
                 self.queue.end(job)
@@ -182,7 +201,7 @@ class Patches:
                 self.queue.again(job, slot)
             else:
                 self.queue.end(job)
-                lost.append(Lost(job.patch_hash, holders, "its encode worker was lost and the cache is full"))
+                lost.append(Lost(job.patch_hash, holders, "its encode worker was lost and the cache is full", True))
         worker.jobs.clear()
         worker.load_tokens = 0
         return lost
@@ -197,7 +216,7 @@ class Patches:
         if patch is None or slot is None:
             self.index.drop(patch_hash, generation)
             return Lost(patch_hash, holders, "its slot was overwritten and it cannot be encoded again")
-        self.queue.add(patch_hash, patch.modality, patch.num_tokens, slot, frames)
+        self.queue.add(patch_hash, patch.modality, patch.num_tokens, slot, frames, request.submit.tenant)
         return None
 
     def release(self, holder: str) -> list[Job]:
@@ -224,7 +243,7 @@ class Patches:
             if job and not job.worker:
                 self.queue.end(job)
             if holders[patch_hash]:
-                lost.append(Lost(patch_hash, holders[patch_hash], "its pool was lost with the cache daemon"))
+                lost.append(Lost(patch_hash, holders[patch_hash], "its pool was lost with the cache daemon", True))
         return lost
 
     def lift_quarantine(self, name: str, now: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from broker.registry import Peer
-from epd.messages import Submit
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,36 +16,37 @@ class Placement:
     reserved_tokens: int
 
 
-def reserve_tokens(submit: Submit, output_reserve: int) -> int:
-    """KV tokens to set aside for a request: its prompt and up to `output_reserve` tokens of output."""
-    return submit.num_prompt_tokens + min(submit.max_tokens, output_reserve)
-
-
-def too_large(submit: Submit, prefills: list[Peer], decodes: list[Peer]) -> str:
-    """Why no worker could ever take this request, or an empty string."""
+def too_large(num_tokens: int, prefills: list[Peer], decodes: list[Peer]) -> str:
+    """Why no worker could ever take a prompt of so many tokens, or an empty string."""
     for stage, peers in (("prefill", prefills), ("decode", decodes)):
         room = max((peer.info.kv_capacity_tokens for peer in peers), default=0)
-        if peers and submit.num_prompt_tokens + 1 > room:
-            return f"the prompt has {submit.num_prompt_tokens} tokens; the {stage} workers' KV cache holds {room}"
+        if peers and num_tokens + 1 > room:
+            return f"the prompt has {num_tokens} tokens; the {stage} workers' KV cache holds {room}"
     return ""
 
 
-def place(submit: Submit, prefills: list[Peer], decodes: list[Peer], output_reserve: int) -> Placement | None:
-    """The least loaded prefill and decode worker with room for the request, or None while there is no room.
+def place(num_tokens: int, num_outputs: int, prefills: list[Peer], decodes: list[Peer]) -> Placement | None:
+    """The least loaded prefill and decode worker with room for a request, or None while there is no room.
+
+    Args:
+        num_tokens: its prompt, with the output of earlier legs.
+        num_outputs: the output to set KV tokens aside for.
+        prefills: the prefill workers to choose from.
+        decodes: the decode workers to choose from.
 
     A decode worker has room when the tokens it has been promised fit its KV cache and its batch has a place: then its
     side of a KV push is always registered at once, and a finished prefill never waits for memory there. An idle worker
     takes any request that fits it at all.
     """
-    need = reserve_tokens(submit, output_reserve)
+    need = num_tokens + num_outputs
 
     def has_room(peer: Peer) -> bool:
         if not peer.requests:
-            return submit.num_prompt_tokens + 1 <= peer.info.kv_capacity_tokens
+            return num_tokens + 1 <= peer.info.kv_capacity_tokens
         return peer.load_tokens + need <= peer.info.kv_capacity_tokens and len(peer.requests) < peer.info.max_num_seqs
 
     roomy = [peer for peer in decodes if has_room(peer)]
-    fitting = [peer for peer in prefills if submit.num_prompt_tokens + 1 <= peer.info.kv_capacity_tokens]
+    fitting = [peer for peer in prefills if num_tokens + 1 <= peer.info.kv_capacity_tokens]
     if not roomy or not fitting:
         return None
     return Placement(

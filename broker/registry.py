@@ -13,7 +13,9 @@ class Peer:
     """One registered incarnation of an endpoint, a cache daemon or a worker.
 
     `load_tokens` is what is outstanding here, in the unit that its stage is limited by: embedding rows to encode,
-    prompt tokens to prefill, or KV tokens reserved for decoding. `jobs` and `requests` are the ids it works on.
+    prompt tokens to prefill, or KV tokens reserved for decoding. `jobs` and `requests` are the ids of jobs and of
+    requests' legs that it works on.
+    `stepped_at` is when its engine made a step, or had nothing to do; one that is `draining` gets nothing new.
     """
 
     peer_id: str
@@ -27,6 +29,8 @@ class Peer:
     load_tokens: int = 0
     num_done: int = 0
     num_steps: int = 0
+    stepped_at: float = 0.0
+    draining: bool = False
     jobs: set[int] = dataclasses.field(default_factory=set)
     requests: set[str] = dataclasses.field(default_factory=set)
     held: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -41,6 +45,7 @@ class Peer:
             pid=self.pid,
             num_outstanding=len(self.jobs) or len(self.requests),
             num_done=self.num_done,
+            draining=self.draining,
             info=self.info,
             held=self.held,
         )
@@ -66,6 +71,7 @@ class Registry:
     def add(self, peer_id: str, hello: Hello, now: float) -> Peer:
         """Registers the sender of `hello`."""
         peer = Peer(peer_id, hello.name, hello.role, hello.host, hello.pid, hello.info, hello.pools, now)
+        peer.stepped_at = now
         self._peers[peer_id] = peer
         return peer
 
@@ -76,6 +82,10 @@ class Registry:
     def of(self, role: Role) -> list[Peer]:
         """The registered peers of a role, in the order they came."""
         return [peer for peer in self if peer.role is role]
+
+    def serving(self, role: Role) -> list[Peer]:
+        """The peers of a role that take new work, in the order they came."""
+        return [peer for peer in self.of(role) if not peer.draining]
 
     def silent_since(self, moment: float) -> list[Peer]:
         """The peers not heard from after `moment`."""

@@ -1,4 +1,4 @@
-"""One request as the broker sees it: its state, its two legs, what it holds, and its story. Pure.
+"""One request as the broker sees it: its state, its legs, what it holds, and its story. Pure.
 
 States and the events that move between them stand in `TRANSITIONS`; an event that is not listed for the state a
 request is in changes nothing and is counted as fenced by the core.
@@ -35,6 +35,7 @@ class Event(enum.StrEnum):
     FINISH = "finish"
     FAIL = "fail"
     CANCEL = "cancel"
+    RETRY = "retry"
 
 
 # A decode worker gets the KV from the prefill worker itself, so its first tokens may overtake PREFILLED and PUSHED.
@@ -48,12 +49,14 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.PREFILLING, Event.FINISH): State.FINISHED,
     (State.PREFILLING, Event.FAIL): State.FAILED,
     (State.PREFILLING, Event.CANCEL): State.CANCELLED,
+    (State.PREFILLING, Event.RETRY): State.QUEUED,
     (State.DECODING, Event.PREFILLED): State.DECODING,
     (State.DECODING, Event.PUSHED): State.DECODING,
     (State.DECODING, Event.TOKENS): State.DECODING,
     (State.DECODING, Event.FINISH): State.FINISHED,
     (State.DECODING, Event.FAIL): State.FAILED,
     (State.DECODING, Event.CANCEL): State.CANCELLED,
+    (State.DECODING, Event.RETRY): State.QUEUED,
 }
 
 
@@ -65,9 +68,13 @@ class InvalidTransitionError(RuntimeError):
 class Request:
     """A request in flight.
 
-    `engine_frames` go to the prefill and the decode worker; `patch_frames` (by hash) to whoever encodes a patch, and
-    are kept until the prompt is computed so that a patch can be encoded again. `missing` are the hashes that the
-    prefill worker still waits for. `early_finish` is a FINISHED that overtook PREFILLED, with its frames.
+    `leg_id` names the present attempt towards the workers, who never see one twice; `num_losses` counts the workers
+    that were lost with this request, and the attempts that its endpoint has counted. `engine_frames` go to the prefill
+    and the decode worker of every leg; `patch_frames` (by hash) to whoever encodes a patch, and are kept until the
+    prompt is computed so that a patch can be encoded again. `output_token_ids` is all that its client has got.
+    `queued_at` is when it last began to wait, `not_before` when it may start. `missing` are the hashes that the
+    prefill worker still waits for. `early_finish` is a FINISHED that overtook PREFILLED, with its frames;
+    `has_prompt_output` says that the endpoint has the prompt's log-probabilities.
     """
 
     submit: Submit
@@ -77,26 +84,58 @@ class Request:
     engine_frames: list[bytes]
     patch_frames: dict[str, list[bytes]]
     patches: dict[str, Patch]
+    leg_id: str
+    output_token_ids: list[int]
+    num_losses: int = 0
+    queued_at: float = 0.0
+    not_before: float = 0.0
     state: State = State.QUEUED
     prefill: str = ""
     decode: str = ""
+    prompt_tokens: int = 0
     reserved_tokens: int = 0
     missing: set[str] = dataclasses.field(default_factory=set)
     prefilled: bool = False
     pushed: bool = False
-    num_tokens_out: int = 0
     early_finish: tuple[Finished, list[bytes]] | None = None
+    has_prompt_output: bool = False
     story: list[StoryEvent] = dataclasses.field(default_factory=list)
 
     @property
     def request_id(self) -> str:
-        """The id under which prefill and decode find each other."""
+        """The id under which its endpoint knows it."""
         return self.submit.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to prefill: the prompt, and the output so far."""
+        return self.submit.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens of output that may still come."""
+        return self.submit.max_tokens - len(self.output_token_ids)
+
+    @property
+    def cost(self) -> int:
+        """What it takes of the pipeline, for fairness: tokens to prefill and embedding rows to encode."""
+        return self.submit.num_prompt_tokens + sum(patch.num_tokens for patch in self.patches.values())
 
     @property
     def frames_bytes(self) -> int:
         """Bytes of opaque frames held for this request."""
         return sum(map(len, self.engine_frames)) + sum(len(f) for fs in self.patch_frames.values() for f in fs)
+
+    def new_leg(self, leg_id: str) -> None:
+        """Waits again, for another leg; what the earlier one had is forgotten.
+
+        Raises:
+            InvalidTransitionError: it waits already, or has ended.
+        """
+        self.move(Event.RETRY)
+        self.leg_id, self.prefill, self.decode = leg_id, "", ""
+        self.prompt_tokens = self.reserved_tokens = 0
+        self.missing, self.prefilled, self.pushed, self.early_finish = set(), False, False, None
 
     def allows(self, event: Event) -> bool:
         """Whether `event` is legal in the present state."""

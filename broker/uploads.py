@@ -33,7 +33,7 @@ class Uploads:
         if upload.upload_id in self._board.uploads:
             self._refuse(peer, upload, ErrorCode.DUPLICATE, "an upload with this id is kept already")
             return
-        encoders = board.registry.of(Role.ENCODE)
+        encoders = board.registry.serving(Role.ENCODE)
         if not encoders or not board.patches.index.pools:
             self._refuse(peer, upload, ErrorCode.NOT_READY, "no encode worker or no cache is registered")
             return

@@ -107,6 +107,14 @@ class CacheIndex:
         self._forget_evicted(placement)
         return [self._pin(need, holder, placement.extents.get(h)) for h, need in wanted.items()]
 
+    def share(self, holder: str, other: str) -> None:
+        """Pins for `holder` too what `other` pins, except for LOST patches: between two legs of a request."""
+        for patch_hash in self._pins.get(other, ()):
+            entry = self._entries[patch_hash]
+            if entry.state is not State.LOST:
+                entry.holders.add(holder)
+                self._pins.setdefault(holder, {})[patch_hash] = None
+
     def could_ever_fit(self, needs: Sequence[PatchNeed]) -> bool:
         """Whether `needs` fit together into the pools there are when nothing else is in them.
 

@@ -28,6 +28,10 @@ class BrokerConfig(_Section):
     longer; uploads may pin `upload_fraction` of the cache; pixels are kept, up to
     `pixel_store_bytes`, for encoding a patch again; `max_queued` requests wait at most `max_queue_s` seconds
     for a place, beyond that the answer is 503.
+
+    A request that loses a worker is tried `max_attempts` times in all. While a stage (or the cache) has been absent for
+    less than `absence_grace_s`, requests wait for it in the queue; 0 refuses them at once. A worker that holds
+    something and whose engine makes no step for `hung_after_s` is taken for lost, and ends itself.
     """
 
     address: str = "tcp://127.0.0.1:5840"
@@ -42,6 +46,9 @@ class BrokerConfig(_Section):
     story_keep: int = 1000
     upload_fraction: float = 0.5
     pixel_store_bytes: int = 256 << 20
+    max_attempts: int = 3
+    absence_grace_s: float = 30.0
+    hung_after_s: float = 60.0
 
 
 class CacheConfig(_Section):
@@ -87,9 +94,13 @@ class EndpointConfig(_Section):
 
 
 class StageConfig(_Section):
-    """`[encode]`, `[prefill]`, `[decode]`: how many workers `epd up` starts, and their vLLM engine options."""
+    """`[encode]`, `[prefill]`, `[decode]`: how many workers `epd up` starts, and their vLLM engine options.
+
+    A worker that is asked to stop finishes what it has for up to `drain_s` seconds; what is left goes on elsewhere.
+    """
 
     workers: int = 1
+    drain_s: float = 10.0
     engine: dict[str, Any] = {}
 
 

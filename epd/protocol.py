@@ -53,6 +53,7 @@ TABLE: tuple[Command, ...] = (
     Command(code=8, struct=m.Status, from_broker=_EP),
     Command(code=9, struct=m.GetCache, to_broker=_EP),
     Command(code=10, struct=m.CacheState, from_broker=_EP),
+    Command(code=11, struct=m.Draining, to_broker=_WORKERS),
     Command(code=16, struct=m.Submit, to_broker=_EP, state="request unknown", frames="engine request, patches"),
     Command(code=17, struct=m.Cancel, to_broker=_EP, state="request in flight"),
     Command(code=18, struct=m.Tokens, to_broker=_D, from_broker=_EP, state="request started", frames="engine output"),

@@ -1,23 +1,26 @@
 """A worker daemon: one stage's engine in a thread, and beside it an event loop with one link to the broker.
 
-The engine is built first; the worker registers when it is ready. If the engine fails, the worker says goodbye and ends
-with status 1, so that its supervisor starts a new one. At the first SIGTERM it waits for what it has on its hands.
+The engine is built first; the worker registers when it is ready. If the engine fails, or takes no command for
+`broker.hung_after_s`, the worker says goodbye and ends with status 1, so that its supervisor starts a new one. At the
+first SIGTERM it asks for no more work, and finishes what it has on its hands for up to its stage's `drain_s`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import structlog
 
 from epd import held, service
 from epd.config import Config, ConfigError
 from epd.link import BrokerLink
-from epd.messages import Message, Pools, Role, Welcome, WorkerInfo
+from epd.messages import Draining, Message, Pools, Role, Welcome, WorkerInfo
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
 from workers.prefill import PrefillStage
@@ -27,10 +30,14 @@ from workers.thread import EngineThread
 log = structlog.get_logger()
 
 STAGES: dict[str, type[Stage]] = {stage.role.value: stage for stage in (EncodeStage, PrefillStage, DecodeStage)}
-DRAIN_S = 10.0
 # Engine thread and event loop share the interpreter: with Python's 5 ms, a message can wait that long for its turn.
 SWITCH_INTERVAL_S = 0.0002
 _STOP_S = 5.0
+_WATCHES = 4
+
+
+class EngineHungError(RuntimeError):
+    """The engine thread has taken no command for too long."""
 
 
 class Worker:
@@ -41,6 +48,8 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._ready, self.failed = asyncio.Event(), asyncio.Event()
         self.error: BaseException | None = None
+        self._drain_s: float = getattr(config, stage).drain_s
+        self._draining = False
         self._stage = STAGES[stage](config, name, self._post)
         self._thread = EngineThread(self._stage, self._on_ready, self._on_exit)
         threading.excepthook = self._on_thread_error
@@ -64,6 +73,14 @@ class Worker:
         if not self._ready.is_set():
             return self._close()
         log.info("engine ready", seconds=round(time.monotonic() - started, 1))
+        watching = asyncio.create_task(self._watch(), name="watch")
+        try:
+            return await self._serve(stop)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _serve(self, stop: asyncio.Event) -> int:
         async with self._link as link:
             await _first(link.wait_registered(), self.failed.wait(), stop.wait())
             if link.registered:
@@ -72,9 +89,48 @@ class Worker:
             await _first(self.failed.wait(), stop.wait())
             service.notify_systemd("STOPPING=1")
             if not self.failed.is_set():
-                await asyncio.to_thread(self._thread.wait_idle, DRAIN_S)
+                await self._drain()
             link.goodbye("the engine failed" if self.failed.is_set() else "stopped")
         return self._close()
+
+    async def _drain(self) -> None:
+        """Takes no more work, and returns when what was here is done, the engine has failed, or time is up."""
+        until = self._loop.time() + self._drain_s
+        self._draining = True
+        self._link.send(Draining())
+        try:
+            async with asyncio.timeout_at(until):
+                await _first(self.failed.wait(), self._in_engine(self._stage.drain))
+        except TimeoutError:
+            pass
+        if self.failed.is_set():
+            return
+        if not await asyncio.to_thread(self._thread.wait_idle, max(0.0, until - self._loop.time())):
+            log.warning("not all was finished in time; it goes on elsewhere", drain_s=self._drain_s)
+
+    async def _watch(self) -> None:
+        """Ends the worker when its engine thread takes no command any more."""
+        hung_after_s = self._config.broker.hung_after_s
+        while True:
+            try:
+                async with asyncio.timeout(hung_after_s):
+                    await self._in_engine(lambda: None)
+            except TimeoutError:
+                self.error = EngineHungError(f"the engine has taken no command for {hung_after_s:g} s")
+                self.failed.set()
+                return
+            await asyncio.sleep(hung_after_s / _WATCHES)
+
+    async def _in_engine(self, command: Callable[..., None], *args: Any) -> None:
+        """Returns when the engine thread has run a command, and all that were given before it."""
+        done = asyncio.Event()
+
+        def run() -> None:
+            command(*args)
+            self._loop.call_soon_threadsafe(done.set)
+
+        self._thread.call(run)
+        await done.wait()
 
     def _close(self) -> int:
         if isinstance(self.error, ConfigError):
@@ -99,9 +155,12 @@ class Worker:
 
     async def _on_registered(self, welcome: Welcome) -> None:
         self._thread.call(self._stage.set_pools, welcome.pools)
+        if self._draining:
+            self._link.send(Draining())
 
     async def _on_lost(self, reason: str) -> None:
-        self._thread.call(self._stage.reset)
+        """A worker whose engine is stuck must not register again and be given work: this returns after the reset."""
+        await self._in_engine(self._stage.reset)
 
     # ---- called in the engine thread -------------------------------------------------------------------------------
 
@@ -145,4 +204,7 @@ def run(config: Config, stage: str, name: str) -> int:
     """Runs the daemon until SIGINT or SIGTERM; returns the exit status."""
     service.configure_logging(config.log, name)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    return service.run(lambda stop: main(config, stage, name, stop))
+    status = service.run(lambda stop: main(config, stage, name, stop))
+    if any(isinstance(thread, EngineThread) for thread in threading.enumerate()):
+        os._exit(status)  # it is stuck, and the interpreter's end might wait for it
+    return status

@@ -31,7 +31,7 @@ class DecodeStage(Stage):
         match message:
             case Decode():
                 try:
-                    self.engine.add_decode(frames, message.prefill)
+                    self.engine.add_decode(message.request_id, frames, message.prefill, message.output_token_ids)
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())

@@ -32,7 +32,22 @@ class EncodeStage(Stage):
                     self.engine.abort([name])
                     self._post(EncodeFailed(job_id=message.job_id, message="dropped", dropped=True), ())
 
+    def drain(self) -> None:
+        """Hands back the jobs that have not been started."""
+        super().drain()
+        waiting = [name for name in self.engine.waiting() if name in self._jobs]
+        self.engine.abort(waiting)
+        for name in waiting:
+            if job := self._end(name):
+                self._hand_back(job)
+
+    def _hand_back(self, job: EncodeJob) -> None:
+        self._post(EncodeFailed(job_id=job.job_id, message="this worker is draining", dropped=True), ())
+
     def _add(self, job: EncodeJob, frames: Frames) -> None:
+        if self.draining:
+            self._hand_back(job)
+            return
         try:
             name = self.engine.add_encode(job, frames)
         except Exception as error:  # whatever the engine makes of the patch is this patch's failure only

@@ -259,9 +259,17 @@ class Engine:
         self._add(request)
         return name
 
-    def add_prefill(self, frames: Sequence[bytes]) -> EngineCoreRequest:
-        """Queues a request to be prefilled and its KV kept for a decode worker."""
-        request = self._request_decoder.decode(frames)
+    def add_prefill(
+        self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int] = ()
+    ) -> EngineCoreRequest:
+        """Queues a request to be prefilled and its KV kept for a decode worker.
+
+        Args:
+            leg_id: what the engine knows it by: the push connector must not see an id twice.
+            frames: the engine request.
+            output_token_ids: what earlier legs have sampled; follows the prompt.
+        """
+        request = self._leg(leg_id, frames, output_token_ids)
         sampling = request.sampling_params
         request.sampling_params = SamplingParams(
             max_tokens=1,
@@ -274,10 +282,17 @@ class Engine:
         self._add(request)
         return request
 
-    def add_decode(self, frames: Sequence[bytes], peer: KvPeer) -> EngineCoreRequest:
-        """Queues a request whose KV `peer` will push."""
-        request = self._request_decoder.decode(frames)
+    def add_decode(
+        self, leg_id: str, frames: Sequence[bytes], peer: KvPeer, output_token_ids: Sequence[int] = ()
+    ) -> EngineCoreRequest:
+        """Queues a request whose KV `peer` will push; the others as for `add_prefill`.
+
+        `output_token_ids` count towards the bounds of the output.
+        """
+        request = self._leg(leg_id, frames, output_token_ids)
         sampling = request.sampling_params
+        sampling.max_tokens -= len(output_token_ids)
+        sampling.min_tokens = max(0, sampling.min_tokens - len(output_token_ids))
         sampling.prompt_logprobs = None  # the prefill worker gives them
         sampling.extra_args = (sampling.extra_args or {}) | {
             "kv_transfer_params": {
@@ -294,6 +309,12 @@ class Engine:
         self._add(request)
         return request
 
+    def _leg(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int]) -> EngineCoreRequest:
+        request = self._request_decoder.decode(frames)
+        request.request_id = leg_id
+        request.prompt_token_ids = [*request.prompt_token_ids, *output_token_ids]
+        return request
+
     def _add(self, request: EngineCoreRequest) -> None:
         self.core.add_request(*self.core.preprocess_add_request(request))
 
@@ -308,6 +329,10 @@ class Engine:
     def has_requests(self) -> bool:
         """Whether there is anything to step for, a KV push still under way included."""
         return bool(self.scheduler.has_requests())
+
+    def waiting(self) -> list[str]:
+        """The requests that the scheduler has not begun, in order."""
+        return [request.request_id for request in self.scheduler.waiting]
 
     def holds(self, request_id: str) -> bool:
         """Whether the scheduler still has this request; a finished prefill stays until its KV has been pushed."""

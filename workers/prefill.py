@@ -16,6 +16,7 @@ _PATCH_POLL_S = 1.0
 @dataclasses.dataclass(slots=True)
 class _Leg:
     received_at: float
+    num_kept_outputs: int
 
 
 class PrefillStage(Stage):
@@ -34,12 +35,12 @@ class PrefillStage(Stage):
         match message:
             case Prefill():
                 try:
-                    self.engine.add_prefill(frames)
+                    self.engine.add_prefill(message.request_id, frames, message.output_token_ids)
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
                     return
-                self._legs[message.request_id] = _Leg(time.monotonic())
+                self._legs[message.request_id] = _Leg(time.monotonic(), len(message.output_token_ids))
                 self._ready(message.request_id, message.ready)
             case Ready():
                 self._ready(message.request_id, message.ready)
@@ -86,6 +87,10 @@ class PrefillStage(Stage):
             )
             frames: Frames = ()
             if output.new_prompt_logprobs_tensors is not None:
+                if leg.num_kept_outputs:  # their rows come last
+                    output.new_prompt_logprobs_tensors = type(output.new_prompt_logprobs_tensors)(
+                        *(rows[: -leg.num_kept_outputs] for rows in output.new_prompt_logprobs_tensors[:3])
+                    )
                 output.new_token_ids, output.new_logprobs, output.finish_reason = [], None, None
                 output.kv_transfer_params = None
                 frames = self.engine.pack(output)

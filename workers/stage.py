@@ -39,6 +39,7 @@ class Stage(abc.ABC):
     def __init__(self, config: Config, name: str, post: Post) -> None:
         self._config, self._name, self._post = config, name, post
         self.engine: Engine
+        self.draining = False
         self.info = WorkerInfo()
 
     def start(self) -> None:
@@ -66,6 +67,10 @@ class Stage(abc.ABC):
             self.engine.connector.set_pools(pools)
         except PoolError as error:  # a pool that was just replaced; the next list will be right
             log.warning("pool not opened", reason=str(error))
+
+    def drain(self) -> None:
+        """This worker is to stop: what it has is finished, what has not been started may be handed back."""
+        self.draining = True
 
     @abc.abstractmethod
     def handle(self, message: Message, frames: Frames) -> None:

@@ -67,6 +67,7 @@ def describe_worker(worker: WorkerStatus) -> dict[str, Any]:
         "host": worker.host,
         "num_outstanding": worker.num_outstanding,
         "num_done": worker.num_done,
+        "draining": worker.draining,
         "tower_bytes": worker.info.tower_bytes,
         "language_bytes": worker.info.language_bytes,
         "kv_capacity_tokens": worker.info.kv_capacity_tokens,

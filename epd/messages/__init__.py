@@ -24,6 +24,7 @@ from epd.messages.parts import (
 )
 from epd.messages.peers import (
     CacheState,
+    Draining,
     GetCache,
     Goodbye,
     Heartbeat,
@@ -66,7 +67,7 @@ from epd.messages.stages import (
 )
 
 Message = (
-    Hello | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Goodbye | Status | GetCache | CacheState
+    Hello | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Draining | Goodbye | Status | GetCache | CacheState
     | Submit | Cancel | Upload | Uploaded | DropUpload | Tokens | Finished | Failed | GetStory | Story
     | Encode | DropEncode | Encoded | EncodeFailed
     | Prefill | Ready | Stale | Prefilled | Pushed | Released | Abort
@@ -80,6 +81,7 @@ __all__ = [
     "Cancel",
     "Counters",
     "Decode",
+    "Draining",
     "DropEncode",
     "DropUpload",
     "Encode",

@@ -124,7 +124,10 @@ class StoryEvent(Struct, frozen=True):
 
 
 class WorkerStatus(Struct, frozen=True):
-    """One worker as the broker sees it, for `/ready`, `/metrics` and people; `held` as in its last HEARTBEAT."""
+    """One worker as the broker sees it, for `/ready`, `/metrics` and people.
+
+    A worker that is `draining` finishes what it has and gets nothing new. `held` is as in its last HEARTBEAT.
+    """
 
     name: str
     role: Role
@@ -133,6 +136,7 @@ class WorkerStatus(Struct, frozen=True):
     pid: int
     num_outstanding: int = 0
     num_done: int = 0
+    draining: bool = False
     info: WorkerInfo = WorkerInfo()
     held: dict[str, int] = {}
 
@@ -149,6 +153,7 @@ class Counters(Struct, frozen=True):
     num_finished: int = 0
     num_failed: int = 0
     num_cancelled: int = 0
+    num_retried: int = 0
     num_encoded: int = 0
     num_cache_hits: int = 0
     num_coalesced: int = 0

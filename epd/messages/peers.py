@@ -51,6 +51,10 @@ class Unknown(Struct, frozen=True):
     """Broker → any peer: you are not registered (the broker restarted, or you were silent too long). Say HELLO."""
 
 
+class Draining(Struct, frozen=True):
+    """Worker → Broker: asked to stop: no new work, please. It finishes what it can, then says GOODBYE."""
+
+
 class Goodbye(Struct, frozen=True):
     """Any peer → Broker: leaving in good order; nothing more will come."""
 

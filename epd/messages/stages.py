@@ -1,4 +1,8 @@
-"""Messages between the broker and the stage workers: encode, prefill, decode. See the package."""
+"""Messages between the broker and the stage workers: encode, prefill, decode. See the package.
+
+Between broker and workers `request_id` names a leg: one attempt at a request. The first leg has the request's own id,
+each later one an id that no worker has seen before.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,10 @@ class Encoded(Struct, frozen=True):
 
 
 class EncodeFailed(Struct, frozen=True):
-    """Encode → Broker: this patch could not be encoded (`dropped`: it was not started, as asked)."""
+    """Encode → Broker: this patch could not be encoded.
+
+    `dropped`: it was not started, because nobody needs it any more or because this worker is draining.
+    """
 
     job_id: int
     message: str
@@ -62,11 +69,13 @@ class PatchReady(Struct, frozen=True):
 class Prefill(Struct, frozen=True):
     """Broker → Prefill: compute this request's KV. Opaque frames: the engine request.
 
-    `ready` are the patches that can be read already; READY brings the others.
+    `ready` are the patches that can be read already; READY brings the others. `output_token_ids` were sampled by an
+    earlier leg and follow the prompt.
     """
 
     request_id: str
     ready: list[PatchReady] = msgspec.field(default_factory=list)
+    output_token_ids: list[int] = msgspec.field(default_factory=list)
 
 
 class Ready(Struct, frozen=True):
@@ -119,11 +128,13 @@ class Abort(Struct, frozen=True):
 class Decode(Struct, frozen=True):
     """Broker → Decode: register for this request's KV with `prefill`, then decode. Opaque frames: the engine request.
 
-    Sent at the same time as PREFILL, so that the registration is never waited for.
+    Sent at the same time as PREFILL, so that the registration is never waited for. `output_token_ids` as there: they
+    follow the prompt and count towards the output's bounds, and only the tokens after them are reported.
     """
 
     request_id: str
     prefill: KvPeer
+    output_token_ids: list[int] = msgspec.field(default_factory=list)
 
 
 class NeedPatches(Struct, frozen=True):

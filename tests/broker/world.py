@@ -49,6 +49,7 @@ class World:
         self.core = Core(self.config)
         self.sent: list[Send] = []
         self.names: dict[str, str] = {}
+        self.stuck: set[str] = set()
 
     def join(self, name: str, role: Role, info: m.WorkerInfo | None = None, pools: list[m.Pool] | None = None) -> str:
         """Registers a peer; its id is its name and the number of times it has joined."""
@@ -77,12 +78,16 @@ class World:
         self.sent += self.core.handle(peer_id, message, frames or [], self.now)
 
     def wait(self, seconds: float, but: tuple[str, ...] = ()) -> None:
-        """Lets time pass in steps of a quarter second; all peers but those named keep sending heartbeats."""
+        """Lets time pass in steps of a quarter second; all peers but those named keep sending heartbeats.
+
+        The engines of all that do, but for those in `stuck`, make a step each time.
+        """
         for _ in range(round(seconds / 0.25)):
             self.now += 0.25
             for peer in list(self.core.board.registry):
                 if peer.peer_id not in but:
-                    self.say(peer.peer_id, m.Heartbeat())
+                    num_steps = peer.num_steps + (peer.peer_id not in self.stuck)
+                    self.say(peer.peer_id, m.Heartbeat(num_steps=num_steps))
             self.sent += self.core.tick(self.now)
 
     def submit(self, request_id: str, patches: list[str] = (), *, tokens: int = 4, prompt: int = 32, **more) -> None:

@@ -78,7 +78,7 @@ def main() -> None:
     def computed(request_id: str) -> int:
         return int(engine.scheduler.requests[request_id].num_computed_tokens)
 
-    engine.add_prefill(request("late"))
+    engine.add_prefill("late", request("r"))
     told["before any patch"] = [engine.step()[1], computed("late")]
     for name in list(slots)[:3]:
         engine.connector.patch_ready(name, slots[name])
@@ -87,7 +87,7 @@ def main() -> None:
     for name in list(slots)[3:]:
         engine.connector.patch_ready(name, slots[name])
     late = run("late")
-    engine.add_prefill(request("whole"))
+    engine.add_prefill("whole", request("r"))
     for name, slot in slots.items():
         engine.connector.patch_ready(name, slot)
     whole = run("whole")
