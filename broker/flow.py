@@ -38,7 +38,7 @@ class Flow:
             self._board.count("num_refused")
             self._board.send(peer.peer_id, failed(submit.request_id, *refusal))
             return
-        if len(self._board.queue) >= self._board.config.max_queued and (other := self._gives_way(submit.tenant)):
+        if self._is_queue_full(submit) and (other := self._gives_way(submit.tenant)):
             text = "too many requests of this tenant wait, and another tenant's has come"
             self._endings.fail(other, ErrorCode.OVERLOADED, text, now)
         self._board.count("num_accepted")
@@ -78,7 +78,7 @@ class Flow:
             return ErrorCode.DUPLICATE, "a request with this id is in flight"
         if gone := self._liveness.gone(needed(bool(submit.patches)), now):
             return ErrorCode.NOT_READY, f"no {' and no '.join(gone)} worker is registered"
-        is_full = len(self._board.queue) >= config.max_queued and self._gives_way(submit.tenant) is None
+        is_full = self._is_queue_full(submit) and self._gives_way(submit.tenant) is None
         if is_full or len(self._board.requests) >= config.max_in_flight:
             return ErrorCode.OVERLOADED, f"{len(self._board.requests)} requests are in flight"
         if self._board.frames_bytes + request.frames_bytes > config.max_frames_bytes:
@@ -97,6 +97,10 @@ class Flow:
             if not fits:
                 return ErrorCode.TOO_LARGE, f"the embeddings of {len(needs)} patches do not fit the cache"
         return None
+
+    def _is_queue_full(self, submit: m.Submit) -> bool:
+        """Whether a request finds no place in the queue; one that an earlier broker had admitted always does."""
+        return not submit.attempts and len(self._board.queue) >= self._board.config.max_queued
 
     def _gives_way(self, tenant: str) -> Request | None:
         """The queued request that a new one of `tenant` would displace: the newest of whoever has the most of them.
