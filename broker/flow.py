@@ -277,6 +277,8 @@ class Flow:
             else:
                 self._board.count("num_fenced")
             return
+        if isinstance(message, m.Tokens | m.Finished) and not self._follows(request, message, now):
+            return
         match message:
             case m.Prefilled() if not request.prefilled and request.allows(Event.PREFILLED):
                 self._prefilled(peer, request, message, frames, now)
@@ -292,8 +294,6 @@ class Flow:
                     self._send_ready(request, peer.peer_id, [message.patch_hash])
             case m.NeedPatches() if peer.peer_id == request.decode:
                 self._need_patches(request, message.patch_hashes, now)
-            case m.Tokens() | m.Finished() if self._is_out_of_place(peer, request, message, now):
-                self._board.count("num_fenced")
             case m.Tokens() if request.allows(Event.TOKENS):
                 if request.state is not State.DECODING:
                     request.tell(now, "first token", worker=peer.name)
@@ -316,15 +316,16 @@ class Flow:
             case _:
                 self._board.count("num_fenced")
 
-    def _is_out_of_place(self, peer: Peer, request: Request, message: m.Tokens | m.Finished, now: float) -> bool:
-        """Whether these tokens are not the next ones; where some are missing, the request is tried again."""
+    def _follows(self, request: Request, message: m.Tokens | m.Finished, now: float) -> bool:
+        """Whether tokens come right after those that are there; after a gap the request goes on from what is there."""
         num_known = len(request.output_token_ids)
-        if message.first is None or message.first == num_known:
-            return False
-        if message.first > num_known:
-            text = f"tokens {num_known} to {message.first} from {peer.name} are missing"
+        if message.num_before in (-1, num_known):
+            return True
+        self._board.count("num_fenced")
+        if message.num_before > num_known:
+            text = f"tokens {num_known} to {message.num_before} did not arrive"
             self._retries.again(request, ErrorCode.WORKER_LOST, text, now)
-        return True
+        return False
 
     def finish(self, request: Request, message: m.Finished, frames: list[bytes], now: float) -> None:
         """Ends a request that its decode worker has finished."""
@@ -332,7 +333,6 @@ class Flow:
         name = decode.name if decode else ""
         if request.state is not State.DECODING:
             request.tell(now, "first token", worker=name)
-        first = len(request.output_token_ids)
         request.output_token_ids += message.token_ids
         detail = f"{len(request.output_token_ids)} tokens, {message.finish_reason}"
         request.tell(now, "finished", worker=name, detail=detail)
@@ -343,7 +343,7 @@ class Flow:
             request_id=request.request_id,
             token_ids=message.token_ids,
             finish_reason=message.finish_reason,
-            first=first,
+            num_before=message.num_before,
             story=request.story,
         )
         self._board.send(request.endpoint, reply, frames)

@@ -76,15 +76,15 @@ class DecodeStage(Stage):
                 self._post(Failed(request_id=request_id, code="worker_lost", message=text), ())
                 continue
             frames = self.engine.pack(output)
-            first = self._requests[request_id]
+            before = self._requests[request_id]
             self._requests[request_id] += len(token_ids)
             if output.finished:
                 self._forget(request_id)
                 reason = str(output.finish_reason)
-                done = Finished(request_id=request_id, token_ids=token_ids, finish_reason=reason, first=first)
+                done = Finished(request_id=request_id, token_ids=token_ids, finish_reason=reason, num_before=before)
                 self._post(done, frames)
             else:
-                self._post(Tokens(request_id=request_id, token_ids=token_ids, first=first), frames)
+                self._post(Tokens(request_id=request_id, token_ids=token_ids, num_before=before), frames)
         if not executed:
             self._ask_for_patches()
         return executed

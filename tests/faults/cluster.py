@@ -391,9 +391,9 @@ class EndpointProcess(Peer):
             return
         match message:
             case m.Tokens() | m.Finished():
-                if message.first is not None and message.first > len(ask.tokens):
+                if message.num_before > len(ask.tokens):
                     self._fail(ask, "engine_failed")
-                elif message.first is None or message.first == len(ask.tokens):
+                elif message.num_before in (-1, len(ask.tokens)):
                     ask.tokens += msgspec.msgpack.decode(frames[0])
                     if isinstance(message, m.Finished):
                         ask.end = "finished"
