@@ -3,7 +3,7 @@ PY := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fast format docs bench clean
+.PHONY: help setup demo test check fast soak format docs bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,6 +24,9 @@ check: setup ## lint, formatting and types
 
 fast: setup ## the pure tests only: seconds, no engine, no GPU
 	$(PY) -m pytest -m "not engine and not gpu" $(ARGS)
+
+soak: setup ## ten minutes of requests and faults against a whole pipeline
+	$(PY) -m tests.soak $(ARGS)
 
 format: setup ## let ruff format and fix what it can
 	$(PY) -m ruff format .

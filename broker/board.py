@@ -41,7 +41,7 @@ class Board:
     `requests` has them by their ids, `legs` by the ids of their present legs. `queue` holds the ids of requests that
     wait for a place; `releasing` the ended legs whose slots a peer may still be reading, with those peers;
     `frames_bytes` counts the opaque frames held for requests. `encode_info` is what the last encode worker that came
-    said of itself; `process_held` is what the daemon's process holds, as it last said.
+    said of itself, `process_held` what the daemon's process holds, as it last said.
     """
 
     def __init__(self, config: BrokerConfig, first_generation: int) -> None:
@@ -55,8 +55,8 @@ class Board:
         self.queue: FairQueue[str] = FairQueue()
         self.releasing: dict[str, set[str]] = {}
         self.frames_bytes = 0
-        self._last_leg = first_generation - 1
         self.process_held: dict[str, int] = {}
+        self._last_leg = first_generation - 1
         self._stories: OrderedDict[str, m.Story] = OrderedDict()
         self._out: list[Send] = []
         self._counts: dict[str, Any] = dict.fromkeys(m.Counters.__struct_fields__, 0)

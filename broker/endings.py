@@ -8,7 +8,7 @@ from __future__ import annotations
 from broker.board import Board
 from broker.encoding import Job
 from broker.patches import Lost
-from broker.request import Event, Request
+from broker.request import Event, Request, State
 from epd import messages as m
 from epd.errors import HTTP_STATUS, ErrorCode
 
@@ -35,20 +35,23 @@ class Endings:
 
     def end(self, request: Request, event: Event, now: float, *, left: str = "") -> None:
         """Ends a request and its leg; `left` is the peer that ended it and has already let go of it."""
+        awaits_kv = request.state is State.PREFILLING and event is not Event.FINISH
         request.move(event)
         self._board.queue.remove(request.request_id)
         self._board.frames_bytes -= request.frames_bytes
         del self._board.requests[request.request_id]
         self._board.count({Event.FINISH: "num_finished", Event.FAIL: "num_failed"}.get(event, "num_cancelled"))
         self._board.remember(request)
-        self.end_leg(request, left=request.decode if event is Event.FINISH else left)
+        self.end_leg(request, left=request.decode if event is Event.FINISH else left, awaits_kv=awaits_kv)
 
-    def end_leg(self, request: Request, *, left: str = "") -> None:
+    def end_leg(self, request: Request, *, left: str = "", awaits_kv: bool = False) -> None:
         """Ends a request's present leg: aborts it where it still runs, and unpins its slots once nobody reads them.
 
-        `left` is the peer that has already let go of it.
+        `left` is the peer that has already let go of it. If the decode worker still `awaits_kv`, the prefill worker may
+        hold it for a push that nobody wants any more.
         """
-        running = {request.prefill if not request.prefilled else "", request.decode} - {"", left}
+        at_prefill = not request.prefilled or (awaits_kv and not request.pushed)
+        running = {request.prefill if at_prefill else "", request.decode} - {"", left}
         self.leave_prefill(request)
         if decode := self._board.registry.get(request.decode):
             decode.requests.discard(request.leg_id)

@@ -38,7 +38,7 @@ class Flow:
             self._board.count("num_refused")
             self._board.send(peer.peer_id, failed(submit.request_id, *refusal))
             return
-        if len(self._board.queue) >= self._board.config.max_queued and (other := self._gives_way(submit.tenant)):
+        if self._is_queue_full(submit) and (other := self._gives_way(submit.tenant)):
             text = "too many requests of this tenant wait, and another tenant's has come"
             self._endings.fail(other, ErrorCode.OVERLOADED, text, now)
         self._board.count("num_accepted")
@@ -78,7 +78,7 @@ class Flow:
             return ErrorCode.DUPLICATE, "a request with this id is in flight"
         if gone := self._liveness.gone(needed(bool(submit.patches)), now):
             return ErrorCode.NOT_READY, f"no {' and no '.join(gone)} worker is registered"
-        is_full = len(self._board.queue) >= config.max_queued and self._gives_way(submit.tenant) is None
+        is_full = self._is_queue_full(submit) and self._gives_way(submit.tenant) is None
         if is_full or len(self._board.requests) >= config.max_in_flight:
             return ErrorCode.OVERLOADED, f"{len(self._board.requests)} requests are in flight"
         if self._board.frames_bytes + request.frames_bytes > config.max_frames_bytes:
@@ -97,6 +97,10 @@ class Flow:
             if not fits:
                 return ErrorCode.TOO_LARGE, f"the embeddings of {len(needs)} patches do not fit the cache"
         return None
+
+    def _is_queue_full(self, submit: m.Submit) -> bool:
+        """Whether a request finds no place in the queue; one that an earlier broker had admitted always does."""
+        return not submit.attempts and len(self._board.queue) >= self._board.config.max_queued
 
     def _gives_way(self, tenant: str) -> Request | None:
         """The queued request that a new one of `tenant` would displace: the newest of whoever has the most of them.
@@ -273,6 +277,8 @@ class Flow:
             else:
                 self._board.count("num_fenced")
             return
+        if isinstance(message, m.Tokens | m.Finished) and not self._follows(request, message, now):
+            return
         match message:
             case m.Prefilled() if not request.prefilled and request.allows(Event.PREFILLED):
                 self._prefilled(peer, request, message, frames, now)
@@ -303,12 +309,23 @@ class Flow:
             case m.Failed():
                 code = ErrorCode(message.code) if message.code in set(ErrorCode) else ErrorCode.ENGINE_FAILED
                 text = f"{peer.name}: {message.message}"
-                if code is ErrorCode.PREEMPTED:
+                if code in (ErrorCode.PREEMPTED, ErrorCode.WORKER_LOST):
                     self._retries.again(request, code, text, now, left=peer.peer_id)
                 else:
                     self._endings.fail(request, code, text, now, left=peer.peer_id)
             case _:
                 self._board.count("num_fenced")
+
+    def _follows(self, request: Request, message: m.Tokens | m.Finished, now: float) -> bool:
+        """Whether tokens come right after those that are there; after a gap the request goes on from what is there."""
+        num_known = len(request.output_token_ids)
+        if message.num_before in (-1, num_known):
+            return True
+        self._board.count("num_fenced")
+        if message.num_before > num_known:
+            text = f"tokens {num_known} to {message.num_before} did not arrive"
+            self._retries.again(request, ErrorCode.WORKER_LOST, text, now)
+        return False
 
     def finish(self, request: Request, message: m.Finished, frames: list[bytes], now: float) -> None:
         """Ends a request that its decode worker has finished."""
@@ -326,6 +343,7 @@ class Flow:
             request_id=request.request_id,
             token_ids=message.token_ids,
             finish_reason=message.finish_reason,
+            num_before=message.num_before,
             story=request.story,
         )
         self._board.send(request.endpoint, reply, frames)

@@ -55,7 +55,7 @@ class Retries:
         leg_id = self._board.new_leg(request.request_id)
         if keep and not request.prefilled:
             self._board.patches.index.share(leg_id, request.leg_id)
-        self._endings.end_leg(request, left=left)
+        self._endings.end_leg(request, left=left, awaits_kv=request.state is State.PREFILLING)
         self._board.legs[leg_id] = request
         request.new_leg(leg_id)
         request.queued_at, request.not_before = now, now + delay_s(leg_id, request.num_losses)

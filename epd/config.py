@@ -69,12 +69,14 @@ class EndpointConfig(_Section):
     as the processor gives them. While there is no broker, requests in flight and up to `max_waiting` new ones wait
     `broker_wait_s` seconds for one; to be sent again they are held, in up to `max_held_bytes`: beyond that a request
     is held until its first token only, and ends with `broker_lost` if the broker dies after it. A stream ends with
-    `slow_client` when its client leaves `max_unread_bytes` of engine output unread.
+    `slow_client` when its client leaves `max_unread_bytes` of engine output unread. All HTTP bodies of requests under
+    way have `max_bodies_bytes` together; beyond that the answer is 503.
     """
 
     host: str = "127.0.0.1"
     port: int = 8400
     max_body_bytes: int = 64 << 20
+    max_bodies_bytes: int = 1 << 30
     max_images: int = 32
     max_pixels: int = 64 << 20
     allowed_media_domains: list[str] = []

@@ -40,8 +40,8 @@ of their own. The words MUST, MUST NOT, SHOULD and MAY are those of RFC 2119.
 - A malformed message costs its sender only. Everything is bounded; nothing is pickled.
 
 There is no authentication and no encryption. The broker's address MUST be reachable only from hosts that you trust;
-on one host an `ipc://` address in a private folder does that. Nothing survives a broker's restart: requests in flight
-end with `broker_lost`.
+on one host an `ipc://` address in a private folder does that. The broker's state does not survive its restart; what was
+in flight is submitted again by its endpoint.
 
 ## Topology
 The broker binds one ROUTER socket; each peer connects one DEALER socket. Peers do not talk to each other through
@@ -118,6 +118,8 @@ sequenceDiagram
     D->>B: FINISHED
     B->>A: FINISHED
 ```
+- An endpoint MAY submit a request again to a broker that does not have it, under the same `request_id`, with more
+  `attempts` and the tokens that it has got as `output_token_ids`; TOKENS then bring only what follows them.
 - `request_id` MUST be new: while a request of that id is in flight, another one is refused (`duplicate_request`).
 - The broker answers SUBMIT with FAILED where it refuses the request; nothing else is sent for it then.
 - PREFILL, DECODE and the first ENCODEs go out together, once the request has all its slots and room on a decode worker.

@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, config: Config, stage: str, name: str) -> None:
         self._config, self._name = config, name
         self._loop = asyncio.get_running_loop()
-        self._ready, self.failed = asyncio.Event(), asyncio.Event()
+        self._ready, self.failed, self._leaking = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.error: BaseException | None = None
         self._drain_s: float = getattr(config, stage).drain_s
         self._draining = False
@@ -86,12 +86,12 @@ class Worker:
             if link.registered:
                 log.info("registered", incarnation=link.incarnation)
                 service.notify_systemd("READY=1")
-            await _first(self.failed.wait(), stop.wait())
+            await _first(self.failed.wait(), self._leaking.wait(), stop.wait())
             service.notify_systemd("STOPPING=1")
             if not self.failed.is_set():
                 await self._drain()
             link.goodbye("the engine failed" if self.failed.is_set() else "stopped")
-        return self._close()
+        return self._close() or int(self._leaking.is_set())
 
     async def _drain(self) -> None:
         """Takes no more work, and returns when what was here is done, the engine has failed, or time is up."""
@@ -109,12 +109,12 @@ class Worker:
             log.warning("not all was finished in time; it goes on elsewhere", drain_s=self._drain_s)
 
     async def _watch(self) -> None:
-        """Ends the worker when its engine thread takes no command any more."""
+        """Ends the worker when its engine thread takes no command any more, or has lost too much memory."""
         hung_after_s = self._config.broker.hung_after_s
         while True:
             try:
                 async with asyncio.timeout(hung_after_s):
-                    await self._in_engine(lambda: None)
+                    await self._in_engine(self._look_for_leaks)
             except TimeoutError:
                 self.error = EngineHungError(f"the engine has taken no command for {hung_after_s:g} s")
                 self.failed.set()
@@ -166,6 +166,11 @@ class Worker:
 
     def _post(self, message: Message, frames: Frames) -> None:
         self._loop.call_soon_threadsafe(self._link.send, message, frames)
+
+    def _look_for_leaks(self) -> None:
+        if not self._leaking.is_set() and (leak := self._stage.leak(time.monotonic())):
+            log.error("this worker is to be replaced", reason=leak)
+            self._loop.call_soon_threadsafe(self._leaking.set)
 
     def _on_ready(self) -> None:
         self._loop.call_soon_threadsafe(self._ready.set)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from cache.slot import StaleSlotError
 from epd.messages import Abort, Decode, Failed, Finished, Message, NeedPatches, Prefilled, Ready, Released, Role, Tokens
+from workers.held import blocks
+from workers.leaks import LeakWatch
 from workers.stage import Frames, Stage
 
 _ARRIVING_POLL_S = 0.0002
@@ -23,20 +25,21 @@ class DecodeStage(Stage):
     def start(self) -> None:
         """Builds the engine."""
         super().start()
-        self._requests: set[str] = set()
+        self._requests: dict[str, int] = {}  # and how many tokens of the answer there are already
         self._arriving: set[str] = set()
+        self._leaks = LeakWatch()
 
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in DECODE, PREFILLED, READY and ABORT."""
         match message:
-            case Decode():
+            case Decode() if self.is_new(message.request_id):
                 try:
                     self.engine.add_decode(message.request_id, frames, message.prefill, message.output_token_ids)
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
                 else:
-                    self._requests.add(message.request_id)
+                    self._requests[message.request_id] = len(message.output_token_ids)
             case Prefilled():
                 if message.request_id in self._requests:
                     self._arriving.add(message.request_id)
@@ -73,12 +76,15 @@ class DecodeStage(Stage):
                 self._post(Failed(request_id=request_id, code="worker_lost", message=text), ())
                 continue
             frames = self.engine.pack(output)
+            before = self._requests[request_id]
+            self._requests[request_id] += len(token_ids)
             if output.finished:
                 self._forget(request_id)
                 reason = str(output.finish_reason)
-                self._post(Finished(request_id=request_id, token_ids=token_ids, finish_reason=reason), frames)
+                done = Finished(request_id=request_id, token_ids=token_ids, finish_reason=reason, num_before=before)
+                self._post(done, frames)
             else:
-                self._post(Tokens(request_id=request_id, token_ids=token_ids), frames)
+                self._post(Tokens(request_id=request_id, token_ids=token_ids, num_before=before), frames)
         if not executed:
             self._ask_for_patches()
         return executed
@@ -95,7 +101,7 @@ class DecodeStage(Stage):
         self._post(Failed(request_id=request_id, code=code, message=text), ())
 
     def _forget(self, request_id: str) -> None:
-        self._requests.discard(request_id)
+        self._requests.pop(request_id, None)
         self._arriving.discard(request_id)
         self.engine.connector.forget(request_id)
 
@@ -110,6 +116,10 @@ class DecodeStage(Stage):
     def held(self) -> dict[str, int]:
         """As `Stage`, and the requests that this stage knows."""
         return super().held() | {"requests": len(self._requests)}
+
+    def leak(self, now: float) -> str:
+        """Looks for KV blocks that no request holds."""
+        return self._leaks.observe(now, **blocks(self.engine, self._requests))
 
     def reset(self) -> None:
         """Drops all requests."""

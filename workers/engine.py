@@ -11,15 +11,13 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import nixl_utils
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
@@ -35,7 +33,7 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config, ConfigError
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
-from workers import push_connector
+from workers import parameters, push_connector
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -187,7 +185,7 @@ class Engine:
         executor = Executor.get_class(self.vllm_config)
         self.core = EngineCore(self.vllm_config, executor, log_stats=False)
         if role is Role.ENCODE:
-            self.core.collective_rpc(_drop_language_model)
+            self.core.collective_rpc(parameters.drop_language_model)
         self.scheduler = self.core.scheduler
         connector = self.scheduler.get_ec_connector()
         assert isinstance(connector, PatchCacheConnector)
@@ -221,7 +219,7 @@ class Engine:
 
     def parameter_bytes(self) -> tuple[int, int]:
         """Bytes of parameters that this engine holds: those of the vision tower and projector, and all others."""
-        [counts] = self.core.collective_rpc(_parameter_bytes)[:1]
+        [counts] = self.core.collective_rpc(parameters.parameter_bytes)[:1]
         return counts[0], counts[1]
 
     def _kv_peer(self) -> KvPeer:
@@ -375,48 +373,3 @@ class Engine:
 
 def _hashes(request: EngineCoreRequest) -> list[str]:
     return [feature.identifier for feature in request.mm_features or ()]
-
-
-def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.nn.Parameter]]:
-    """Each parameter that takes memory: "tower", "language" or "both", then its module, its name, and itself."""
-    towers = tuple(f"{name}." for name in model._tower_model_names)
-    languages = tuple(f"{name}." for name in model._language_model_names)
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.device.type == "meta":
-                continue
-            if f"{path}.{name}".startswith(towers):
-                part = "tower"
-            elif f"{path}.{name}".startswith(languages) or isinstance(module, VocabParallelEmbedding):
-                part = "language"
-            else:
-                part = "both"
-            yield part, module, name, parameter
-
-
-def _parameter_bytes(worker: Any) -> tuple[int, int]:
-    """Runs beside the model: bytes of tower and of language parameters; the few that are neither go with the stage.
-
-    On CPUs vLLM packs linear weights into a format of their own and leaves an empty parameter: these count as their
-    layer's size.
-    """
-    counts = {"tower": 0, "language": 0, "both": 0}
-    for part, module, name, parameter in _parameters(worker.get_model()):
-        nbytes = parameter.nbytes
-        if not nbytes and name == "weight" and isinstance(module, LinearBase):
-            rows = getattr(module, "output_size_per_partition", module.output_size)
-            columns = getattr(module, "input_size_per_partition", module.input_size)
-            nbytes = rows * columns * parameter.element_size()
-        counts[part] += nbytes
-    encodes = worker.vllm_config.is_mm_encoder_only
-    return counts["tower"] + encodes * counts["both"], counts["language"] + (not encodes) * counts["both"]
-
-
-def _drop_language_model(worker: Any) -> None:
-    """Runs beside an encode worker's model: frees what vLLM's encoder-only mode leaves of the language model.
-
-    That is the output head in vLLM 0.32; nothing runs it here.
-    """
-    for part, module, name, parameter in _parameters(worker.get_model()):
-        if part == "language":
-            module.register_parameter(name, torch.nn.Parameter(parameter.new_empty(0), requires_grad=False))

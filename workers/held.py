@@ -5,6 +5,7 @@ Written against vLLM 0.32 (`vllm.v1.core.sched.scheduler`, `vllm.v1.core.block_p
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,4 +25,17 @@ def of_engine(engine: Engine) -> dict[str, int]:
         "engine_requests": len(engine.scheduler.requests),
         "patches": engine.connector.num_held,
         "kv_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+    }
+
+
+def blocks(engine: Engine, wanted: Iterable[str]) -> dict[str, int]:
+    """How many KV blocks there are, are in use, and belong to `wanted` requests, as `LeakWatch.observe` takes it."""
+    manager = engine.scheduler.kv_cache_manager
+    pool = manager.block_pool
+    there = [request_id for request_id in wanted if engine.holds(request_id)]
+    of_wanted = {block for one in there for group in manager.get_block_ids(one) for block in group}
+    return {
+        "num_blocks": pool.num_gpu_blocks,
+        "num_in_use": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+        "num_wanted": len(of_wanted),
     }

@@ -7,6 +7,8 @@ import time
 
 from cache.slot import StaleSlotError
 from epd.messages import Abort, Failed, Message, PatchReady, Prefill, Prefilled, Pushed, Ready, Released, Role, Stale
+from workers.held import blocks
+from workers.leaks import LeakWatch
 from workers.stage import Frames, Stage
 
 _PUSH_POLL_S = (0.0005, 0.02)
@@ -29,11 +31,12 @@ class PrefillStage(Stage):
         super().start()
         self._legs: dict[str, _Leg] = {}
         self._pushing: set[str] = set()
+        self._leaks = LeakWatch()
 
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in PREFILL, READY and ABORT."""
         match message:
-            case Prefill():
+            case Prefill() if self.is_new(message.request_id):
                 try:
                     self.engine.add_prefill(message.request_id, frames, message.output_token_ids)
                 except Exception as error:
@@ -110,6 +113,10 @@ class PrefillStage(Stage):
     def held(self) -> dict[str, int]:
         """As `Stage`, and the requests that this stage knows."""
         return super().held() | {"requests": len(self._legs) + len(self._pushing)}
+
+    def leak(self, now: float) -> str:
+        """Looks for KV blocks that no request holds."""
+        return self._leaks.observe(now, **blocks(self.engine, (*self._legs, *self._pushing)))
 
     def reset(self) -> None:
         """Drops all requests."""

@@ -6,6 +6,7 @@ A stage's `handle` runs in the engine thread between two steps; `post` hands mes
 from __future__ import annotations
 
 import abc
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 Frames = Sequence[bytes]
+_MAX_SEEN = 8192
 Post = Callable[[Message, Frames], None]
 
 
@@ -40,6 +42,7 @@ class Stage(abc.ABC):
         self._config, self._name, self._post = config, name, post
         self.engine: Engine
         self.draining = False
+        self._seen: OrderedDict[str, None] = OrderedDict()
         self.info = WorkerInfo()
 
     def start(self) -> None:
@@ -67,6 +70,22 @@ class Stage(abc.ABC):
             self.engine.connector.set_pools(pools)
         except PoolError as error:  # a pool that was just replaced; the next list will be right
             log.warning("pool not opened", reason=str(error))
+
+    def is_new(self, leg_id: str) -> bool:
+        """Whether this is the first time that a leg is named here: an engine must not be given one twice."""
+        if leg_id in self._seen:
+            return False
+        self._seen[leg_id] = None
+        if len(self._seen) > _MAX_SEEN:
+            self._seen.popitem(last=False)
+        return True
+
+    def leak(self, now: float) -> str:
+        """Why this worker should be replaced: its engine holds memory for nobody (`workers.leaks`); "" if it does not.
+
+        `now` is in seconds of any monotonic clock.
+        """
+        return ""
 
     def drain(self) -> None:
         """This worker is to stop: what it has is finished, what has not been started may be handed back."""

@@ -1,4 +1,4 @@
-"""The asynchronous client. Lives in the user's process; owns one aiohttp session."""
+"""The asynchronous client. Lives in the user's process; owns one connection."""
 
 from __future__ import annotations
 
@@ -10,21 +10,13 @@ from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 import aiohttp
-import msgspec
-from yarl import URL
 
-from epd.client.errors import APIError, NotFound, Overloaded, TotalTimeout, error_from_answer
+from epd.client.connection import Connection
+from epd.client.errors import NotFound
 from epd.client.pictures import Picture, media_type, picture_file
 from epd.client.request import chat_body
 from epd.client.reuse import Reuse, is_not_found, pictures_in
-from epd.client.transport import (
-    AnswerReader,
-    Limit,
-    first_token_limit,
-    total_limit,
-    transport_errors,
-    until,
-)
+from epd.client.transport import AnswerReader, Limit, first_token_limit, total_limit
 from epd.client.types import Chunk, Completion, Media, Timeouts
 
 __all__ = ["AsyncClient"]
@@ -67,28 +59,14 @@ class AsyncClient:
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - immutable
         reuse_pictures: bool = True,
     ) -> None:
-        if not _is_http_url(base_url):
-            raise ValueError(f"base_url must look like http://host:port, not {base_url!r}")
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._http = Connection(base_url, api_key, timeouts)
+        self.base_url = self._http.base_url
         self.model = model
         self.timeouts = timeouts
-        self._headers = {"Content-Type": "application/json", "User-Agent": "epd-client"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._session: aiohttp.ClientSession | None = None
         self._reuse = Reuse() if reuse_pictures else None
 
     async def __aenter__(self) -> Self:
-        if self._session is not None:
-            raise RuntimeError("this client is already open")
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # a queue in here would eat the connect clock
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._headers,
-            timeout=aiohttp.ClientTimeout(
-                total=None, connect=self.timeouts.connect_s, sock_connect=self.timeouts.connect_s
-            ),
-        )
+        self._http.open()
         return self
 
     async def __aexit__(
@@ -101,8 +79,7 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Close every connection; calls in progress fail. May be called again."""
-        if self._session is not None:
-            await self._session.close()
+        await self._http.close()
 
     async def generate(
         self,
@@ -164,11 +141,11 @@ class AsyncClient:
             },
         )
         limit = total_limit(self.timeouts, asyncio.get_running_loop().time())
-        raw = await self._json(await self._send_call(call, limit), limit)
+        raw = await self._http.json(await self._send_call(call, limit), limit)
         try:
             return Completion.from_json(raw)
         except ValueError as error:
-            raise self._not_ours(raw) from error
+            raise self._http.not_ours(raw) from error
 
     async def stream(
         self,
@@ -254,11 +231,11 @@ class AsyncClient:
         Raises:
             APIError, TransportError: As ``generate``.
         """
-        raw = await self._get("/v1/models")
+        raw = await self._http.small("GET", "/v1/models")
         try:
             return [str(model["id"]) for model in raw["data"]]
         except (KeyError, TypeError) as error:
-            raise self._not_ours(raw) from error
+            raise self._http.not_ours(raw) from error
 
     async def health(self, /) -> bool:
         """Return whether the server is alive (``GET /health``); False if it answers 503.
@@ -266,7 +243,7 @@ class AsyncClient:
         Raises:
             APIError, TransportError: As ``generate``; a server that is not there is a ``ConnectFailed``.
         """
-        return await self._is_up("/health")
+        return await self._http.is_up("/health")
 
     async def ready(self, /) -> bool:
         """Return whether the server can take requests now (``GET /ready``); False if it answers 503.
@@ -274,7 +251,7 @@ class AsyncClient:
         Raises:
             APIError, TransportError: As ``generate``; a server that is not there is a ``ConnectFailed``.
         """
-        return await self._is_up("/ready")
+        return await self._http.is_up("/ready")
 
     async def request(self, /, request_id: str) -> dict[str, Any]:
         """Return what the server knows of a request: its stages, times and workers.
@@ -283,10 +260,23 @@ class AsyncClient:
             NotFound: It knows no such request.
             APIError, TransportError: As ``generate``.
         """
-        raw = await self._get(f"/v1/requests/{quote(request_id, safe='')}")
-        if not isinstance(raw, dict):
-            raise self._not_ours(raw)
-        return raw
+        return await self._http.small_object("GET", f"/v1/requests/{quote(request_id, safe='')}")
+
+    async def cancel(self, /, request_id: str) -> int:
+        """Cancel a request by the ``id`` of its answer; whoever waits for it gets an ``APIError`` with status 499.
+
+        Returns:
+            How many sequences were still being made: 0 if it had ended, and up to ``n``.
+
+        Raises:
+            NotFound: The server knows no such request of this API key.
+            APIError, TransportError: As ``generate``.
+        """
+        raw = await self._http.small_object("POST", f"/v1/requests/{quote(request_id, safe='')}/cancel")
+        try:
+            return int(raw["cancelled"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._http.not_ours(raw) from error
 
     async def cache(self) -> dict[str, Any]:
         """Return how the pools of embeddings are filled (``pools``) and what has happened to them (``counters``).
@@ -294,10 +284,7 @@ class AsyncClient:
         Raises:
             APIError, TransportError: As ``generate``.
         """
-        raw = await self._get("/v1/cache")
-        if not isinstance(raw, dict):
-            raise self._not_ours(raw)
-        return raw
+        return await self._http.small_object("GET", "/v1/cache")
 
     async def _call(self, prompt: str | None, **arguments: Any) -> _Call:
         kept: dict[int, str] = {}
@@ -312,89 +299,19 @@ class AsyncClient:
     async def _send_call(self, call: _Call, limit: Limit) -> aiohttp.ClientResponse:
         """Send a chat; once more with all pictures where the server has let go of one that was uploaded for it."""
         try:
-            return await self._send("POST", _CHAT, limit, call.payload)
+            return await self._http.send("POST", _CHAT, limit, call.payload)
         except NotFound as error:
             if not call.referred or not is_not_found(error) or self._reuse is None:
                 raise
             self._reuse.forget(call.referred)
-        return await self._send("POST", _CHAT, limit, await asyncio.to_thread(call.build))
+        return await self._http.send("POST", _CHAT, limit, await asyncio.to_thread(call.build))
 
     async def _upload(self, file: bytes, salt: str, limit: Limit | None = None) -> Media:
-        limit = limit or self._small_call_limit()
+        limit = limit or self._http.small_limit()
         path = f"{_MEDIA}?cache_salt={quote(salt, safe='')}" if salt else _MEDIA
         headers = {"Content-Type": media_type(file) or "application/octet-stream"}
-        raw = await self._json(await self._send("POST", path, limit, file, headers), limit)
+        raw = await self._http.json(await self._http.send("POST", path, limit, file, headers), limit)
         try:
             return Media.from_json(raw)
         except ValueError as error:
-            raise self._not_ours(raw) from error
-
-    async def _get(self, path: str) -> Any:
-        return await self._fetch_json("GET", path, self._small_call_limit())
-
-    async def _is_up(self, path: str) -> bool:
-        try:
-            (await self._send("GET", path, self._small_call_limit())).release()
-        except Overloaded:
-            return False
-        return True
-
-    def _small_call_limit(self) -> Limit:
-        seconds = min(self.timeouts.token_s, self.timeouts.total_s)
-        at = asyncio.get_running_loop().time() + seconds
-        return Limit(at, TotalTimeout, f"no answer within {seconds:g} s (the smaller of token_s and total_s)")
-
-    async def _fetch_json(self, method: str, path: str, limit: Limit) -> Any:
-        return await self._json(await self._send(method, path, limit), limit)
-
-    async def _json(self, response: aiohttp.ClientResponse, limit: Limit) -> Any:
-        body = await self._read(response, limit)
-        try:
-            return msgspec.json.decode(body)
-        except msgspec.DecodeError as error:
-            raise self._not_ours(body.decode("utf-8", "replace")) from error
-
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        limit: Limit,
-        payload: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> aiohttp.ClientResponse:
-        """Send a request and return the response once its headers say 2xx."""
-        if self._session is None:
-            raise RuntimeError("open the client first: async with AsyncClient() as client")
-        if self._session.closed:
-            raise RuntimeError("this client is closed")
-        url = URL(self.base_url + path, encoded=True)
-        async with until(limit):
-            with transport_errors(self.base_url, self.timeouts):
-                response = await self._session.request(
-                    method, url, data=payload, headers=headers, allow_redirects=False
-                )
-        if response.status >= 300:
-            body = await self._read(response, limit)
-            raise error_from_answer(response.status, response.headers, body)
-        return response
-
-    async def _read(self, response: aiohttp.ClientResponse, limit: Limit) -> bytes:
-        request_id = response.headers.get("X-Request-Id")
-        try:
-            async with until(limit, request_id):
-                with transport_errors(self.base_url, self.timeouts, request_id):
-                    return await response.read()
-        finally:
-            response.release()  # closes the connection if the body was not read to its end
-
-    def _not_ours(self, body: Any) -> APIError:
-        message = f"what answers at {self.base_url} does not speak the OpenAI API"
-        return APIError(200, "invalid_answer", message, None, body)
-
-
-def _is_http_url(url: str) -> bool:
-    try:
-        parsed = URL(url)
-    except ValueError:  # such as a port beyond 65535
-        return False
-    return parsed.scheme in ("http", "https") and bool(parsed.host)
+            raise self._http.not_ours(raw) from error

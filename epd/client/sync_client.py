@@ -204,4 +204,5 @@ class Client:
     health = _blocking(AsyncClient.health)
     ready = _blocking(AsyncClient.ready)
     request = _blocking(AsyncClient.request)
+    cancel = _blocking(AsyncClient.cancel)
     cache = _blocking(AsyncClient.cache)

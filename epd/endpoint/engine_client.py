@@ -197,9 +197,11 @@ class PipelineCore(EngineCoreClient):
         """Takes one message of the broker."""
         match message:
             case Tokens():
-                self.flights.on_output(message.request_id, not message.token_ids, frames)
+                self.flights.on_output(message.request_id, not message.token_ids, frames, num_before=message.num_before)
             case Finished():
-                if self.flights.on_output(message.request_id, False, frames, is_last=True):
+                if self.flights.on_output(
+                    message.request_id, False, frames, is_last=True, num_before=message.num_before
+                ):
                     self.flights.end(message.request_id)
                 self.stories.close(message.request_id, "finished", message.finish_reason, message.story)
             case Failed():

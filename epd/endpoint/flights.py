@@ -200,10 +200,21 @@ class Flights:
         )
         self.fail(message.request_id, failure, message.story)
 
-    def on_output(self, request_id: str, is_partial: bool, frames: list[bytes], is_last: bool = False) -> bool:
-        """Queues what an opaque output gives; false where the request is unknown or has failed by it."""
+    def on_output(
+        self, request_id: str, is_partial: bool, frames: list[bytes], is_last: bool = False, num_before: int = -1
+    ) -> bool:
+        """Queues what an opaque output gives; false where the request is unknown or has failed by it.
+
+        `num_before` counts the tokens that come before (-1: not said): what is here already is dropped, and where some
+        are missing, the request fails.
+        """
         flight = self._flights.get(request_id)
         if flight is None:
+            return False
+        if not is_partial and num_before not in (-1, len(flight.token_ids)):
+            if num_before > len(flight.token_ids):
+                text = f"tokens {len(flight.token_ids)} to {num_before} did not arrive"
+                self.give_up(request_id, ErrorCode.ENGINE_FAILED, text)
             return False
         try:
             output = self._decoder.decode(frames)

@@ -31,6 +31,7 @@ from epd import activation, held
 from epd.config import Config
 from epd.endpoint import readiness, stories
 from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
+from epd.endpoint.bodies import Bodies
 from epd.endpoint.engine_client import PipelineCore
 from epd.endpoint.failures import ExplicitErrors, failure_of
 from epd.endpoint.keys import owner_of
@@ -164,6 +165,7 @@ class Endpoint:
         media = MediaRoutes(self.core, has_keys=bool(self._config.endpoint.api_keys))
         media.add_to(app)
         # Innermost: behind keys and metrics, before any handler. Outermost: the keys of the paths vLLM leaves open.
+        app.user_middleware.append(Middleware(Bodies, max_bytes=self._config.endpoint.max_bodies_bytes))
         app.user_middleware.append(Middleware(Limits, config=self._config.endpoint, find_media=media.find))
         if self._config.endpoint.api_keys:
             app.user_middleware.insert(0, Middleware(KeysEverywhere, tokens=self._config.endpoint.api_keys))

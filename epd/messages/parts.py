@@ -124,9 +124,9 @@ class StoryEvent(Struct, frozen=True):
 
 
 class WorkerStatus(Struct, frozen=True):
-    """One worker as the broker sees it, for `/ready`, `/metrics` and people; `held` as in its last HEARTBEAT.
+    """One worker as the broker sees it, for `/ready`, `/metrics` and people.
 
-    A worker that is `draining` finishes what it has and gets nothing new.
+    A worker that is `draining` finishes what it has and gets nothing new. `held` is as in its last HEARTBEAT.
     """
 
     name: str

@@ -60,6 +60,7 @@ class FakeEndpoint:
         app.router.add_post("/v1/media", self._media)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/requests/{id}", self._request)
+        app.router.add_post("/v1/requests/{id}/cancel", self._cancel)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -95,6 +96,11 @@ class FakeEndpoint:
         if request.match_info["id"] != "chatcmpl-1/ü":
             return error(404, "no such request", "not_found")
         return web.json_response({"id": request.match_info["id"], "state": "finished"})
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        if request.match_info["id"] != "chatcmpl-1/ü":
+            return error(404, "no such request", "not_found")
+        return web.json_response({"id": request.match_info["id"], "cancelled": 2})
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()

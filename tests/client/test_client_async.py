@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fake_endpoint import DONE, ROLE, FakeEndpoint, complete, event, hang, hang_up, sse, streamed
 
-from epd.client import APIError, AsyncClient, Chunk, Overloaded, StreamInterrupted, Usage
+from epd.client import APIError, AsyncClient, Chunk, NotFound, Overloaded, StreamInterrupted, Usage
 
 LOGPROBS = {"content": [{"token": "a", "logprob": -0.1, "bytes": [97], "top_logprobs": []}]}
 
@@ -283,6 +283,9 @@ async def test_the_small_calls_answer(endpoint: FakeEndpoint, client: AsyncClien
     endpoint.is_ready = False
     assert not await client.ready()
     assert await client.request("chatcmpl-1/ü") == {"id": "chatcmpl-1/ü", "state": "finished"}
+    assert await client.cancel("chatcmpl-1/ü") == 2
+    with pytest.raises(NotFound):
+        await client.cancel("another's")
 
 
 async def test_a_client_is_used_between_open_and_close(endpoint: FakeEndpoint) -> None:

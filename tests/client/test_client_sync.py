@@ -41,6 +41,7 @@ def test_every_call_works_in_a_plain_thread(endpoint: FakeEndpoint) -> None:
         assert client.ready()
         with pytest.raises(NotFound):
             client.request("unknown")
+        assert client.cancel("chatcmpl-1/ü") == 2
         endpoint.answer = complete("a", "b")
         assert client.generate("?", n=2).texts == ("a", "b")
         endpoint.answer = AB

@@ -8,11 +8,13 @@ import zmq.asyncio
 
 from epd import wire
 from epd.messages import (
+    CacheState,
     Cancel,
     Counters,
     DropUpload,
     Failed,
     Finished,
+    GetCache,
     GetStory,
     Goodbye,
     Heartbeat,
@@ -107,6 +109,8 @@ class FakeBroker:
                 case Cancel():
                     self.cancels.append(message)
                     self.cancelled[message.request_id].set()
+                case GetCache():
+                    await self.send(CacheState())
                 case GetStory():
                     await self.send(
                         Story(request_id=message.request_id, found=True, state=self.story_state, events=STORY[:1])

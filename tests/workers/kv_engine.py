@@ -21,6 +21,7 @@ from epd.config import Config
 from epd.messages import KvPeer, Role
 from workers import push_connector
 from workers.engine import Engine
+from workers.held import blocks
 
 PROMPT = [100 + i % 50 for i in range(200)]
 
@@ -53,9 +54,9 @@ class Host:
         )  # fmt: skip
         frames = [bytes(frame) for frame in MsgpackEncoder().encode(request)]
         if peer:
-            self.engine.add_decode(frames, msgspec.convert(peer, KvPeer))
+            self.engine.add_decode(request_id, frames, msgspec.convert(peer, KvPeer))
         else:
-            self.engine.add_prefill(frames)
+            self.engine.add_prefill(request_id, frames)
 
     def abort(self, *request_ids: str) -> None:
         """What a stage does with ABORT."""
@@ -132,6 +133,11 @@ class Host:
     def lease(self, seconds: float) -> None:
         """How long finished blocks are kept for a decode worker."""
         self.connector.connector_scheduler._kv_lease_duration = seconds
+
+    def missing(self, *wanted: str) -> int:
+        """Blocks in use that none of these requests holds."""
+        seen = blocks(self.engine, wanted)
+        return seen["num_in_use"] - seen["num_wanted"]
 
     def peer(self) -> dict[str, Any]:
         """Where decode engines register."""

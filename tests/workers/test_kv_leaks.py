@@ -245,9 +245,11 @@ def test_a_prefill_worker_that_hangs_may_still_write_so_the_blocks_stay_until_it
     request_id = pair.begin()
     pair.p.signal(signal.SIGSTOP)
     try:
+        assert pair.d.missing(request_id) == 0
         pair.d.abort(request_id)
         pair.d.run(3.0)
         assert pair.d.state()["blocks"] > 0
+        assert pair.d.missing() == pair.d.state()["blocks"], "which is what the leak watch counts"
     finally:
         pair.p.signal(signal.SIGCONT)
     pair.settle()

@@ -112,3 +112,33 @@ def test_the_progress_thread_of_nixl_can_be_given_a_delay() -> None:
     config = sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind.nixlAgentConfig()
     config.pthrDelay = 0
     assert config.pthrDelay == NIXL_PROGRESS_US
+
+
+def test_the_push_connector_calls_every_method_that_ours_overrides_with_the_same_parameters() -> None:
+    from workers.push_connector import PushScheduler
+    from workers.push_worker import PushWorker
+
+    for ours in (PushScheduler, PushWorker):
+        theirs = ours.__mro__[1]
+        names = [name for name, value in vars(ours).items() if inspect.isfunction(value) and hasattr(theirs, name)]
+        assert len(names) > 5
+        for name in set(names) - {"__init__"}:
+            assert len(parameters(getattr(ours, name))) == len(parameters(getattr(theirs, name))), name
+
+
+def test_the_writer_thread_is_where_registrations_are_sent_and_matched_and_writes_are_started() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.push_worker import NixlPushConnectorWorker
+
+    source = inspect.getsource(NixlPushConnectorWorker._push_writer_loop)
+    order = ("_reg_send_inbox", "_deferred_push_inbox", "_finished_blocks_inbox", "_evict_finished_inbox", "notifs")
+    assert [source.index(word) for word in order] == sorted(source.index(word) for word in order)
+    for name in ("_send_registration_to_p", "_pop_matching_registration", "_do_start_push_kv", "_handle_push_reg"):
+        assert f"self.{name}" in source, name
+    assert "self._push_writer_wake.wait()" in source, "ours wakes now and then"
+
+
+def test_blocks_of_a_decode_request_that_is_aborted_stay_until_its_receive_ends() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert "WAITING_FOR_REMOTE_KVS" in inspect.getsource(Scheduler.finish_requests)
+    assert "self._free_blocks(" in inspect.getsource(Scheduler._update_from_kv_xfer_finished)

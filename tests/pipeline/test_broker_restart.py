@@ -1,0 +1,121 @@
+"""The broker killed for real while requests run: each goes on with the next one, and no token is lost or repeated."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from benchmarks.servers import Running
+from epd.builtin import DEMO_ANSWER, DEMO_QUESTION
+from tests.pipeline.chats import ask, chat, demo, scribble, tokens
+from tests.pipeline.conftest import config
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+
+NUM_TOKENS = 700
+BODIES = [
+    chat("List the digits.", [scribble(61)], max_tokens=NUM_TOKENS, ignore_eos=True),
+    chat("List the digits.", [scribble(62), demo()], max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=True),
+    chat("Tell me of digits.", max_tokens=NUM_TOKENS, ignore_eos=True),
+    chat("Count.", max_tokens=NUM_TOKENS, ignore_eos=True, repetition_penalty=1.1),
+]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    """A pipeline whose daemons come back when they are killed, as under systemd."""
+    running = Running(config(), restart=True, encode=1, prefill=1, decode=2)
+    ask(running.http, chat(DEMO_QUESTION, [demo()]))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def truth(running: Running) -> list:
+    """What undisturbed requests answer."""
+    return [tokens(ask(running.http, body))[0][:2] for body in BODIES]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held(running: Running) -> Iterator[None]:
+    """After each test the pipeline is whole and idle."""
+    yield
+    wait(running, ready=True)
+    running.wait_idle()
+
+
+def wait(running: Running, *, ready: bool) -> None:
+    """Returns when /ready says so."""
+    deadline = time.monotonic() + 60
+    while (told := running.http.get("/ready").json())["ready"] is not ready:
+        assert time.monotonic() < deadline, told
+        time.sleep(0.05)
+
+
+def stream(running: Running, body: dict, begun: threading.Event) -> tuple[list[int], str]:
+    """The tokens and the text of a stream; `begun` is set when it has some."""
+    text, ids = "", list[int]()
+    with running.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
+        assert reply.status_code == 200, reply.read()
+        for line in reply.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
+            for choice in chunk["choices"]:
+                text += choice["delta"].get("content") or ""
+                ids += choice.get("token_ids") or []
+            if len(ids) >= 8:
+                begun.set()
+    return ids, text
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_streams_go_on_with_the_next_broker_with_the_tokens_of_an_undisturbed_run(
+    running: Running, truth: list, number: int
+) -> None:
+    begun = [threading.Event() for _ in BODIES]
+    with concurrent.futures.ThreadPoolExecutor(2 * len(BODIES)) as pool:
+        streams = [pool.submit(stream, running, body, event) for body, event in zip(BODIES, begun, strict=True)]
+        plain = pool.submit(ask, running.http, BODIES[0])
+        for event in begun:
+            assert event.wait(60)
+        running.signal("broker", number)
+        late = pool.submit(ask, running.http, BODIES[2])
+        assert [each.result() for each in streams] == truth
+        assert tokens(plain.result())[0][:2] == truth[0] and tokens(late.result())[0][:2] == truth[2]
+
+
+def test_a_request_that_cannot_go_on_ends_with_the_reason(running: Running) -> None:
+    body = chat("Count.", max_tokens=NUM_TOKENS, ignore_eos=True, presence_penalty=0.5, stream=True)
+    with running.http.stream("POST", "/v1/chat/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        running.signal("broker", signal.SIGKILL)
+        last = [line for line in lines if line.startswith("data: ") and line != "data: [DONE]"][-1]
+    assert json.loads(last[6:])["error"]["type"] == "broker_lost"
+
+
+def test_a_request_that_comes_while_there_is_no_broker_is_answered(running: Running) -> None:
+    supervisor = running.pipeline.supervisor
+    supervisor.restart_crashed = False
+    try:
+        running.signal("broker", signal.SIGKILL)
+        wait(running, ready=False)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            asks = [pool.submit(ask, running.http, chat(DEMO_QUESTION, [demo()])) for _ in range(3)]
+            with pytest.raises(httpx.TimeoutException):  # one that does not stay is forgotten
+                running.http.post("/v1/chat/completions", json=BODIES[2], timeout=0.5)
+            assert not any(each.done() for each in asks)
+            running.run(running.pipeline.restart("broker"))
+            for each in asks:
+                assert tokens(each.result())[0][1].strip() == DEMO_ANSWER
+    finally:
+        supervisor.restart_crashed = True
