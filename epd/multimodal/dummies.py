@@ -26,7 +26,7 @@ _AUDIO_SHARES = (0.04, 0.125, 0.25, 0.45, 0.9)
 _VIDEO_FRAMES, _VIDEO_SHARES = 6, (0.25, 0.5, 1.0)
 # A larger picture would prove no more, and take long.
 _MAX_PIXELS = 4 << 20
-_BLOCK = 8
+_BLOCK, _BURST = 8, 2000
 # Nothing here goes through a language model: a short context must not leave a video without frames.
 _MIN_SEQ_LEN = 16384
 
@@ -55,37 +55,35 @@ class Dummies:
 
     def of(self, modality: str) -> Iterator[Dummy]:
         """Ever larger items of a modality."""
-        [largest] = self._data(modality, {}).values()
-        for options in _sizes(modality, largest[0] if isinstance(largest, list) else largest):
-            data = {name: self._noise(value) for name, value in self._data(modality, options).items()}
-            yield self._processed(modality, data)
+        for options in _sizes(modality, self._data(modality, {})):
+            yield self._processed(modality, self._noise(self._data(modality, options)))
 
-    def _data(self, modality: str, options: dict[str, Any]) -> dict[str, Any]:
-        return dict(
-            self._processor.dummy_inputs.get_dummy_mm_data(
-                max(self._config.max_model_len, _MIN_SEQ_LEN), {modality: 1}, MultiModalDummyOptions(options)
-            )
-        )
+    def _data(self, modality: str, options: dict[str, Any]) -> Any:
+        data = self._processor.dummy_inputs.get_dummy_mm_data(
+            max(self._config.max_model_len, _MIN_SEQ_LEN), {modality: 1}, MultiModalDummyOptions(options)
+        )[modality]
+        return data[0] if isinstance(data, list) else data
 
-    def _processed(self, modality: str, data: dict[str, Any]) -> Dummy:
+    def _processed(self, modality: str, data: Any) -> Dummy:
         info = self._processor.info
         text = self._processor.dummy_inputs.get_dummy_text({modality: 1})
         prompt = info.ctx.tokenizer.encode(text, **info.default_tok_params.get_encode_kwargs())
-        inputs = ProcessorInputs(prompt, info.parse_mm_data(data, validate=False))
+        inputs = ProcessorInputs(prompt, info.parse_mm_data({modality: [data]}, validate=False))
         done = self._processor.apply(inputs, timing_ctx=TimingContext(enabled=False))
         [item], [position] = done["mm_kwargs"][modality], done["mm_placeholders"][modality]
-        return Dummy(item, position, _size(next(iter(data.values()))))
+        return Dummy(item, position, _size(data))
 
     def _noise(self, data: Any) -> Any:
-        """The same with random content: blocks of colour for pictures, which scaling does not average away."""
-        if isinstance(data, list):
+        """The same with random content: blocks of colour and bursts of sound, which scaling does not average away."""
+        if isinstance(data, list):  # frames
             return [self._noise(each) for each in data]
         if isinstance(data, tuple):  # with metadata behind
             return (self._noise(data[0]), *data[1:])
         if isinstance(data, Image.Image):
             return Image.fromarray(self._blocks((data.height, data.width, 3)))
         if data.ndim == 1:
-            return self._random.normal(0.0, 0.3, data.shape).astype(numpy.float32)
+            loudness = 10.0 ** self._random.uniform(-3.0, 0.0, -(-len(data) // _BURST)).repeat(_BURST)[: len(data)]
+            return (self._random.uniform(-1.0, 1.0, len(data)) * loudness).astype(numpy.float32)
         return self._blocks(data.shape)
 
     def _blocks(self, shape: tuple[int, ...]) -> Any:
@@ -99,6 +97,8 @@ def _sizes(modality: str, largest: Any) -> Iterator[dict[str, Any]]:
     """VLLM's options for dummy items, smallest first, from the largest item."""
     if isinstance(largest, tuple):
         largest = largest[0]
+    if isinstance(largest, list):
+        largest = numpy.stack([numpy.asarray(frame) for frame in largest[:_VIDEO_FRAMES]])
     if isinstance(largest, Image.Image):
         for across, down in _IMAGE_SHARES:
             width, height = max(1, int(largest.width * across)), max(1, int(largest.height * down))
@@ -121,7 +121,7 @@ def _sizes(modality: str, largest: Any) -> Iterator[dict[str, Any]]:
 
 def _size(data: Any) -> str:
     if isinstance(data, list):
-        data = data[0]
+        return f"{len(data)} frames of {_size(data[0])}"
     if isinstance(data, tuple):
         data = data[0]
     if isinstance(data, Image.Image):

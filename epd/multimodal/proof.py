@@ -31,6 +31,8 @@ Encode = Callable[[str, Sequence[MultiModalKwargsItem]], list[torch.Tensor]]
 _ULPS = 4
 _FLOAT32_TOLERANCE = 1e-4
 _ENOUGH_PIECES = 3
+# Other content must move an embedding this many times further than cutting does, or the proof would mean nothing.
+_SHOWN = 8
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,8 +108,8 @@ def _prove(config: VllmConfig, dummies: Dummies, modality: str, encode: Encode) 
     told = msgspec.structs.replace(told, difference=difference)
     if not difference <= told.tolerance:
         return msgspec.structs.replace(told, reason=f"{way.unit}s encoded alone give other embeddings")
-    if not distance(*_same_length(alone[0], alone[1])) > 2 * told.tolerance:
-        return msgspec.structs.replace(told, reason="embeddings do not show what is in an item")
+    if not distance(*_same_length(alone[0], alone[1])) > _SHOWN * difference:
+        return msgspec.structs.replace(told, reason="the embeddings hardly show what is in an item")
     return msgspec.structs.replace(told, unit=way.unit)
 
 
