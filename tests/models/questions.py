@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tests.pipeline.chats import png, scribble
 
 SAMPLE_RATE = 16_000
+_MODALITIES = {"image_url": "image", "video_url": "video", "input_audio": "audio"}
 
 
 class Question(NamedTuple):
@@ -19,6 +20,12 @@ class Question(NamedTuple):
     name: str
     messages: list[dict[str, Any]]
     num_patches: int
+
+    @property
+    def modalities(self) -> set[str]:
+        """The modalities asked about."""
+        kinds = {part["type"] for message in self.messages for part in message["content"]}
+        return {_MODALITIES[kind] for kind in kinds if kind in _MODALITIES}
 
 
 def ask(name: str, num_patches: int, *parts: dict[str, Any]) -> Question:

@@ -29,7 +29,9 @@ class Family:
         limits: vLLM's `limit_mm_per_prompt`.
         engine: further engine options that it needs.
         notes: modality -> what to know of it.
-        not_on_cpu: why it cannot be served on a CPU build, if so.
+        packages: what its processor imports and set-up does not install; without it nothing is tried.
+        tested_by: modality -> the test that compares it with plain vLLM, where that is not test_families.py.
+        not_served: why the pipeline does not serve it, if so.
     """
 
     title: str
@@ -39,7 +41,9 @@ class Family:
     limits: dict[str, int]
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
-    not_on_cpu: str = ""
+    packages: tuple[str, ...] = ()
+    tested_by: dict[str, str] = dataclasses.field(default_factory=dict)
+    not_served: str = ""
 
     def folder(self, base: Path, name: str) -> Path:
         """Makes the model below `base`, or finds the built-in one."""
@@ -55,10 +59,11 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "idefics3": Family(
         "Idefics3", "Idefics3ForConditionalGeneration", None, {"image": "tile"}, {"image": 4},
-        notes={"image": "the built-in model"},
+        notes={"image": "the built-in model"}, tested_by={"image": "yes, `tests/pipeline`"},
     ),
     "smolvlm": Family(
         "SmolVLM", "SmolVLMForConditionalGeneration", tiles.smolvlm, {"image": "tile"}, {"image": 4},
+        packages=("num2words",), notes={"image": "vLLM runs it with the code of Idefics3"},
     ),
     "internvl": Family(
         "InternVL 2.5, 3, InternS1", "InternVLForConditionalGeneration", tiles.internvl,
