@@ -32,7 +32,11 @@ class Piece(msgspec.Struct, frozen=True):
 
 def rule_for(config: VllmConfig) -> Rule:
     """The rule of this model's architecture."""
+    from epd.multimodal.grids import temporal_grids
+
     for architecture in config.model_config.hf_config.architectures or []:
+        if architecture in _OF_GRIDS:
+            return lambda item, position: temporal_grids(item, position) or whole_item(item, position)
         if architecture in RULES:
             return RULES[architecture]
     return whole_item
@@ -72,6 +76,14 @@ def idefics3_tiles(item: MultiModalKwargsItem, position: PlaceholderRange) -> li
 RULES: dict[str, Rule] = {
     "Idefics3ForConditionalGeneration": idefics3_tiles,
     "SmolVLMForConditionalGeneration": idefics3_tiles,
+}
+
+
+_OF_GRIDS = {
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
 }
 
 
