@@ -120,9 +120,8 @@ class Positions:
             if not isinstance(seconds, torch.Tensor) or seconds.numel() != 1:
                 raise PositionsError(f"{fields.seconds} must be one number")
             if not 0 <= times * float(seconds) <= self._longest_s:
-                raise PositionsError(
-                    f"a video of {times} x {float(seconds)} seconds: at most {self._longest_s:.0f} in all"
-                )
+                text = f"a video of {times} x {float(seconds)} seconds is too long: {self._longest_s:.0f} are possible"
+                raise PositionsError(text)
         if fields.framed and token_ids is not None:
             self._check_frames(times, place.offset, token_ids)
 
@@ -133,9 +132,7 @@ class Positions:
             for _ in range(times):
                 offset = ids.index(end, ids.index(start, offset)) + 1
         except ValueError:
-            raise PositionsError(
-                f"a video of {times} temporal grids does not have a frame of tokens for each"
-            ) from None
+            raise PositionsError(f"the prompt does not have a frame of tokens for each of {times} grids") from None
 
 
 def positions_for(config: VllmConfig) -> Positions | None:

@@ -66,12 +66,12 @@ def paddleocr_vl(folder: Path) -> None:
     template = TEMPLATE
     for before, after in zip(SPECIAL, names, strict=True):
         template = template.replace(before, after)
-    ids = [words.convert_tokens_to_ids(name) for name in names]
+    roles = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    vision = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 112, "patch_size": 14}
     config = transformers.PaddleOCRVLConfig(
         text_config=_text(words, {}),
-        vision_config=VISION
-        | {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 112, "patch_size": 14},
-        **dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"), ids, strict=True)),
+        vision_config=VISION | vision,
+        **dict(zip(roles, words.convert_tokens_to_ids(names), strict=True)),
         tie_word_embeddings=False,
     )
     model = transformers.PaddleOCRVLForConditionalGeneration(config)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from benchmarks.servers import Running
 from epd.config import Config, EndpointConfig
