@@ -11,15 +11,13 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import nixl_utils
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
@@ -35,6 +33,9 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config, ConfigError
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
+from epd.multimodal.joined import patches_of
+from epd.multimodal.positions import positions_for
+from workers import parameters
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -162,6 +163,36 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     return options
 
 
+def _vllm_config(options: dict[str, Any], role: Role) -> VllmConfig:
+    """VLLM's configuration of a stage.
+
+    A model with DeepStack adds embeddings to the first layers of its language model too, and switches that off where it
+    is made without a tower: so it gets one, which `_Executor` drops.
+    """
+    made: VllmConfig = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    vision = getattr(made.model_config.hf_config, "vision_config", None)
+    if role is Role.ENCODE or not getattr(vision, "deepstack_visual_indexes", None):
+        return made
+    limits = options["limit_mm_per_prompt"] | {"image": 1, "video": 1}
+    options |= {"limit_mm_per_prompt": limits, "skip_mm_profiling": True}
+    made = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    return made
+
+
+class _Executor:
+    """Makes vLLM's executor, and drops a tower that nothing will run before memory is shared out."""
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
+
+    def __call__(self, config: VllmConfig) -> Executor:
+        """An executor whose workers have loaded the model."""
+        executor = Executor.get_class(config)(config)
+        if self._role is not Role.ENCODE:
+            executor.collective_rpc(parameters.drop_tower)
+        return executor
+
+
 class Engine:
     """One stage's `EngineCore`, in the thread that constructs it.
 
@@ -177,12 +208,12 @@ class Engine:
         share_process_group()
         if role is not Role.ENCODE:
             calm_nixl()
-        args = EngineArgs(**engine_options(config, role, name))
-        self.vllm_config: VllmConfig = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        executor = Executor.get_class(self.vllm_config)
-        self.core = EngineCore(self.vllm_config, executor, log_stats=False)
+        self.vllm_config = _vllm_config(engine_options(config, role, name), role)
+        self._positions = positions_for(self.vllm_config)
+        self.core = EngineCore(self.vllm_config, _Executor(role), log_stats=False)
         if role is Role.ENCODE:
-            self.core.collective_rpc(_drop_language_model)
+            self.core.collective_rpc(parameters.drop_language_model)
+            self.core.collective_rpc(parameters.skip_positions)
         self.scheduler = self.core.scheduler
         connector = self.scheduler.get_ec_connector()
         assert isinstance(connector, PatchCacheConnector)
@@ -216,7 +247,7 @@ class Engine:
 
     def parameter_bytes(self) -> tuple[int, int]:
         """Bytes of parameters that this engine holds: those of the vision tower and projector, and all others."""
-        [counts] = self.core.collective_rpc(_parameter_bytes)[:1]
+        [counts] = self.core.collective_rpc(parameters.parameter_bytes)[:1]
         return counts[0], counts[1]
 
     def _kv_peer(self) -> KvPeer:
@@ -261,7 +292,7 @@ class Engine:
 
     def add_prefill(self, frames: Sequence[bytes]) -> EngineCoreRequest:
         """Queues a request to be prefilled and its KV kept for a decode worker."""
-        request = self._request_decoder.decode(frames)
+        request = self._unpack(frames)
         sampling = request.sampling_params
         request.sampling_params = SamplingParams(
             max_tokens=1,
@@ -276,7 +307,7 @@ class Engine:
 
     def add_decode(self, frames: Sequence[bytes], peer: KvPeer) -> EngineCoreRequest:
         """Queues a request whose KV `peer` will push."""
-        request = self._request_decoder.decode(frames)
+        request = self._unpack(frames)
         sampling = request.sampling_params
         sampling.prompt_logprobs = None  # the prefill worker gives them
         sampling.extra_args = (sampling.extra_args or {}) | {
@@ -292,6 +323,14 @@ class Engine:
             }
         }
         self._add(request)
+        return request
+
+    def _unpack(self, frames: Sequence[bytes]) -> EngineCoreRequest:
+        """A request, checked for what vLLM's model runner would end the whole engine over."""
+        request: EngineCoreRequest = self._request_decoder.decode(frames)
+        if self._positions is not None:
+            for feature in request.mm_features or ():
+                self._positions.check(feature.modality, feature.data, feature.mm_position, request.prompt_token_ids)
         return request
 
     def _add(self, request: EngineCoreRequest) -> None:
@@ -341,49 +380,5 @@ class Engine:
 
 
 def _hashes(request: EngineCoreRequest) -> list[str]:
-    return [feature.identifier for feature in request.mm_features or ()]
-
-
-def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.nn.Parameter]]:
-    """Each parameter that takes memory: "tower", "language" or "both", then its module, its name, and itself."""
-    towers = tuple(f"{name}." for name in model._tower_model_names)
-    languages = tuple(f"{name}." for name in model._language_model_names)
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.device.type == "meta":
-                continue
-            if f"{path}.{name}".startswith(towers):
-                part = "tower"
-            elif f"{path}.{name}".startswith(languages) or isinstance(module, VocabParallelEmbedding):
-                part = "language"
-            else:
-                part = "both"
-            yield part, module, name, parameter
-
-
-def _parameter_bytes(worker: Any) -> tuple[int, int]:
-    """Runs beside the model: bytes of tower and of language parameters; the few that are neither go with the stage.
-
-    On CPUs vLLM packs linear weights into a format of their own and leaves an empty parameter: these count as their
-    layer's size.
-    """
-    counts = {"tower": 0, "language": 0, "both": 0}
-    for part, module, name, parameter in _parameters(worker.get_model()):
-        nbytes = parameter.nbytes
-        if not nbytes and name == "weight" and isinstance(module, LinearBase):
-            rows = getattr(module, "output_size_per_partition", module.output_size)
-            columns = getattr(module, "input_size_per_partition", module.input_size)
-            nbytes = rows * columns * parameter.element_size()
-        counts[part] += nbytes
-    encodes = worker.vllm_config.is_mm_encoder_only
-    return counts["tower"] + encodes * counts["both"], counts["language"] + (not encodes) * counts["both"]
-
-
-def _drop_language_model(worker: Any) -> None:
-    """Runs beside an encode worker's model: frees what vLLM's encoder-only mode leaves of the language model.
-
-    That is the output head in vLLM 0.32; nothing runs it here.
-    """
-    for part, module, name, parameter in _parameters(worker.get_model()):
-        if part == "language":
-            module.register_parameter(name, torch.nn.Parameter(parameter.new_empty(0), requires_grad=False))
+    """The patches that a request's items are made of."""
+    return [patch for feature in request.mm_features or () for patch in patches_of(feature.identifier)]

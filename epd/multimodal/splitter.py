@@ -17,7 +17,9 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from epd.bounded import ByteCache
 from epd.messages import Patch
+from epd.multimodal.joined import identifier_of
 from epd.multimodal.naming import digest_of, identity_of, patch_hash
+from epd.multimodal.positions import Positions, positions_for
 from epd.multimodal.rules import Rule, UnsupportedItemError, rule_of
 from epd.multimodal.units import Unit
 
@@ -32,18 +34,23 @@ class CutPiece(msgspec.Struct, frozen=True):
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """An item's pieces in the order of the prompt, for any request with this item; `num_bytes` are the frames'."""
+    """An item's pieces in the order of the prompt, for any request with this item; `num_bytes` are the frames'.
+
+    `metadata` is what prefill and decode must know of the whole item, or None where each piece can be an item there.
+    """
 
     modality: str
     pieces: list[CutPiece]
     num_bytes: int
+    metadata: Any = None
 
 
 class Split(msgspec.Struct, frozen=True):
     """A request's patches in the order of the prompt.
 
-    `features` are for the engine request: one per patch, hash and position, no data. `frames` hold each patch's
-    encoded `MultiModalKwargsItem`, `patches[i].num_frames` of them for patch i.
+    `features` are for the engine request: one per patch, hash and position, no data; or, where prefill and decode must
+    know more of an item (`epd.multimodal.positions`), one per item, whose identifier names all its patches. `frames`
+    hold each patch's encoded `MultiModalKwargsItem`, `patches[i].num_frames` of them for patch i.
     """
 
     patches: list[Patch]
@@ -64,13 +71,15 @@ class Split(msgspec.Struct, frozen=True):
         return Split(patches, self.features, frames)
 
 
-def cut(feature: MultiModalFeatureSpec, rule: Rule) -> Cut:
+def cut(feature: MultiModalFeatureSpec, rule: Rule, positions: Positions | None = None) -> Cut:
     """Cuts one item by `rule`, names and encodes the pieces: the expensive part, the same for every request.
 
     Raises:
         UnsupportedItemError: an item without pixels, with ready embeddings, or that does not fit its placeholders.
+        PositionsError: an item whose positions cannot be computed.
     """
     place = feature.mm_position
+    metadata = positions.pick(feature.modality, _checked(feature), place) if positions is not None else None
     pieces = []
     for piece in rule(_checked(feature), place):
         at = piece.position
@@ -82,7 +91,8 @@ def cut(feature: MultiModalFeatureSpec, rule: Rule) -> Cut:
                 MsgpackEncoder().encode(piece.item),
             )
         )
-    return Cut(feature.modality, pieces, sum(len(frame) for piece in pieces for frame in piece.frames))
+    num_bytes = sum(len(frame) for piece in pieces for frame in piece.frames)
+    return Cut(feature.modality, pieces, num_bytes, metadata)
 
 
 def assemble(features: Sequence[MultiModalFeatureSpec], cuts: Sequence[Cut], identity: bytes, salt: str) -> Split:
@@ -91,10 +101,8 @@ def assemble(features: Sequence[MultiModalFeatureSpec], cuts: Sequence[Cut], ide
     specs: list[MultiModalFeatureSpec] = []
     frames: list[Any] = []
     for feature, whole in zip(features, cuts, strict=True):
-        for piece in whole.pieces:
-            name = patch_hash(identity, salt, whole.modality, piece.digest)
-            at = piece.position
-            place = PlaceholderRange(feature.mm_position.offset + at.offset, at.length, at.is_embed)
+        names = [patch_hash(identity, salt, whole.modality, piece.digest) for piece in whole.pieces]
+        for piece, name in zip(whole.pieces, names, strict=True):
             patches.append(
                 Patch(
                     patch_hash=name,
@@ -103,13 +111,21 @@ def assemble(features: Sequence[MultiModalFeatureSpec], cuts: Sequence[Cut], ide
                     num_frames=len(piece.frames),
                 )
             )
-            specs.append(
-                MultiModalFeatureSpec(
-                    data=None, modality=whole.modality, identifier=name, mm_position=place, mm_hash=name
-                )
-            )
             frames.extend(piece.frames)
+        start = feature.mm_position
+        if whole.metadata is not None:
+            place = PlaceholderRange(start.offset, start.length, start.is_embed)
+            specs.append(_spec(whole.modality, identifier_of(names), place, whole.metadata))
+            continue
+        for piece, name in zip(whole.pieces, names, strict=True):
+            at = piece.position
+            place = PlaceholderRange(start.offset + at.offset, at.length, at.is_embed)
+            specs.append(_spec(whole.modality, name, place, None))
     return Split(patches, specs, frames)
+
+
+def _spec(modality: str, name: str, place: PlaceholderRange, data: MultiModalKwargsItem | None) -> Any:
+    return MultiModalFeatureSpec(data=data, modality=modality, identifier=name, mm_position=place, mm_hash=name)
 
 
 def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes, salt: str) -> Split:
@@ -136,6 +152,7 @@ class Splitter:
 
     def __init__(self, config: VllmConfig, max_bytes: int) -> None:
         self._config, self._identity = config, identity_of(config)
+        self._positions = positions_for(config)
         self.units: Mapping[str, Unit] = {}
         self._cuts: ByteCache[tuple[Any, ...], Cut] = ByteCache(max_bytes)
 
@@ -161,7 +178,7 @@ class Splitter:
         for key, feature in dict(zip(keys, features, strict=True)).items():
             if cuts[key] is None:
                 rule = rule_of(self._config, feature.modality, units.get(feature.modality))
-                done = await asyncio.to_thread(cut, feature, rule)
+                done = await asyncio.to_thread(cut, feature, rule, self._positions)
                 self._cuts.put(key, done, done.num_bytes)
                 cuts[key] = done
         return assemble(features, [found for key in keys if (found := cuts[key])], self._identity, salt)

@@ -1,6 +1,6 @@
 """Answers chats with plain vLLM: `python -m tests.models.plain`, a line of JSON in and out for each model.
 
-Run by test_families.py in a process of its own, which imports vLLM once and forks for each model.
+Imports vLLM once and forks for each model. `python -m tests.models.plain MODEL` reads one JSON object instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from vllm import LLM, SamplingParams
 def main() -> None:
     """Reads `{"model", "engine", "max_tokens", "chats"}`, prints what `answers` gives; null where it failed."""
     torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        print(json.dumps(answers(sys.argv[1], **json.load(sys.stdin))), flush=True)
+        return
     for line in sys.stdin:
         reader, writer = os.pipe()
         if os.fork() == 0:

@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from epd.builtin import model_path
-from tests.models import audio, llava, tiles
+from tests.models import audio, llava, qwen, tiles
 
 ITEM = "item"
+_GRIDS = {"image": ITEM, "video": "temporal grid"}
+_GRID_LIMITS = {"image": 4, "video": 2}
+_GRID_NOTES = {
+    "image": "attention goes across the picture",
+    "video": "two frames to a grid; prefill gets the video whole with its grid, the connector joins its patches",
+}
+_M_ROPE = "yes, `tests/models/test_m_rope.py`"
+_BOTH_M_ROPE = {"image": _M_ROPE, "video": _M_ROPE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +85,22 @@ FAMILIES: dict[str, Family] = {
     "minicpmv": Family(
         "MiniCPM-V 4.6", "MiniCPMV4_6ForConditionalGeneration", tiles.minicpmv,
         {"image": "slice", "video": "frame"}, {"image": 4, "video": 1},
+    ),
+    "qwen2_vl": Family(
+        "Qwen2-VL", "Qwen2VLForConditionalGeneration", qwen.qwen2_vl, _GRIDS, _GRID_LIMITS,
+        notes=_GRID_NOTES, tested_by=_BOTH_M_ROPE,
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", qwen.qwen2_5_vl, _GRIDS, _GRID_LIMITS,
+        notes=_GRID_NOTES, tested_by=_BOTH_M_ROPE,
+    ),
+    "qwen3_vl": Family(
+        "Qwen3-VL", "Qwen3VLForConditionalGeneration", qwen.qwen3_vl, _GRIDS, _GRID_LIMITS,
+        notes=_GRID_NOTES, tested_by=_BOTH_M_ROPE,
+    ),
+    "paddleocr_vl": Family(
+        "PaddleOCR-VL", "PaddleOCRVLForConditionalGeneration", qwen.paddleocr_vl, {"image": ITEM}, {"image": 4},
+        notes={"image": _GRID_NOTES["image"]}, tested_by={"image": _M_ROPE},
     ),
     "llava": Family(
         "LLaVA 1.5", "LlavaForConditionalGeneration", llava.llava, {"image": ITEM}, {"image": 4},

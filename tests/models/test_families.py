@@ -6,19 +6,15 @@ Each family has two encode workers, and the broker's count of encoded patches sh
 from __future__ import annotations
 
 import concurrent.futures
-import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from benchmarks.servers import Running
 from epd.config import Config, EndpointConfig
+from tests.models.processes import PlainVllm
 from tests.models.questions import Question, ask, pictures, sound
 from tests.models.registry import FAMILIES, Family
 
@@ -28,15 +24,6 @@ MAX_TOKENS = 12
 # One prefill and one decode worker: the endpoint sends one request itself.
 NUM_WARM_UPS = 1
 ENGINE = {"max_model_len": 2048, "dtype": "bfloat16"}
-ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 QUESTIONS: dict[str, list[Question]] = {
     "internvl": pictures(7, (1, 3)),
     "gemma3": pictures(3, (1, 3)),
@@ -84,24 +71,14 @@ def _counts(running: Running, num_answered: int) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def plain_vllm() -> Iterator[subprocess.Popen[str]]:
-    """A process that answers for one model after the other."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.models.plain"],
-        env=os.environ | ENV,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
+def plain_vllm() -> Iterator[PlainVllm]:
+    """One process for all families."""
+    with PlainVllm() as plain:
+        yield plain
 
 
 @pytest.fixture(scope="module", params=list(QUESTIONS))
-def asked(
-    request: pytest.FixtureRequest, plain_vllm: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
-) -> Asked:
+def asked(request: pytest.FixtureRequest, plain_vllm: PlainVllm, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     """Both servers' answers; they start side by side."""
     family, questions = FAMILIES[request.param], QUESTIONS[request.param]
     folder = family.folder(tmp_path_factory.mktemp("models"), request.param)
@@ -116,21 +93,12 @@ def asked(
         model=str(folder), served_model_name="tiny", engine=engine, endpoint=EndpointConfig(port=0, max_images=4)
     )
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        plain = pool.submit(_answer, plain_vllm, task)
+        plain = pool.submit(plain_vllm.answers, task)
         running = Running(config, encode=2, prefill=1, decode=1)
         try:
-            answers = plain.result()
-            assert answers is not None, "plain vLLM failed; see what it wrote to stderr"
-            return Asked(family, questions, answers, running)
+            return Asked(family, questions, plain.result(), running)
         finally:
             running.close()
-
-
-def _answer(process: subprocess.Popen[str], task: dict[str, Any]) -> list[dict] | None:
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps(task) + "\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
 
 
 def test_tokens_and_log_probabilities_are_equal(asked: Asked) -> None:

@@ -9,11 +9,11 @@ from epd.multimodal.units import Unit, agreed_units, described
 pytestmark = pytest.mark.engine  # vLLM's types
 
 
-def leading():
+def leading(has_shorter_last=False):
     from epd.multimodal.rules import Way
     from epd.multimodal.rules.leading import leading_dimension
 
-    return Way("tile", leading_dimension)
+    return Way("tile", leading_dimension, has_shorter_last)
 
 
 def tokens(pieces):
@@ -35,14 +35,24 @@ def test_each_tile_gets_its_pixels_and_a_count_of_one():
     assert starts(pieces) == [12, 18, 24]
 
 
-def test_one_run_is_shared_out_and_only_the_last_piece_may_be_shorter():
+def test_one_run_is_shared_out_equally_whatever_the_size_of_a_piece():
     from tests.multimodal.items import place, tiles
 
     assert tokens(leading().cut(tiles(3), place(12), 4)) == [4, 4, 4]
-    assert tokens(leading().cut(tiles(3), place(9), 4)) == [4, 4, 1]
-    assert starts(leading().cut(tiles(3), place(9), 4)) == [12, 16, 20]
-    assert leading().cut(tiles(3), place(8), 4) is None
-    assert leading().cut(tiles(3), place(13), 4) is None
+    assert tokens(leading().cut(tiles(3), place(9), 4)) == [3, 3, 3]
+    assert starts(leading().cut(tiles(3), place(9), 4)) == [12, 15, 18]
+    assert leading().cut(tiles(3), place(10), 4) is None
+
+
+def test_the_last_window_of_a_sound_may_be_shorter():
+    from tests.multimodal.items import place, tiles
+
+    way = leading(has_shorter_last=True)
+    assert tokens(way.cut(tiles(3), place(12), 4)) == [4, 4, 4]
+    assert tokens(way.cut(tiles(3), place(9), 4)) == [4, 4, 1]
+    assert starts(way.cut(tiles(3), place(9), 4)) == [12, 16, 20]
+    assert way.cut(tiles(3), place(8), 4) is None
+    assert way.cut(tiles(3), place(13), 4) is None
 
 
 def test_a_run_for_each_piece_may_have_any_length():

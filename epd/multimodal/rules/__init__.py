@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalKwargsItem, PlaceholderRange
 
 from epd.multimodal.rules.base import Piece, Rule, UnsupportedItemError, Way, whole_item
+from epd.multimodal.rules.grids import temporal_grids
 from epd.multimodal.rules.leading import leading_dimension
 from epd.multimodal.rules.slices import navit_slices
 from epd.multimodal.units import Unit
@@ -21,11 +22,16 @@ from epd.multimodal.units import Unit
 __all__ = ["SPECIAL", "Piece", "Rule", "UnsupportedItemError", "Way", "rule_of", "way_for", "whole_item"]
 
 _PIECES = {"image": "tile", "video": "frame", "audio": "chunk"}
+_GRIDS = Way("temporal grid", temporal_grids)
 
 # (architecture, modality) -> the way of items whose fields do not tell it.
 SPECIAL: dict[tuple[str, str], Way] = {
     ("MiniCPMV4_6ForConditionalGeneration", "image"): Way("slice", navit_slices),
     ("MiniCPMV4_6ForConditionalGeneration", "video"): Way("frame", navit_slices),
+    ("Qwen2VLForConditionalGeneration", "video"): _GRIDS,
+    ("Qwen2_5_VLForConditionalGeneration", "video"): _GRIDS,
+    ("Qwen3VLForConditionalGeneration", "video"): _GRIDS,
+    ("Qwen3VLMoeForConditionalGeneration", "video"): _GRIDS,
 }
 
 
@@ -34,7 +40,8 @@ def way_for(config: VllmConfig, modality: str) -> Way:
     for architecture in config.model_config.hf_config.architectures or []:
         if (architecture, modality) in SPECIAL:
             return SPECIAL[architecture, modality]
-    return Way(_PIECES.get(modality, "piece"), leading_dimension)
+    # The windows of a sound are padded to one length, and only the last is ever short; tiles and frames are all alike.
+    return Way(_PIECES.get(modality, "piece"), leading_dimension, has_shorter_last=modality == "audio")
 
 
 def rule_of(config: VllmConfig, modality: str, unit: Unit | None) -> Rule:

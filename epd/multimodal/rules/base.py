@@ -31,11 +31,12 @@ class Way(msgspec.Struct, frozen=True):
     """A way to cut items that has still to be proved for a model: `unit` names a piece ("tile", "frame", "chunk").
 
     `pieces(item)` gives the pieces in the order of the prompt, each an item for the encoder, or None for an item that
-    it cannot cut.
+    it cannot cut. They give as many embeddings each, or the last may give fewer (`has_shorter_last`).
     """
 
     unit: str
     pieces: Callable[[MultiModalKwargsItem], list[MultiModalKwargsItem] | None]
+    has_shorter_last: bool = False
 
     def cut(self, item: MultiModalKwargsItem, position: PlaceholderRange, num_tokens: int) -> list[Piece] | None:
         """The pieces and their places; None where the item or its place does not tell.
@@ -43,10 +44,10 @@ class Way(msgspec.Struct, frozen=True):
         Args:
             item: the item.
             position: where the prompt has it.
-            num_tokens: embeddings of a full piece.
+            num_tokens: embeddings of a full piece, which matters only where the last may be shorter.
         """
         pieces = self.pieces(item)
-        counts = shares(position, len(pieces), num_tokens) if pieces else None
+        counts = shares(position, len(pieces), num_tokens if self.has_shorter_last else 0) if pieces else None
         if not pieces or counts is None:
             return None
         return [Piece(one, place) for one, place in zip(pieces, places(position, counts), strict=True)]
@@ -71,11 +72,13 @@ def shares(position: PlaceholderRange, num_pieces: int, num_tokens: int) -> list
     """How many embeddings each piece gives; None where the prompt does not tell.
 
     A run of the prompt for each piece, of whatever lengths; else pieces of `num_tokens`, of which only the last may be
-    shorter.
+    shorter; else, where that is 0, equal shares.
     """
     runs, total = position.extract_embeds_range(), int(position.get_num_embeds())
     if len(runs) == num_pieces:
         return [last - first + 1 for first, last in runs]
+    if not num_tokens:
+        return None if total % num_pieces or not total else [total // num_pieces] * num_pieces
     rest = total - (num_pieces - 1) * num_tokens
     return [num_tokens] * (num_pieces - 1) + [rest] if 0 < rest <= num_tokens else None
 
