@@ -77,14 +77,15 @@ class Dummies:
         """The same with random content: blocks of colour and bursts of sound, which scaling does not average away."""
         if isinstance(data, list):  # frames
             return [self._noise(each) for each in data]
-        if isinstance(data, tuple):  # with metadata behind
-            return (self._noise(data[0]), *data[1:])
+        if isinstance(data, tuple):
+            frames = self._noise(data[0])
+            return frames, _metadata(data[1], len(frames))
         if isinstance(data, Image.Image):
             return Image.fromarray(self._blocks((data.height, data.width, 3)))
         if data.ndim == 1:
             loudness = 10.0 ** self._random.uniform(-3.0, 0.0, -(-len(data) // _BURST)).repeat(_BURST)[: len(data)]
             return (self._random.uniform(-1.0, 1.0, len(data)) * loudness).astype(numpy.float32)
-        return self._blocks(data.shape)
+        return self._blocks((max(data.shape[0], _VIDEO_FRAMES), *data.shape[1:]))  # some models' have two frames only
 
     def _blocks(self, shape: tuple[int, ...]) -> Any:
         *front, height, width, depth = shape
@@ -117,6 +118,17 @@ def _sizes(modality: str, largest: Any) -> Iterator[dict[str, Any]]:
                     height=max(1, int(height * share)),
                 )
             }
+
+
+def _metadata(metadata: Any, num_frames: int) -> Any:
+    """What is known of a video, with another number of frames."""
+    if not isinstance(metadata, dict) or metadata.get("total_num_frames") == num_frames:
+        return metadata
+    return metadata | {
+        "total_num_frames": num_frames,
+        "frames_indices": list(range(num_frames)),
+        "duration": num_frames / (metadata.get("fps") or 1.0),
+    }
 
 
 def _size(data: Any) -> str:
