@@ -29,7 +29,7 @@ TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 8192,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 3,
@@ -39,8 +39,9 @@ TOWER_SCALE = 5.0
 
 
 def template(image_token: str) -> str:
-    """A chat template that puts `image_token` where a picture is."""
-    part = "{% if c['type'] == 'image' %}" + image_token + "{% else %} {{ c['text'] }}{% endif %}"
+    """A chat template that puts `image_token` where a picture is, and `<video>` where a video is."""
+    video = "{% elif c['type'] == 'video' %}<video>"
+    part = "{% if c['type'] == 'image' %}" + image_token + video + "{% else %} {{ c['text'] }}{% endif %}"
     return "{% for m in messages %}User:{% for c in m['content'] %}" + part + "{% endfor %}{% endfor %}"
 
 
@@ -129,5 +130,7 @@ def _rename(folder: Path, before: str, after: str) -> None:
 FAMILIES = {"llava_onevision": llava_onevision, "mistral3": mistral3}
 
 if __name__ == "__main__":
+    from tests.models import audio
+
     torch.manual_seed(0)
-    FAMILIES[sys.argv[1]](Path(sys.argv[2]))
+    (FAMILIES | audio.FAMILIES)[sys.argv[1]](Path(sys.argv[2]))
