@@ -71,6 +71,7 @@ class Endpoint:
             llm = PipelineLLM(
                 vllm_config,
                 self.core,
+                self._config.endpoint,
                 log_stats=not args.disable_log_stats,
                 log_requests=args.enable_log_requests,
             )
