@@ -39,6 +39,16 @@ def picture(seed: int, width: int, height: int) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": png(scribble(5000 + seed, (width, height)))}}
 
 
+def film(seed: int, num_frames: int, size: tuple[int, int] = (96, 64)) -> dict[str, Any]:
+    """A video of frames that are like no others, as the data URL of JPEG frames that vLLM takes."""
+    frames = []
+    for i in range(num_frames):
+        file = io.BytesIO()
+        scribble(6000 + 100 * seed + i, size).save(file, "JPEG", quality=95)
+        frames.append(base64.b64encode(file.getvalue()).decode())
+    return {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(frames)}}
+
+
 def sound(seed: int, seconds: float) -> dict[str, Any]:
     """Noise whose loudness changes, as a WAV file."""
     noise, samples = random.Random(seed), bytearray()

@@ -123,10 +123,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "audioflamingo3": Family(
         "Audio Flamingo 3", "AudioFlamingo3ForConditionalGeneration", audio.audioflamingo3,
-        {"audio": "chunk"}, {"audio": 2}, notes={"audio": "chunks of 30 s"},
+        {"audio": "chunk"}, {"audio": 1}, notes={"audio": "chunks of 30 s; vLLM takes one sound in a prompt"},
     ),
     "glmasr": Family(
-        "GLM-ASR", "GlmAsrForConditionalGeneration", audio.glmasr, {"audio": "chunk"}, {"audio": 2},
-        notes={"audio": "chunks of 30 s"},
+        "GLM-ASR", "GlmAsrForConditionalGeneration", audio.glmasr, {"audio": "chunk"}, {"audio": 1},
+        notes={"audio": "chunks of 30 s; vLLM takes one sound in a prompt"},
     ),
 }  # fmt: skip
