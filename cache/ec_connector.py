@@ -8,7 +8,8 @@ processes.
 Encode workers write: the item's identifier is the id of the encode job, the slot is known before the job is scheduled,
 and the job is done once its model runner says that it is written. Prefill and decode workers read: a patch counts as
 available only after its slot was read and verified here, beside the scheduler; a slot that holds anything else is
-reported stale and never reaches the model.
+reported stale and never reaches the model. An item of theirs may be made of several patches, which its identifier
+names (`epd.multimodal.joined`): it is available when they all are, and its embeddings are theirs, one after the other.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from vllm.v1.request import Request
 from cache.pools import DEVICE_KINDS, PoolError, PoolView, open_view
 from cache.slot import StaleSlotError
 from epd.messages import Pool, Slot
+from epd.multimodal.joined import patches_of
 
 CONNECTOR = "PatchCacheConnector"
 MODULE = __name__
@@ -39,10 +41,13 @@ MODULE = __name__
 
 @dataclasses.dataclass
 class StepPlan(ECConnectorMetadata):
-    """What the model runner does in one step: slots to write by job id, and slots to read by patch hash."""
+    """What the model runner does in one step: slots to write by job id, and slots to read by item identifier.
+
+    The slots of an item are those of the patches that its identifier names, in their order.
+    """
 
     writes: dict[str, Slot]
-    reads: dict[str, Slot]
+    reads: dict[str, list[Slot]]
     pools: list[Pool]
     owner: str
 
@@ -159,7 +164,7 @@ class PatchCacheConnector(ECConnectorBase):
         self._wants: dict[str, set[str]] = {}
         self._needed: dict[str, list[str]] = {}
         self._plan_writes: dict[str, Slot] = {}
-        self._plan_reads: dict[str, Slot] = {}
+        self._plan_reads: dict[str, list[Slot]] = {}
         # Beside the model runner:
         self._report = Written()
 
@@ -225,8 +230,8 @@ class PatchCacheConnector(ECConnectorBase):
     # ---- called by vLLM beside the scheduler -----------------------------------------------------------------------
 
     def has_cache_item(self, identifier: str) -> bool:
-        """Whether a patch can be loaded from its slot."""
-        return identifier in self._read_slots
+        """Whether an item's patches can all be loaded from their slots."""
+        return all(patch_hash in self._read_slots for patch_hash in patches_of(identifier))
 
     def ensure_cache_available(self, request: Request, num_computed_tokens: int) -> bool:
         """Whether enough of what comes after `num_computed_tokens` is ready to be worth a step."""
@@ -237,12 +242,13 @@ class PatchCacheConnector(ECConnectorBase):
             position = feature.mm_position
             if position.offset + position.length <= num_computed_tokens:
                 continue
-            if feature.identifier not in self._read_slots:
-                missing.append(feature.identifier)
+            lacking = [one for one in patches_of(feature.identifier) if one not in self._read_slots]
+            if lacking:
+                missing += lacking
                 ready_until = min(ready_until, position.offset)
         if not missing:
             return True
-        self._needed[request.request_id] = missing
+        self._needed[request.request_id] = list(dict.fromkeys(missing))
         run = ready_until - num_computed_tokens
         return self._min_overlap_tokens > 0 and run >= self._min_overlap_tokens
 
@@ -251,8 +257,8 @@ class PatchCacheConnector(ECConnectorBase):
         identifier = request.mm_features[index].identifier
         if self.is_producer and identifier in self._write_slots:
             self._plan_writes[identifier] = self._write_slots[identifier]
-        elif identifier in self._read_slots:
-            self._plan_reads[identifier] = self._read_slots[identifier]
+        elif self.has_cache_item(identifier):
+            self._plan_reads[identifier] = [self._read_slots[one] for one in patches_of(identifier)]
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """Hands this step's plan to the model runner."""
@@ -270,15 +276,18 @@ class PatchCacheConnector(ECConnectorBase):
         """Puts this step's embeddings into vLLM's encoder cache."""
         plan = self._get_connector_metadata()
         assert isinstance(plan, StepPlan)
-        for patch_hash, slot in plan.reads.items():
-            if patch_hash in encoder_cache:
+        device = self._vllm_config.device_config.device
+        for identifier, slots in plan.reads.items():
+            if identifier in encoder_cache:
                 continue
-            embeddings = _verified.get(patch_hash)
-            if embeddings is None:
-                self._pools.update(plan.pools)
-                embeddings = read_tensor(self._pools, slot)
-            device = self._vllm_config.device_config.device
-            encoder_cache[patch_hash] = embeddings.to(device, non_blocking=True)
+            parts = []
+            for patch_hash, slot in zip(patches_of(identifier), slots, strict=True):
+                embeddings = _verified.get(patch_hash)
+                if embeddings is None:
+                    self._pools.update(plan.pools)
+                    embeddings = read_tensor(self._pools, slot)
+                parts.append(embeddings.to(device, non_blocking=True))
+            encoder_cache[identifier] = parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
         """Writes one encoded item into its slot."""

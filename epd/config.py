@@ -62,11 +62,14 @@ class CacheConfig(_Section):
 class EndpointConfig(_Section):
     """`[endpoint]`: the HTTP server and what it accepts from clients.
 
-    `allowed_media_domains` lists the hosts that pictures may be fetched from; empty means that only data URLs are
-    taken. `max_pixels` bounds one picture, `max_images` one request, `max_body_bytes` one HTTP body. With `warm_up`
-    the endpoint sends the first requests itself, and is ready after them. Pictures uploaded
-    to `/v1/media` are kept `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all
-    as the processor gives them. While there is no broker, requests in flight and up to `max_waiting` new ones wait
+    `allowed_media_domains` lists the hosts that media may be fetched from; empty means that only data URLs are
+    taken. `max_pixels` bounds one picture, `max_body_bytes` one HTTP body; a request may have `max_images`,
+    `max_videos` and `max_audios`. Of a video, `max_video_frames` may be sampled; it may have `max_video_pixels` in a
+    frame and be `max_video_s` seconds long (at full HD and 30 frames a second; larger ones less). Audio may be
+    `max_audio_s` long. One video or audio clip may take `max_decoded_bytes` when it is decoded. With `warm_up`
+    the endpoint sends the first requests itself, and is ready after them. Pictures uploaded to `/v1/media` are kept
+    `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all as the processor gives
+    them. While there is no broker, requests in flight and up to `max_waiting` new ones wait
     `broker_wait_s` seconds for one; to be sent again they are held, in up to `max_held_bytes`: beyond that a request
     is held until its first token only, and ends with `broker_lost` if the broker dies after it. A stream ends with
     `slow_client` when its client leaves `max_unread_bytes` of engine output unread. All HTTP bodies of requests under
@@ -79,6 +82,13 @@ class EndpointConfig(_Section):
     max_bodies_bytes: int = 1 << 30
     max_images: int = 32
     max_pixels: int = 64 << 20
+    max_videos: int = 8
+    max_video_frames: int = 768
+    max_video_pixels: int = 4096 * 2304
+    max_video_s: float = 600.0
+    max_audios: int = 32
+    max_audio_s: float = 600.0
+    max_decoded_bytes: int = 1 << 30
     allowed_media_domains: list[str] = []
     allowed_local_media_path: str = ""
     request_timeout_s: float = 600.0

@@ -33,6 +33,8 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config, ConfigError
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
+from epd.multimodal.joined import patches_of
+from epd.multimodal.positions import positions_for
 from workers import parameters, push_connector
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
@@ -165,6 +167,36 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     return options
 
 
+def _vllm_config(options: dict[str, Any], role: Role) -> VllmConfig:
+    """VLLM's configuration of a stage.
+
+    A model with DeepStack adds embeddings to the first layers of its language model too, and switches that off where it
+    is made without a tower: so it gets one, which `_Executor` drops.
+    """
+    made: VllmConfig = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    vision = getattr(made.model_config.hf_config, "vision_config", None)
+    if role is Role.ENCODE or not getattr(vision, "deepstack_visual_indexes", None):
+        return made
+    limits = options["limit_mm_per_prompt"] | {"image": 1, "video": 1}
+    options |= {"limit_mm_per_prompt": limits, "skip_mm_profiling": True}
+    made = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    return made
+
+
+class _Executor:
+    """Makes vLLM's executor, and drops a tower that nothing will run before memory is shared out."""
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
+
+    def __call__(self, config: VllmConfig) -> Executor:
+        """An executor whose workers have loaded the model."""
+        executor = Executor.get_class(config)(config)
+        if self._role is not Role.ENCODE:
+            executor.collective_rpc(parameters.drop_tower)
+        return executor
+
+
 class Engine:
     """One stage's `EngineCore`, in the thread that constructs it.
 
@@ -180,12 +212,12 @@ class Engine:
         share_process_group()
         if role is not Role.ENCODE:
             calm_nixl()
-        args = EngineArgs(**engine_options(config, role, name))
-        self.vllm_config: VllmConfig = args.create_engine_config(UsageContext.ENGINE_CONTEXT)
-        executor = Executor.get_class(self.vllm_config)
-        self.core = EngineCore(self.vllm_config, executor, log_stats=False)
+        self.vllm_config = _vllm_config(engine_options(config, role, name), role)
+        self._positions = positions_for(self.vllm_config)
+        self.core = EngineCore(self.vllm_config, _Executor(role), log_stats=False)
         if role is Role.ENCODE:
             self.core.collective_rpc(parameters.drop_language_model)
+            self.core.collective_rpc(parameters.skip_positions)
         self.scheduler = self.core.scheduler
         connector = self.scheduler.get_ec_connector()
         assert isinstance(connector, PatchCacheConnector)
@@ -313,8 +345,12 @@ class Engine:
         return request
 
     def _leg(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int]) -> EngineCoreRequest:
-        request = self._request_decoder.decode(frames)
+        """A leg's request, checked for what vLLM's model runner would end the whole engine over."""
+        request: EngineCoreRequest = self._request_decoder.decode(frames)
         request.request_id = leg_id
+        if self._positions is not None:
+            for feature in request.mm_features or ():
+                self._positions.check(feature.modality, feature.data, feature.mm_position, request.prompt_token_ids)
         request.prompt_token_ids = [*request.prompt_token_ids, *output_token_ids]
         return request
 
@@ -372,4 +408,5 @@ class Engine:
 
 
 def _hashes(request: EngineCoreRequest) -> list[str]:
-    return [feature.identifier for feature in request.mm_features or ()]
+    """The patches that a request's items are made of."""
+    return [patch for feature in request.mm_features or () for patch in patches_of(feature.identifier)]

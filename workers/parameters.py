@@ -1,4 +1,7 @@
-"""Which parameters of a vLLM model (0.32) are the tower's and which the language model's. Runs beside the model."""
+"""What is done beside a stage's model, in whichever process that is: counting its parameters and dropping the others'.
+
+Runs by `collective_rpc` in the processes of vLLM's workers (0.32); everything here is given vLLM's worker.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.utils import StageMissingLayer
 
 
-def parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.nn.Parameter]]:
+def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.nn.Parameter]]:
     """Each parameter that takes memory: "tower", "language" or "both", then its module, its name, and itself."""
     towers = tuple(f"{name}." for name in model._tower_model_names)
     languages = tuple(f"{name}." for name in model._language_model_names)
@@ -34,7 +38,7 @@ def parameter_bytes(worker: Any) -> tuple[int, int]:
     layer's size.
     """
     counts = {"tower": 0, "language": 0, "both": 0}
-    for part, module, name, parameter in parameters(worker.get_model()):
+    for part, module, name, parameter in _parameters(worker.get_model()):
         nbytes = parameter.nbytes
         if not nbytes and name == "weight" and isinstance(module, LinearBase):
             rows = getattr(module, "output_size_per_partition", module.output_size)
@@ -50,6 +54,34 @@ def drop_language_model(worker: Any) -> None:
 
     That is the output head in vLLM 0.32; nothing runs it here.
     """
-    for part, module, name, parameter in parameters(worker.get_model()):
+    for part, module, name, parameter in _parameters(worker.get_model()):
         if part == "language":
             module.register_parameter(name, torch.nn.Parameter(parameter.new_empty(0), requires_grad=False))
+
+
+def drop_tower(worker: Any) -> None:
+    """Runs beside a prefill or decode worker's model: frees a tower that it was made with; nothing runs it here.
+
+    What vLLM puts in a tower's place where it makes none takes the place of this one.
+    """
+    model = worker.get_model()
+    for path in model._tower_model_names:
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        tower = getattr(owner, name)
+        if isinstance(tower, StageMissingLayer):
+            continue
+        for module in tower.modules():
+            vars(module).pop("cpu_linear", None)  # holds the weights, packed
+        setattr(owner, name, StageMissingLayer("tower", tower.to("meta")))
+
+
+def skip_positions(worker: Any) -> None:
+    """Runs beside an encode worker's model: no language model, so nothing has a position in a prompt.
+
+    M-RoPE models would look for an item's surroundings in the prompt, and a patch has none.
+    """
+    runner = worker.model_runner
+    runner.uses_mrope = False
+    if getattr(runner, "model_state", None) is not None:  # vLLM's V2 model runner
+        runner.model_state.rope_state = None

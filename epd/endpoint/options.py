@@ -17,6 +17,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from epd.config import Config, ConfigError
+from epd.multimodal.positions import UnsupportedModelError, positions_for
 
 # These choose how vLLM would start processes and sockets; here that is the pipeline's business.
 _NOT_OURS = ("headless", "api_server_count", "grpc", "uds", "data_parallel_size", "host", "port", "model")
@@ -38,7 +39,8 @@ def serve_args(config: Config) -> argparse.Namespace:
     """
     if not config.model:
         raise ConfigError("model: not set")
-    options: dict[str, Any] = {"limit_mm_per_prompt": {"image": config.endpoint.max_images}}
+    counts = {"image": config.endpoint.max_images, "video": config.endpoint.max_videos}
+    options: dict[str, Any] = {"limit_mm_per_prompt": counts | {"audio": config.endpoint.max_audios}}
     options |= config.engine_options("") | config.endpoint.serve
     wrong = sorted(set(_NOT_OURS) & set(options))
     if wrong:
@@ -74,11 +76,10 @@ def vllm_config_of(args: argparse.Namespace) -> VllmConfig:
     except (ValueError, OSError) as error:
         raise ConfigError(f"{args.model}: {error}") from error
     model = config.model_config
-    if model.uses_mrope:
-        raise ConfigError(
-            f"{args.model}: models with M-RoPE (multimodal rotary positions) are not supported yet: prefill would"
-            " need each item's grid, which the endpoint does not send"
-        )
+    try:
+        positions_for(config)
+    except UnsupportedModelError as error:
+        raise ConfigError(f"{args.model}: {error}") from None
     if model.is_encoder_decoder or model.runner_type != "generate":
         raise ConfigError(f"{args.model}: only decoder models that generate text are supported")
     if config.lora_config is not None:

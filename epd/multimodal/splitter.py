@@ -7,7 +7,7 @@ multimodal types (written against vLLM 0.32: `vllm.multimodal.inputs`, `vllm.v1.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,8 +17,11 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from epd.bounded import ByteCache
 from epd.messages import Patch
+from epd.multimodal.joined import identifier_of
 from epd.multimodal.naming import digest_of, identity_of, patch_hash
-from epd.multimodal.rules import Rule, UnsupportedItemError, rule_for
+from epd.multimodal.positions import Positions, positions_for
+from epd.multimodal.rules import Rule, UnsupportedItemError, rule_of
+from epd.multimodal.units import Unit
 
 
 class CutPiece(msgspec.Struct, frozen=True):
@@ -31,18 +34,23 @@ class CutPiece(msgspec.Struct, frozen=True):
 
 
 class Cut(msgspec.Struct, frozen=True):
-    """An item's pieces in the order of the prompt, for any request with this item; `num_bytes` are the frames'."""
+    """An item's pieces in the order of the prompt, for any request with this item; `num_bytes` are the frames'.
+
+    `metadata` is what prefill and decode must know of the whole item, or None where each piece can be an item there.
+    """
 
     modality: str
     pieces: list[CutPiece]
     num_bytes: int
+    metadata: Any = None
 
 
 class Split(msgspec.Struct, frozen=True):
     """A request's patches in the order of the prompt.
 
-    `features` are for the engine request: one per patch, hash and position, no data. `frames` hold each patch's
-    encoded `MultiModalKwargsItem`, `patches[i].num_frames` of them for patch i.
+    `features` are for the engine request: one per patch, hash and position, no data; or, where prefill and decode must
+    know more of an item (`epd.multimodal.positions`), one per item, whose identifier names all its patches. `frames`
+    hold each patch's encoded `MultiModalKwargsItem`, `patches[i].num_frames` of them for patch i.
     """
 
     patches: list[Patch]
@@ -63,13 +71,15 @@ class Split(msgspec.Struct, frozen=True):
         return Split(patches, self.features, frames)
 
 
-def cut(feature: MultiModalFeatureSpec, rule: Rule) -> Cut:
+def cut(feature: MultiModalFeatureSpec, rule: Rule, positions: Positions | None = None) -> Cut:
     """Cuts one item by `rule`, names and encodes the pieces: the expensive part, the same for every request.
 
     Raises:
         UnsupportedItemError: an item without pixels, with ready embeddings, or that does not fit its placeholders.
+        PositionsError: an item whose positions cannot be computed.
     """
     place = feature.mm_position
+    metadata = positions.pick(feature.modality, _checked(feature), place) if positions is not None else None
     pieces = []
     for piece in rule(_checked(feature), place):
         at = piece.position
@@ -81,7 +91,8 @@ def cut(feature: MultiModalFeatureSpec, rule: Rule) -> Cut:
                 MsgpackEncoder().encode(piece.item),
             )
         )
-    return Cut(feature.modality, pieces, sum(len(frame) for piece in pieces for frame in piece.frames))
+    num_bytes = sum(len(frame) for piece in pieces for frame in piece.frames)
+    return Cut(feature.modality, pieces, num_bytes, metadata)
 
 
 def assemble(features: Sequence[MultiModalFeatureSpec], cuts: Sequence[Cut], identity: bytes, salt: str) -> Split:
@@ -90,10 +101,8 @@ def assemble(features: Sequence[MultiModalFeatureSpec], cuts: Sequence[Cut], ide
     specs: list[MultiModalFeatureSpec] = []
     frames: list[Any] = []
     for feature, whole in zip(features, cuts, strict=True):
-        for piece in whole.pieces:
-            name = patch_hash(identity, salt, whole.modality, piece.digest)
-            at = piece.position
-            place = PlaceholderRange(feature.mm_position.offset + at.offset, at.length, at.is_embed)
+        names = [patch_hash(identity, salt, whole.modality, piece.digest) for piece in whole.pieces]
+        for piece, name in zip(whole.pieces, names, strict=True):
             patches.append(
                 Patch(
                     patch_hash=name,
@@ -102,13 +111,21 @@ def assemble(features: Sequence[MultiModalFeatureSpec], cuts: Sequence[Cut], ide
                     num_frames=len(piece.frames),
                 )
             )
-            specs.append(
-                MultiModalFeatureSpec(
-                    data=None, modality=whole.modality, identifier=name, mm_position=place, mm_hash=name
-                )
-            )
             frames.extend(piece.frames)
+        start = feature.mm_position
+        if whole.metadata is not None:
+            place = PlaceholderRange(start.offset, start.length, start.is_embed)
+            specs.append(_spec(whole.modality, identifier_of(names), place, whole.metadata))
+            continue
+        for piece, name in zip(whole.pieces, names, strict=True):
+            at = piece.position
+            place = PlaceholderRange(start.offset + at.offset, at.length, at.is_embed)
+            specs.append(_spec(whole.modality, name, place, None))
     return Split(patches, specs, frames)
+
+
+def _spec(modality: str, name: str, place: PlaceholderRange, data: MultiModalKwargsItem | None) -> Any:
+    return MultiModalFeatureSpec(data=data, modality=modality, identifier=name, mm_position=place, mm_hash=name)
 
 
 def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes, salt: str) -> Split:
@@ -116,7 +133,7 @@ def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes
 
     Args:
         features: vLLM's features of one request, in the order of the prompt.
-        rule: how an item of this model is cut (`rule_for`).
+        rule: how an item of this model is cut (`rule_of`).
         identity: `identity_of` the deployment.
         salt: the tenant's; equal pixels under another salt get another name.
 
@@ -127,17 +144,23 @@ def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes
 
 
 class Splitter:
-    """Splits requests, each item once: cuts are kept, `max_bytes` of them, by vLLM's hash of the item's content."""
+    """Splits requests, each item once: cuts are kept, `max_bytes` of them, by vLLM's hash of the item's content.
+
+    `units` are what the encode workers have proved (modality -> unit) and may change at any time; items of other
+    modalities stay whole.
+    """
 
     def __init__(self, config: VllmConfig, max_bytes: int) -> None:
-        self._identity, self._rule = identity_of(config), rule_for(config)
+        self._config, self._identity = config, identity_of(config)
+        self._positions = positions_for(config)
+        self.units: Mapping[str, Unit] = {}
         self._cuts: ByteCache[tuple[Any, ...], Cut] = ByteCache(max_bytes)
 
     def quick(self, features: Sequence[MultiModalFeatureSpec], salt: str) -> Split | None:
         """The patches, where all items were cut before; else None."""
         cuts: list[Cut] = []
         for feature in features:
-            found = self._cuts.get(_key(feature))
+            found = self._cuts.get(_key(feature, self.units.get(feature.modality)))
             if found is None:
                 return None
             cuts.append(found)
@@ -149,17 +172,20 @@ class Splitter:
         Raises:
             UnsupportedItemError: as `cut`.
         """
-        cuts = {key: self._cuts.get(key) for key in map(_key, features)}
-        for key, feature in {_key(each): each for each in features}.items():
+        units = self.units
+        keys = [_key(feature, units.get(feature.modality)) for feature in features]
+        cuts = {key: self._cuts.get(key) for key in keys}
+        for key, feature in dict(zip(keys, features, strict=True)).items():
             if cuts[key] is None:
-                done = await asyncio.to_thread(cut, feature, self._rule)
+                rule = rule_of(self._config, feature.modality, units.get(feature.modality))
+                done = await asyncio.to_thread(cut, feature, rule, self._positions)
                 self._cuts.put(key, done, done.num_bytes)
                 cuts[key] = done
-        return assemble(features, [found for key in map(_key, features) if (found := cuts[key])], self._identity, salt)
+        return assemble(features, [found for key in keys if (found := cuts[key])], self._identity, salt)
 
 
-def _key(feature: MultiModalFeatureSpec) -> tuple[Any, ...]:
-    return feature.modality, feature.mm_hash or feature.identifier, feature.mm_position.length
+def _key(feature: MultiModalFeatureSpec, unit: Unit | None) -> tuple[Any, ...]:
+    return feature.modality, feature.mm_hash or feature.identifier, feature.mm_position.length, unit
 
 
 def _checked(feature: MultiModalFeatureSpec) -> MultiModalKwargsItem:

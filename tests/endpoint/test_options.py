@@ -20,6 +20,8 @@ def test_engine_serve_and_endpoint_options_reach_vllm():
         serve={"allowed_origins": ["*"], "enable_request_id_headers": True, "middleware": ["a.b", "c.d"]},
         api_keys=["one", "two"],
         max_images=5,
+        max_videos=2,
+        max_audios=3,
         allowed_media_domains=["a.example"],
         port=1234,
     )
@@ -27,7 +29,7 @@ def test_engine_serve_and_endpoint_options_reach_vllm():
     assert args.enforce_eager and args.enable_request_id_headers and args.api_key == ["one", "two"]
     assert args.allowed_origins == ["*"] and args.middleware == ["a.b", "c.d"]
     assert args.allowed_media_domains == ["a.example"] and args.port == 1234
-    assert args.mm_processor_cache_type == "lru" and args.limit_mm_per_prompt == {"image": 5}
+    assert args.mm_processor_cache_type == "lru" and args.limit_mm_per_prompt == {"image": 5, "video": 2, "audio": 3}
 
 
 def test_the_users_limit_of_items_stays():
@@ -65,28 +67,50 @@ def test_a_model_is_needed():
         serve_args(Config(endpoint=EndpointConfig()))
 
 
-def test_a_model_with_mrope_is_refused_with_the_reason(tmp_path):
-    import json
+def mrope_model(folder, kind, architecture, **vision):
+    """The configuration of a model with M-RoPE, without weights or tokenizer."""
+    import transformers
 
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    text = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 128, "rope_parameters": rope,
+    }  # fmt: skip
+    made = getattr(transformers, kind)(text_config=text, vision_config=vision, architectures=[architecture])
+    made.save_pretrained(folder)
+    return Config(model=str(folder), engine={"skip_tokenizer_init": True})
+
+
+def test_a_model_with_mrope_whose_positions_are_known_is_taken(tmp_path):
     from epd.endpoint.options import serve_args, vllm_config_of
 
-    config = {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "vocab_size": 100,
-        "max_position_embeddings": 128,
-        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 14},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    args = serve_args(Config(model=str(tmp_path), engine={"skip_tokenizer_init": True}))
-    with pytest.raises(ConfigError, match="M-RoPE"):
-        vllm_config_of(args)
+    config = mrope_model(
+        tmp_path, "Qwen2VLConfig", "Qwen2VLForConditionalGeneration", depth=1, embed_dim=32, hidden_size=64, num_heads=2
+    )
+    assert vllm_config_of(serve_args(config)).model_config.uses_mrope
+
+
+def test_another_model_with_mrope_is_refused_with_the_reason(tmp_path):
+    from epd.endpoint.options import serve_args, vllm_config_of
+
+    config = mrope_model(
+        tmp_path, "Glm4vConfig", "Glm4vForConditionalGeneration", depth=1, hidden_size=32, num_heads=2,
+        out_hidden_size=64,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"Glm4v.*M-RoPE.*only known of Qwen2VL"):
+        vllm_config_of(serve_args(config))
+
+
+def test_pruning_of_videos_is_refused_for_models_with_mrope(tmp_path):
+    from epd.endpoint.options import serve_args, vllm_config_of
+
+    config = mrope_model(
+        tmp_path, "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", depth=1, hidden_size=32, num_heads=2,
+        out_hidden_size=64,
+    )  # fmt: skip
+    config.engine = config.engine | {"video_pruning_rate": 0.5}
+    with pytest.raises(ConfigError, match="video_pruning_rate"):
+        vllm_config_of(serve_args(config))
 
 
 def test_a_model_that_is_not_there_is_an_error_with_its_name():

@@ -1,0 +1,144 @@
+"""Families with M-RoPE: tokens and log-probabilities equal to plain vLLM's, with images and videos."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.servers import Running
+from epd.config import Config, EndpointConfig
+from tests.models.processes import python
+from tests.pipeline.chats import png, scribble
+from tests.pipeline.test_disaggregation import of, story
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+
+ENGINE = {"max_model_len": 4096, "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 4, "video": 2}}
+MAX_TOKENS = 12
+# Of natural logarithms. bfloat16 rounds to 3 digits, and the decode worker computes the prompt's last token alone.
+TOLERANCE = 0.03
+SMALL, WIDE = (112, 84), (168, 112)
+
+
+def image(seed: int, size: tuple[int, int]) -> dict:
+    return {"type": "image_url", "image_url": {"url": png(scribble(seed, size))}}
+
+
+def video(seeds: Sequence[int], size: tuple[int, int] = SMALL) -> dict:
+    """A video of one frame for each seed, as the data URL of JPEG frames that vLLM takes."""
+    frames = []
+    for seed in seeds:
+        file = io.BytesIO()
+        scribble(seed, size).save(file, "JPEG", quality=95)
+        frames.append(base64.b64encode(file.getvalue()).decode())
+    return {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(frames)}}
+
+
+def says(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def user(*parts: dict, text: str = "What is in the picture?") -> dict:
+    return {"role": "user", "content": [*parts, says(text)]}
+
+
+EIGHT = video(range(6000, 6008))
+CHATS: dict[str, list[dict]] = {
+    "one image": [user(image(6100, WIDE))],
+    "two images of different sizes": [user(image(6101, SMALL), says("and"), image(6102, WIDE))],
+    "several turns": [
+        user(image(6103, WIDE)),
+        {"role": "assistant", "content": "0 1 2 3"},
+        user(text="Is it?"),
+        {"role": "assistant", "content": "3"},
+        user(image(6104, SMALL)),
+    ],
+    "text only": [user()],
+    "a video": [user(EIGHT)],
+    "a video that stands still": [user(video([6010] * 6))],
+    "an image and a video": [user(image(6105, WIDE), video(range(6020, 6024), WIDE), image(6106, SMALL))],
+}
+# Chat -> patches that must be encoded for it: images are whole, two frames make a temporal grid of a video.
+NUM_PATCHES = {
+    "one image": 1,
+    "two images of different sizes": 2,
+    "several turns": 2,
+    "text only": 0,
+    "a video": 4,
+    "an image and a video": 4,
+}
+HAS_NO_VIDEO = {"paddleocr_vl"}
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paddleocr_vl"])
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the pipeline and plain vLLM answer to each chat, the stories, and what the pipeline's workers hold."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    python("tests.models.qwen", request.param, str(folder))
+    chats = {
+        name: chat for name, chat in CHATS.items() if request.param not in HAS_NO_VIDEO or "video" not in name
+    }  # fmt: skip
+    engine = ENGINE
+    if request.param in HAS_NO_VIDEO:
+        engine = ENGINE | {"limit_mm_per_prompt": {"image": 4}}
+    task = {
+        "engine": engine | {"kv_cache_memory_bytes": 64 << 20},
+        "max_tokens": MAX_TOKENS,
+        "chats": [*chats.values()],
+    }
+    plain = json.loads(python("tests.models.plain", str(folder), stdin=json.dumps(task)))
+    config = Config(
+        model=str(folder), served_model_name="tiny", engine=engine, endpoint=EndpointConfig(port=0, max_images=4)
+    )
+    running = Running(config, encode=2, prefill=1, decode=1)
+    try:
+        ours, stories = {}, {}
+        for name, messages in chats.items():
+            body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+            body |= {"ignore_eos": True, "return_token_ids": True, "logprobs": True}
+            reply = running.http.post("/v1/chat/completions", json=body)
+            assert reply.status_code == 200, reply.text
+            ours[name] = reply.json()
+            stories[name] = story(running.http, ours[name])
+        members = {one["name"]: one for one in running.http.get("/ready").json()["members"]}
+        running.wait_idle()
+    finally:
+        running.close()
+    return {"plain": dict(zip(chats, plain, strict=True)), "ours": ours, "stories": stories, "members": members}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_tokens_and_log_probabilities_are_equal(answers: dict, name: str) -> None:
+    if name not in answers["ours"]:
+        pytest.skip("a model without video")
+    ours, plain = answers["ours"][name], answers["plain"][name]
+    [choice] = ours["choices"]
+    assert choice["token_ids"] == plain["token_ids"]
+    assert ours["usage"]["prompt_tokens"] == plain["num_prompt_tokens"]
+    found = [line["logprob"] for line in choice["logprobs"]["content"]]
+    assert found == pytest.approx(plain["logprobs"], abs=TOLERANCE)
+
+
+def test_each_temporal_grid_of_a_video_is_a_patch_and_each_image_one(answers: dict) -> None:
+    counts = {name: len(of(events, "encoded")) for name, events in answers["stories"].items()}
+    assert {name: counts[name] for name in NUM_PATCHES if name in counts} == {
+        name: count for name, count in NUM_PATCHES.items() if name in counts
+    }
+
+
+def test_the_grids_of_a_video_are_encoded_by_both_encode_workers(answers: dict) -> None:
+    if "a video" not in answers["stories"]:
+        pytest.skip("a model without video")
+    assert {event["worker"] for event in of(answers["stories"]["a video"], "encoded")} == {"encode-0", "encode-1"}
+
+
+def test_the_stages_hold_their_own_parameters_only(answers: dict) -> None:
+    for name, member in answers["members"].items():
+        mine, other = ("tower_bytes", "language_bytes")[:: 1 if name.startswith("encode") else -1]
+        assert member[mine] > 100_000, name
+        assert member[other] == 0, name
