@@ -48,6 +48,8 @@ def user(*parts: dict, text: str = "What is in the picture?") -> dict:
 
 
 EIGHT = video(range(6000, 6008))
+LARGE = (224, 224)  # 64 tokens: three of them are more than a block of the prefix cache
+THREE = [image(seed, LARGE) for seed in (6200, 6201, 6202)]
 CHATS: dict[str, list[dict]] = {
     "one image": [user(image(6100, WIDE))],
     "two images of different sizes": [user(image(6101, SMALL), says("and"), image(6102, WIDE))],
@@ -62,6 +64,10 @@ CHATS: dict[str, list[dict]] = {
     "a video": [user(EIGHT)],
     "a video that stands still": [user(video([6010] * 6))],
     "an image and a video": [user(image(6105, WIDE), video(range(6020, 6024), WIDE), image(6106, SMALL))],
+    "three images": [user(*THREE)],
+    "three images again": [user(*THREE)],
+    "three other images": [user(image(6203, LARGE), *THREE[1:])],
+    "a long video": [user(video(range(6030, 6094)))],
 }
 # Chat -> patches that must be encoded for it: images are whole, two frames make a temporal grid of a video.
 NUM_PATCHES = {
@@ -71,6 +77,9 @@ NUM_PATCHES = {
     "text only": 0,
     "a video": 4,
     "an image and a video": 4,
+    "three images again": 0,
+    "three other images": 1,
+    "a long video": 32,
 }
 HAS_NO_VIDEO = {"paddleocr_vl"}
 
@@ -105,11 +114,26 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             assert reply.status_code == 200, reply.text
             ours[name] = reply.json()
             stories[name] = story(running.http, ours[name])
+        rates = at_two_rates(running) if request.param == "qwen2_5_vl" else None
         members = {one["name"]: one for one in running.http.get("/ready").json()["members"]}
         running.wait_idle()
     finally:
         running.close()
-    return {"plain": dict(zip(chats, plain, strict=True)), "ours": ours, "stories": stories, "members": members}
+    plain = dict(zip(chats, plain, strict=True))
+    return {"plain": plain, "ours": ours, "stories": stories, "members": members, "rates": rates}
+
+
+def at_two_rates(running: Running) -> list[list[float]]:
+    """The first log-probabilities of the same frames shown fast, slowly, and slowly to a tenant without any cache."""
+    found = []
+    for fps, salt in ((2.0, ""), (0.5, ""), (0.5, "another")):
+        body = {"model": "tiny", "messages": [user(video(range(6030, 6062)))], "temperature": 0, "max_tokens": 1}
+        body |= {"logprobs": True, "top_logprobs": 5, "media_io_kwargs": {"video": {"fps": fps}}}
+        reply = running.http.post("/v1/chat/completions", json=body | ({"cache_salt": salt} if salt else {}))
+        assert reply.status_code == 200, reply.text
+        [line] = reply.json()["choices"][0]["logprobs"]["content"]
+        found.append([each["logprob"] for each in line["top_logprobs"]])
+    return found
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -135,6 +159,23 @@ def test_the_grids_of_a_video_are_encoded_by_both_encode_workers(answers: dict) 
     if "a video" not in answers["stories"]:
         pytest.skip("a model without video")
     assert {event["worker"] for event in of(answers["stories"]["a video"], "encoded")} == {"encode-0", "encode-1"}
+
+
+def test_equal_images_hit_the_prefix_cache_and_others_with_equal_tokens_do_not(answers: dict) -> None:
+    cached = {}
+    for name in ("three images", "three images again", "three other images"):
+        [event] = of(answers["stories"][name], "prefilled")
+        cached[name] = int(event["detail"].split()[0])
+    assert answers["ours"]["three images"]["usage"] == answers["ours"]["three other images"]["usage"]
+    assert cached["three images again"] >= 128 and cached["three other images"] == cached["three images"] == 0
+
+
+def test_the_same_frames_at_another_rate_are_not_taken_for_each_other(answers: dict) -> None:
+    if answers["rates"] is None:
+        pytest.skip("a model whose positions do not follow the rate")
+    fast, slow, fresh = answers["rates"]
+    assert slow == pytest.approx(fresh, abs=TOLERANCE)
+    assert slow != pytest.approx(fast, abs=10 * TOLERANCE), "positions in time"
 
 
 def test_the_stages_hold_their_own_parameters_only(answers: dict) -> None:
