@@ -55,11 +55,14 @@ class CacheConfig(_Section):
 class EndpointConfig(_Section):
     """`[endpoint]`: the HTTP server and what it accepts from clients.
 
-    `allowed_media_domains` lists the hosts that pictures may be fetched from; empty means that only data URLs are
-    taken. `max_pixels` bounds one picture, `max_images` one request, `max_body_bytes` one HTTP body. With `warm_up`
-    the endpoint sends the first requests itself, and is ready after them. Pictures uploaded
-    to `/v1/media` are kept `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all
-    as the processor gives them.
+    `allowed_media_domains` lists the hosts that media may be fetched from; empty means that only data URLs are
+    taken. `max_pixels` bounds one picture, `max_body_bytes` one HTTP body; a request may have `max_images`,
+    `max_videos` and `max_audios`. Of a video, `max_video_frames` may be sampled; it may have `max_video_pixels` in a
+    frame and be `max_video_s` seconds long (at full HD and 30 frames a second; larger ones less). Audio may be
+    `max_audio_s` long. One video or audio clip may take `max_decoded_bytes` when it is decoded. With `warm_up`
+    the endpoint sends the first requests itself, and is ready after them. Pictures uploaded to `/v1/media` are kept
+    `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all as the processor gives
+    them.
     """
 
     host: str = "127.0.0.1"
@@ -67,6 +70,13 @@ class EndpointConfig(_Section):
     max_body_bytes: int = 64 << 20
     max_images: int = 32
     max_pixels: int = 64 << 20
+    max_videos: int = 8
+    max_video_frames: int = 768
+    max_video_pixels: int = 4096 * 2304
+    max_video_s: float = 600.0
+    max_audios: int = 32
+    max_audio_s: float = 600.0
+    max_decoded_bytes: int = 1 << 30
     allowed_media_domains: list[str] = []
     allowed_local_media_path: str = ""
     request_timeout_s: float = 600.0

@@ -14,8 +14,11 @@ class EncodeStage(Stage):
     role = Role.ENCODE
 
     def start(self) -> None:
-        """Builds the engine."""
+        """Builds the engine, and proves what it can encode in pieces."""
         super().start()
+        from workers.proving import prove_units, with_units
+
+        self.info = with_units(self.info, prove_units(self.engine))
         self._jobs: dict[str, EncodeJob] = {}
 
     def handle(self, message: Message, frames: Frames) -> None:

@@ -49,6 +49,7 @@ from epd.messages import (
     Welcome,
 )
 from epd.multimodal.splitter import Split, Splitter
+from epd.multimodal.units import agreed_units
 
 log = structlog.get_logger()
 
@@ -209,6 +210,9 @@ class PipelineCore(EngineCoreClient):
                 self.uploads.on_uploaded(message)
             case Status():
                 self.status = message
+                # While the last encode worker is being replaced, what it has left in the cache can still be read.
+                units = agreed_units(message.workers)
+                self.splitter.units = self.splitter.units if units is None else units
                 self.status_changed.set()
             case Story():
                 self._stories_asked.answer(message.request_id, message)

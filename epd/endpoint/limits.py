@@ -1,9 +1,9 @@
-"""Refuses bad input with a reason before any engine or picture decoder sees it.
+"""Refuses bad input with a reason before any engine or decoder sees it.
 
 Lives in the endpoint process, as an ASGI middleware inside vLLM's own (so that a client without a key is refused
-first). Bodies are bounded, JSON must parse, and every picture in it must be one that may be opened: its address
-allowed, its header read, its size bounded. Pixels are never decoded here; vLLM answers 400 for a picture that turns
-out to be truncated.
+first). Bodies are bounded, JSON must parse, and every picture, video and sound in it must be one that may be opened:
+its address allowed, its header read (`probing.py`), its size bounded. Nothing is decoded here; what turns out to be
+damaged when it is decoded is answered with 400, too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import base64
 import binascii
 import functools
-import io
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
@@ -21,29 +20,25 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import msgspec
-from PIL import Image
 
 from epd.config import EndpointConfig
 from epd.endpoint.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.failures import Failure, send_failure
+from epd.endpoint.containers import kind_of
+from epd.endpoint.failures import send_failure
 from epd.endpoint.kept import SCHEME, Kept, current_media
+from epd.endpoint.probing import JPEG_FRAMES, check_audio, check_frames, check_image, check_video
+from epd.endpoint.refusals import RefusedError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_DEPTH = 64
 MEDIA_PATH = "/v1/media"
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 _THREAD_BYTES = 128 << 10
+# Where one of these is in a body, there may be a file in it that takes time to look at.
+_SLOW = (b"video", b"audio")
+_CHECKS = {"image": check_image, "video": check_video, "audio": check_audio}
 
 Resolve = Callable[[str], list[str]]
 FindMedia = Callable[[Scope, str], "Kept | None"]
-
-
-class RefusedError(Exception):
-    """The request is the client's fault; `failure` is the answer."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.failure = Failure(code=code, message=message, status=status)
 
 
 class Limits:
@@ -78,10 +73,11 @@ class Limits:
                 return
             kept: dict[str, Kept] = {}
             if path == MEDIA_PATH:
-                check_image(body, self._config)
+                check_upload(body, self._config)
             elif body and _is_json(scope):
                 find = functools.partial(self._find_media, scope)
-                if len(body) < _THREAD_BYTES and not self._config.allowed_media_domains:
+                is_slow = len(body) >= _THREAD_BYTES or any(each in body for each in _SLOW)
+                if not is_slow and not self._config.allowed_media_domains:
                     kept = check_json(path, body, self._config, self._resolve, find)
                 else:
                     kept = await asyncio.to_thread(check_json, path, body, self._config, self._resolve, find)
@@ -123,7 +119,7 @@ def check_json(
     resolve: Resolve,
     find: Callable[[str], Kept | None] = lambda _id: None,
 ) -> dict[str, Kept]:
-    """Checks a JSON body and the pictures in it; blocking where names have to be resolved.
+    """Checks a JSON body and the media in it; blocking where names have to be resolved.
 
     Returns:
         The kept pictures that it refers to, by their ids.
@@ -141,13 +137,12 @@ def check_json(
         return {}  # vLLM says which fields it expects
     if path.startswith("/inference") and data.get("features"):
         raise RefusedError(400, "unsupported", "ready-made multimodal features are not supported")
-    num_images = 0
+    media = [*media_in([data.get("messages"), data.get("input"), data.get("system")])]
+    for kind, limit in (("image", config.max_images), ("video", config.max_videos), ("audio", config.max_audios)):
+        if sum(each == kind for each, _ in media) > limit:
+            raise RefusedError(400, f"too_many_{kind}s", f"more than {limit} {kind}s in one request")
     kept: dict[str, Kept] = {}
-    for kind, url in media_in([data.get("messages"), data.get("input"), data.get("system")]):
-        if kind == "image":
-            num_images += 1
-            if num_images > config.max_images:
-                raise RefusedError(400, "too_many_images", f"more than {config.max_images} images in one request")
+    for kind, url in media:
         if kind == "image" and url.startswith(SCHEME):
             media_id = url.removeprefix(SCHEME)
             found = find(media_id)
@@ -166,9 +161,9 @@ def media_not_found(media_id: str) -> RefusedError:
 
 
 def media_in(tree: Any) -> Iterator[tuple[str, str]]:
-    """The (kind, address) of each picture, sound and film in messages, in any of the three APIs' shapes.
+    """The (kind, address) of each picture, video and sound in messages, in any of the three APIs' shapes.
 
-    `kind` is "image" or "media". Base64 sources of Anthropic's shape come out as data URLs.
+    `kind` is "image", "video" or "audio". `input_audio` and Anthropic's base64 sources come out as data URLs.
     """
     stack = [(tree, 0)]
     while stack:
@@ -183,7 +178,10 @@ def media_in(tree: Any) -> Iterator[tuple[str, str]]:
 
 
 def _media_of(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, kind in (("image_url", "image"), ("video_url", "media"), ("audio_url", "media")):
+    sound = part.get("input_audio")
+    if isinstance(sound, dict) and isinstance(sound.get("data"), str) and sound["data"]:
+        yield "audio", f"data:audio/{sound.get('format', '')};base64,{sound['data']}"  # as vLLM puts it together
+    for key, kind in (("image_url", "image"), ("video_url", "video"), ("audio_url", "audio")):
         value = part.get(key)
         url = value.get("url") if isinstance(value, dict) else value
         if isinstance(url, str):
@@ -197,15 +195,17 @@ def _media_of(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def check_media(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -> None:
-    """Checks one address and, where it carries an image, the image's header.
+    """Checks one address and, where it carries a file, the file's header.
 
     Raises:
         RefusedError: with the reason.
     """
     scheme = url.partition(":")[0].strip().lower()
     if scheme == "data":
-        if kind == "image":
-            check_image(_decoded(url), config)
+        if kind == "video" and _media_type(url) == JPEG_FRAMES:
+            check_frames(url.partition(",")[2], config)
+        else:
+            _CHECKS[kind](_decoded(kind, url), config)
     elif scheme in ("http", "https"):
         _check_host(url, config, resolve)
     elif scheme == "file":
@@ -214,28 +214,20 @@ def check_media(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -
         raise RefusedError(400, "invalid_url", f"media must be given as a data URL, not as {scheme[:16]!r}")
 
 
-def check_image(content: bytes, config: EndpointConfig) -> None:
-    """Reads the header of an image file, never its pixels.
+def check_upload(content: bytes, config: EndpointConfig) -> None:
+    """Checks the body of an upload, which is a picture's file.
 
     Raises:
-        RefusedError: no known format, or a size that is nothing or too much.
+        RefusedError: with the reason.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        raise RefusedError(400, "image_too_large", "the image has too many pixels") from None
-    except Exception:  # a decoder may raise anything on hostile bytes
-        known = ", ".join(FORMATS)
-        raise RefusedError(400, "invalid_image", f"the image is not one of {known}, or is damaged") from None
-    if width < 1 or height < 1:
-        raise RefusedError(400, "invalid_image", f"the image has {width} x {height} pixels")
-    if width * height > config.max_pixels:
-        raise RefusedError(
-            400,
-            "image_too_large",
-            f"the image has {width} x {height} pixels; at most {config.max_pixels} are accepted",
-        )
+        check_image(content, config)
+    except RefusedError as error:
+        kind = kind_of(content)
+        if error.failure.code == "invalid_image" and kind and kind != "gif":
+            text = "only pictures can be uploaded; send a video or audio file in the request that asks about it"
+            raise RefusedError(400, "unsupported", text) from None
+        raise
 
 
 def addresses_of(host: str) -> list[str]:
@@ -243,16 +235,20 @@ def addresses_of(host: str) -> list[str]:
     return [str(found[4][0]) for found in socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)]
 
 
-def _decoded(url: str) -> bytes:
+def _media_type(url: str) -> str:
+    return url.partition(",")[0].partition(":")[2].partition(";")[0].lower()
+
+
+def _decoded(kind: str, url: str) -> bytes:
     header, found, data = url.partition(",")
     if not found or not header.endswith(";base64"):
-        raise RefusedError(400, "invalid_url", "a data URL must be of the form data:image/...;base64,...")
+        raise RefusedError(400, "invalid_url", f"a data URL must be of the form data:{kind}/...;base64,...")
     try:
         content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise RefusedError(400, "invalid_image", "the data URL is not valid base64") from None
+        raise RefusedError(400, f"invalid_{kind}", "the data URL is not valid base64") from None
     if not content:
-        raise RefusedError(400, "invalid_image", "the data URL is empty")
+        raise RefusedError(400, f"invalid_{kind}", "the data URL is empty")
     return content
 
 
@@ -292,11 +288,10 @@ def _check_file(kind: str, url: str, config: EndpointConfig) -> None:
     if not path.is_relative_to(allowed):
         raise RefusedError(400, "url_not_allowed", "the file is outside the allowed folder")
     if not path.is_file():
-        raise RefusedError(400, "invalid_image", "no such file")
+        raise RefusedError(400, f"invalid_{kind}", "no such file")
     if path.stat().st_size > config.max_body_bytes:
         raise RefusedError(413, "too_large", f"the file is larger than {config.max_body_bytes} bytes")
-    if kind == "image":
-        check_image(path.read_bytes(), config)
+    _CHECKS[kind](path.read_bytes(), config)
 
 
 def _is_json(scope: Scope) -> bool:

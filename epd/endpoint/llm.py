@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import async_llm
 from vllm.v1.executor import Executor
 
+from epd.config import EndpointConfig
 from epd.endpoint import processed
 from epd.endpoint.engine_client import PipelineCore
 
@@ -21,11 +22,19 @@ from epd.endpoint.engine_client import PipelineCore
 class PipelineLLM(async_llm.AsyncLLM):
     """vLLM's `AsyncLLM` over a `PipelineCore`. Make it on the running event loop."""
 
-    def __init__(self, vllm_config: VllmConfig, core: PipelineCore, *, log_stats: bool, log_requests: bool) -> None:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        core: PipelineCore,
+        limits: EndpointConfig,
+        *,
+        log_stats: bool,
+        log_requests: bool,
+    ) -> None:
         with _core_instead_of_processes(core):
             super().__init__(vllm_config, executor_class=Executor, log_stats=log_stats, log_requests=log_requests)
         core.attach(self.output_processor)
-        processed.install(self.renderer, vllm_config)
+        processed.install(self.renderer, vllm_config, limits)
         core.output_task = self.output_handler
 
 

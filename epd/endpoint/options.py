@@ -39,7 +39,8 @@ def serve_args(config: Config) -> argparse.Namespace:
     """
     if not config.model:
         raise ConfigError("model: not set")
-    options: dict[str, Any] = {"limit_mm_per_prompt": {"image": config.endpoint.max_images}}
+    counts = {"image": config.endpoint.max_images, "video": config.endpoint.max_videos}
+    options: dict[str, Any] = {"limit_mm_per_prompt": counts | {"audio": config.endpoint.max_audios}}
     options |= config.engine_options("") | config.endpoint.serve
     wrong = sorted(set(_NOT_OURS) & set(options))
     if wrong:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -32,9 +33,14 @@ from vllm.multimodal.cache.base import (
 )
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.renderers import BaseRenderer
 
+from epd.config import EndpointConfig
+from epd.endpoint.decoding import AudioIO, VideoIO, settle_resampling
+from epd.endpoint.failures import current_exchange
 from epd.endpoint.kept import SCHEME, Kept, current_media
+from epd.endpoint.refusals import RefusedError
 
 _KNOWN_FILES = 65_536
 
@@ -100,8 +106,13 @@ class PictureIO(ImageMediaIO):
                 self._known.popitem(last=False)
 
 
-class PictureConnector(MediaConnector):
-    """VLLM's way from an address to a picture, which also knows `epd-media://ID`."""
+class LimitedConnector(MediaConnector):
+    """VLLM's way from an address to a medium, within limits, which also knows `epd-media://ID` for pictures.
+
+    `limits` are those of the endpoint in this process.
+    """
+
+    limits: ClassVar[EndpointConfig] = EndpointConfig()
 
     def fetch_image(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         """The picture at an address."""
@@ -121,8 +132,41 @@ class PictureConnector(MediaConnector):
             return await asyncio.to_thread(io.load_bytes, kept.file, kept)
         return io.load_bytes(kept.file, kept)
 
+    def fetch_video(self, video_url: str, *, image_mode: str | None = "RGB", video_processor: str | None = None) -> Any:
+        """The sampled frames of the video at an address, and their metadata."""
+        io = self._video_io(image_mode, video_processor)
+        with _explained():
+            return self.load_from_url(video_url, io, fetch_timeout=envs.VLLM_VIDEO_FETCH_TIMEOUT)
+
+    async def fetch_video_async(
+        self, video_url: str, *, image_mode: str | None = "RGB", video_processor: str | None = None
+    ) -> Any:
+        """The same, decoded in vLLM's threads."""
+        io = self._video_io(image_mode, video_processor)
+        with _explained():
+            return await self.load_from_url_async(video_url, io, fetch_timeout=envs.VLLM_VIDEO_FETCH_TIMEOUT)
+
+    def fetch_audio(self, audio_url: str) -> Any:
+        """The samples of the audio at an address, and how many there are a second."""
+        io = AudioIO(self.limits, **self.media_io_kwargs.get("audio", {}))
+        with _explained():
+            return self.load_from_url(audio_url, io, fetch_timeout=envs.VLLM_AUDIO_FETCH_TIMEOUT)
+
+    async def fetch_audio_async(self, audio_url: str) -> Any:
+        """The same, decoded in vLLM's threads."""
+        io = AudioIO(self.limits, **self.media_io_kwargs.get("audio", {}))
+        with _explained():
+            return await self.load_from_url_async(audio_url, io, fetch_timeout=envs.VLLM_AUDIO_FETCH_TIMEOUT)
+
     def _io(self, image_mode: str | None) -> PictureIO:
         return PictureIO(**({"image_mode": image_mode} | self.media_io_kwargs.get("image", {})))
+
+    def _video_io(self, image_mode: str | None, video_processor: str | None) -> VideoIO:
+        kwargs = dict(self.media_io_kwargs.get("video", {}))
+        backend = get_video_loader_backend_for_processor(video_processor)
+        if backend and "video_backend" not in kwargs:
+            kwargs["video_backend"] = backend
+        return VideoIO(self._io(image_mode), self.limits, **kwargs)
 
 
 class ProcessorCache(MultiModalProcessorOnlyCache):
@@ -173,14 +217,16 @@ class ProcessorCache(MultiModalProcessorOnlyCache):
         return held
 
 
-def install(renderer: BaseRenderer[Any], config: VllmConfig) -> ProcessorCache | None:
-    """Makes `renderer` use all this; None for a model without pictures."""
+def install(renderer: BaseRenderer[Any], config: VllmConfig, limits: EndpointConfig) -> ProcessorCache | None:
+    """Makes `renderer` use all this; None for a model that takes text only."""
     if renderer.mm_processor is None:
         return None
-    MEDIA_CONNECTOR_REGISTRY.register("http")(PictureConnector)
+    LimitedConnector.limits = limits
+    MEDIA_CONNECTOR_REGISTRY.register("http")(LimitedConnector)
     cache = ProcessorCache(config)
     renderer._mm_processor_cache = renderer._mm_processor_only_cache = cache
     processor = renderer.mm_processor
+    settle_resampling(processor)
     vllm_hashes = processor._get_mm_hashes
 
     def hashes(inputs: Any) -> Any:
@@ -211,6 +257,18 @@ def _names(items: Mapping[str, Sequence[object]]) -> dict[str, list[str | None]]
         modality: [item.pixels if isinstance(item, LazyPicture) else None for item in each]
         for modality, each in items.items()
     }
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A refusal becomes the answer of the HTTP exchange that it is in, and vLLM's kind of exception."""
+    try:
+        yield
+    except RefusedError as error:
+        exchange = current_exchange.get()
+        if exchange is not None:
+            exchange.failure = error.failure
+        raise VLLMValidationError(str(error)) from error
 
 
 def _resolve(url: str) -> Kept:

@@ -58,7 +58,10 @@ def describe(view: View) -> dict[str, Any]:
 
 
 def describe_worker(worker: WorkerStatus) -> dict[str, Any]:
-    """One worker in the JSON of /ready; the byte counts are those of the parameters it holds."""
+    """One worker in the JSON of /ready.
+
+    The byte counts are those of the parameters it holds; `units` are what an encode worker has proved.
+    """
     return {
         "name": worker.name,
         "stage": str(worker.role),
@@ -68,6 +71,7 @@ def describe_worker(worker: WorkerStatus) -> dict[str, Any]:
         "tower_bytes": worker.info.tower_bytes,
         "language_bytes": worker.info.language_bytes,
         "kv_capacity_tokens": worker.info.kv_capacity_tokens,
+        "units": worker.info.units,
         "start_s": round(worker.info.start_s, 2),
     }
 

@@ -35,6 +35,7 @@ from epd.endpoint.failures import ExplicitErrors, failure_of
 from epd.endpoint.limits import Limits
 from epd.endpoint.llm import PipelineLLM
 from epd.endpoint.media import MediaRoutes
+from epd.endpoint.models import ModelRoutes
 from epd.endpoint.options import serve_args, vllm_config_of
 from epd.endpoint.warmup import warm_up
 from epd.errors import ErrorCode
@@ -70,6 +71,7 @@ class Endpoint:
             llm = PipelineLLM(
                 vllm_config,
                 self.core,
+                self._config.endpoint,
                 log_stats=not args.disable_log_stats,
                 log_requests=args.enable_log_requests,
             )
@@ -142,6 +144,7 @@ class Endpoint:
         app.add_api_route("/v1/cache", self._cache, methods=["GET"])
         media = MediaRoutes(self.core, has_keys=bool(self._config.endpoint.api_keys))
         media.add_to(app)
+        ModelRoutes(lambda: self.core.status).add_to(app)
         # Innermost: behind keys and metrics, before any handler. Outermost: the keys of the paths vLLM leaves open.
         app.user_middleware.append(Middleware(Limits, config=self._config.endpoint, find_media=media.find))
         if self._config.endpoint.api_keys:

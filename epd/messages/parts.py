@@ -82,7 +82,9 @@ class WorkerInfo(Struct, frozen=True):
 
     `widths` maps modality -> elements per embedding row; `dtype` is the embeddings' type ("bfloat16"); `owner` is what
     it writes into the slots it fills; `max_batch_tokens` bounds one encode batch; `kv_capacity_tokens` is the KV cache
-    of a prefill or decode worker; `tower_bytes` and `language_bytes` count the parameters it really holds.
+    of a prefill or decode worker; `tower_bytes` and `language_bytes` count the parameters it really holds. An encode
+    worker's `units` map modality -> what it has proved that items can be spread by ("tile"; "item": not at all), and
+    `tokens_per_patch` modality -> embedding rows of a full such patch.
     """
 
     model: str = ""
@@ -95,6 +97,8 @@ class WorkerInfo(Struct, frozen=True):
     kv_capacity_tokens: int = 0
     tower_bytes: int = 0
     language_bytes: int = 0
+    units: dict[str, str] = {}
+    tokens_per_patch: dict[str, int] = {}
     start_s: float = 0.0
 
 

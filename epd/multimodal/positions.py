@@ -66,6 +66,9 @@ FIELDS: dict[str, dict[str, Fields]] = {
     "PaddleOCRVLForConditionalGeneration": {"image": _IMAGE},
 }
 
+# These have M-RoPE's tables and give every token its place in the prompt all the same: nothing of an item is read.
+IN_ORDER = {"MiniCPMV4_6ForConditionalGeneration"}
+
 
 class Positions:
     """What prefill and decode must know of the items of one M-RoPE model.
@@ -145,6 +148,8 @@ def positions_for(config: VllmConfig) -> Positions | None:
     if not model.uses_mrope or not model.is_multimodal_model:
         return None
     hf = model.hf_config
+    if IN_ORDER & set(hf.architectures or []):
+        return None
     fields = next((FIELDS[name] for name in hf.architectures or [] if name in FIELDS), None)
     if fields is None:
         raise UnsupportedModelError(

@@ -7,7 +7,7 @@ multimodal types (written against vLLM 0.32: `vllm.multimodal.inputs`, `vllm.v1.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -20,7 +20,8 @@ from epd.messages import Patch
 from epd.multimodal.joined import identifier_of
 from epd.multimodal.naming import digest_of, identity_of, patch_hash
 from epd.multimodal.positions import Positions, positions_for
-from epd.multimodal.rules import Rule, UnsupportedItemError, rule_for
+from epd.multimodal.rules import Rule, UnsupportedItemError, rule_of
+from epd.multimodal.units import Unit
 
 
 class CutPiece(msgspec.Struct, frozen=True):
@@ -132,7 +133,7 @@ def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes
 
     Args:
         features: vLLM's features of one request, in the order of the prompt.
-        rule: how an item of this model is cut (`rule_for`).
+        rule: how an item of this model is cut (`rule_of`).
         identity: `identity_of` the deployment.
         salt: the tenant's; equal pixels under another salt get another name.
 
@@ -143,18 +144,23 @@ def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes
 
 
 class Splitter:
-    """Splits requests, each item once: cuts are kept, `max_bytes` of them, by vLLM's hash of the item's content."""
+    """Splits requests, each item once: cuts are kept, `max_bytes` of them, by vLLM's hash of the item's content.
+
+    `units` are what the encode workers have proved (modality -> unit) and may change at any time; items of other
+    modalities stay whole.
+    """
 
     def __init__(self, config: VllmConfig, max_bytes: int) -> None:
-        self._identity, self._rule = identity_of(config), rule_for(config)
+        self._config, self._identity = config, identity_of(config)
         self._positions = positions_for(config)
+        self.units: Mapping[str, Unit] = {}
         self._cuts: ByteCache[tuple[Any, ...], Cut] = ByteCache(max_bytes)
 
     def quick(self, features: Sequence[MultiModalFeatureSpec], salt: str) -> Split | None:
         """The patches, where all items were cut before; else None."""
         cuts: list[Cut] = []
         for feature in features:
-            found = self._cuts.get(_key(feature))
+            found = self._cuts.get(_key(feature, self.units.get(feature.modality)))
             if found is None:
                 return None
             cuts.append(found)
@@ -166,17 +172,20 @@ class Splitter:
         Raises:
             UnsupportedItemError: as `cut`.
         """
-        cuts = {key: self._cuts.get(key) for key in map(_key, features)}
-        for key, feature in {_key(each): each for each in features}.items():
+        units = self.units
+        keys = [_key(feature, units.get(feature.modality)) for feature in features]
+        cuts = {key: self._cuts.get(key) for key in keys}
+        for key, feature in dict(zip(keys, features, strict=True)).items():
             if cuts[key] is None:
-                done = await asyncio.to_thread(cut, feature, self._rule, self._positions)
+                rule = rule_of(self._config, feature.modality, units.get(feature.modality))
+                done = await asyncio.to_thread(cut, feature, rule, self._positions)
                 self._cuts.put(key, done, done.num_bytes)
                 cuts[key] = done
-        return assemble(features, [found for key in map(_key, features) if (found := cuts[key])], self._identity, salt)
+        return assemble(features, [found for key in keys if (found := cuts[key])], self._identity, salt)
 
 
-def _key(feature: MultiModalFeatureSpec) -> tuple[Any, ...]:
-    return feature.modality, feature.mm_hash or feature.identifier, feature.mm_position.length
+def _key(feature: MultiModalFeatureSpec, unit: Unit | None) -> tuple[Any, ...]:
+    return feature.modality, feature.mm_hash or feature.identifier, feature.mm_position.length, unit
 
 
 def _checked(feature: MultiModalFeatureSpec) -> MultiModalKwargsItem:

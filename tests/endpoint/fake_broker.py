@@ -28,6 +28,7 @@ from epd.messages import (
     Upload,
     Uploaded,
     Welcome,
+    WorkerInfo,
     WorkerStatus,
 )
 
@@ -122,8 +123,17 @@ class FakeBroker:
 
 
 def status_of(roles, num_pools=1):
+    proved = WorkerInfo(units={"image": "tile"}, tokens_per_patch={"image": 4})
     workers = [
-        WorkerStatus(name=f"{role}-{i}", role=role, incarnation=str(i), host="h", pid=i) for i, role in enumerate(roles)
+        WorkerStatus(
+            name=f"{role}-{i}",
+            role=role,
+            incarnation=str(i),
+            host="h",
+            pid=i,
+            info=proved if role is Role.ENCODE else WorkerInfo(),
+        )
+        for i, role in enumerate(roles)
     ]
     return Status(workers=workers, counters=Counters(num_accepted=3, held_pins=1), num_pools=num_pools)
 

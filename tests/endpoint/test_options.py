@@ -20,6 +20,8 @@ def test_engine_serve_and_endpoint_options_reach_vllm():
         serve={"allowed_origins": ["*"], "enable_request_id_headers": True, "middleware": ["a.b", "c.d"]},
         api_keys=["one", "two"],
         max_images=5,
+        max_videos=2,
+        max_audios=3,
         allowed_media_domains=["a.example"],
         port=1234,
     )
@@ -27,7 +29,7 @@ def test_engine_serve_and_endpoint_options_reach_vllm():
     assert args.enforce_eager and args.enable_request_id_headers and args.api_key == ["one", "two"]
     assert args.allowed_origins == ["*"] and args.middleware == ["a.b", "c.d"]
     assert args.allowed_media_domains == ["a.example"] and args.port == 1234
-    assert args.mm_processor_cache_type == "lru" and args.limit_mm_per_prompt == {"image": 5}
+    assert args.mm_processor_cache_type == "lru" and args.limit_mm_per_prompt == {"image": 5, "video": 2, "audio": 3}
 
 
 def test_the_users_limit_of_items_stays():

@@ -136,6 +136,7 @@ async def test_models_tokenize_and_detokenize(served):
     _, text = await served.get("/v1/models")
     (model,) = json.loads(text)["data"]
     assert model["id"] == "digits" and model["max_model_len"] == 1024
+    assert model["epd"] == {"units": {"image": "tile"}, "tokens_per_patch": {"image": 4}}
     _, text = await served.post("/tokenize", {"model": "digits", "prompt": "Read the grid."})
     tokens = json.loads(text)["tokens"]
     _, text = await served.post("/detokenize", {"model": "digits", "tokens": tokens})

@@ -1,4 +1,4 @@
-"""Tiny random models with multimodal rotary positions (M-RoPE), made on the spot: `python -m tests.models.qwen`.
+"""Tiny random models with multimodal rotary positions (M-RoPE), made on the spot.
 
 Each has about 0.2 million parameters. Besides the towers' weights those of the language model's queries and keys are
 scaled up, so that it shows in the log-probabilities where in the prompt an embedding is.
@@ -6,7 +6,6 @@ scaled up, so that it shows in the log-probabilities where in the prompt an embe
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from tests.models.tiny import TEXT, TOWER_SCALE, tokenizer
+from tests.models.making import TEXT, TOWER_SCALE, tokenizer
 
 POSITION_SCALE = 8.0
 HEAD_SCALE = 20.0
@@ -57,7 +56,7 @@ def paddleocr_vl(folder: Path) -> None:
     from transformers.models.paddleocr_vl.processing_paddleocr_vl import PaddleOCRVLProcessor
 
     names = ["<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>"]
-    words = tokenizer(names)
+    words = tokenizer(names, {})
     words = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words.backend_tokenizer,
         extra_special_tokens={"image_token": "<|IMAGE_PLACEHOLDER|>"},
@@ -88,7 +87,7 @@ def _text(words: Any, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save(folder: Path, config: Any, model: Any, vision: dict[str, Any], rope: dict[str, Any] | None = None) -> None:
-    words = tokenizer(SPECIAL)
+    words = tokenizer(SPECIAL, {})
     words.chat_template = TEMPLATE
     start, end, image, video = words.convert_tokens_to_ids(SPECIAL)
     text = _text(words, rope or {})
@@ -125,15 +124,3 @@ def _scale(model: Any) -> Any:
             elif "lm_head" in name:
                 parameter.mul_(HEAD_SCALE)
     return model.to(torch.bfloat16)
-
-
-FAMILIES = {
-    "qwen2_vl": qwen2_vl,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen3_vl": qwen3_vl,
-    "paddleocr_vl": paddleocr_vl,
-}
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    FAMILIES[sys.argv[1]](Path(sys.argv[2]))

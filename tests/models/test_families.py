@@ -1,98 +1,140 @@
-"""Families whose pictures are encoded whole: tokens and log-probabilities equal to plain vLLM's."""
+"""Families of models through the real pipeline over HTTP: tokens and log-probabilities equal to plain vLLM's.
+
+Each family has two encode workers, and the broker's count of encoded patches shows that items were really spread.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import concurrent.futures
+import re
+import time
+from collections.abc import Iterator
 
 import pytest
 
 from benchmarks.servers import Running
 from epd.config import Config, EndpointConfig
-from tests.pipeline.chats import png, scribble
+from tests.models.processes import PlainVllm
+from tests.models.questions import Question, ask, film, pictures, sound
+from tests.models.registry import FAMILIES, Family
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-ENGINE = {"max_model_len": 2048, "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 4}}
 MAX_TOKENS = 12
-ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
+# One prefill and one decode worker: the endpoint sends one request itself.
+NUM_WARM_UPS = 1
+ENGINE = {"max_model_len": 2048, "dtype": "bfloat16"}
+QUESTIONS: dict[str, list[Question]] = {
+    "internvl": [*pictures(7, (1, 3)), ask("a film", 5, film(10, 5))],
+    "gemma3": pictures(3, (1, 3)),
+    "llava": pictures(1, (1, 1)),
+    "minicpmv": [*pictures(4, (1, 3)), ask("a film", 5, film(11, 5))],
+    "llava_onevision": [*pictures(1, (1, 1)), ask("a film", 1, film(12, 5))],
+    "mistral3": pictures(1, (1, 1)),
+    "qwen2_audio": [ask("a sound", 1, sound(1, 7)), ask("two sounds", 2, sound(2, 3), sound(3, 40))],
+    "audioflamingo3": [ask("a long sound", 3, sound(4, 70)), ask("a short sound", 1, sound(5, 3))],
+    "glmasr": [ask("a long sound", 3, sound(7, 70)), ask("a short sound", 1, sound(8, 3))],
 }
 
 
-def chat(*sizes: tuple[int, int]) -> list[dict]:
-    """Messages about pictures of these sizes."""
-    urls = [png(scribble(5000 + i, size)) for i, size in enumerate(sizes)]
-    parts: list[dict] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is in the picture?"}]}]
+class Asked:
+    """What the pipeline and plain vLLM answer to each question, and what the pipeline's workers did."""
 
-
-CHATS = {"one picture": chat((128, 100)), "two pictures": chat((64, 64), (200, 100)), "text only": chat()}
-
-
-def python(*arguments: str, stdin: str = "") -> str:
-    """Runs a module of the tests in a process of its own; returns what it printed last."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        input=stdin,
-        env=os.environ | ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip().rpartition("\n")[2]
-
-
-@pytest.fixture(scope="module", params=["llava_onevision", "mistral3"])
-def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list, list, dict]:
-    """What the pipeline and plain vLLM answer to each chat, and what the pipeline's workers hold."""
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    python("tests.models.tiny", request.param, str(folder))
-    task = {
-        "engine": ENGINE | {"kv_cache_memory_bytes": 64 << 20},
-        "max_tokens": MAX_TOKENS,
-        "chats": [*CHATS.values()],
-    }
-    plain = json.loads(python("tests.models.plain", str(folder), stdin=json.dumps(task)))
-    config = Config(
-        model=str(folder), served_model_name="tiny", engine=ENGINE, endpoint=EndpointConfig(port=0, max_images=4)
-    )
-    running = Running(config, encode=2, prefill=1, decode=1)
-    try:
-        ours = []
-        for messages in CHATS.values():
-            body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+    def __init__(self, family: Family, questions: list[Question], plain: list[dict], running: Running) -> None:
+        self.family, self.questions, self.plain = family, questions, plain
+        self.ours: list[dict] = []
+        self.num_encoded: list[int] = []
+        before = _counts(running, 0)["encoded"]
+        done = _num_done(running)
+        for question in questions:
+            body = {"model": "tiny", "messages": question.messages, "temperature": 0, "max_tokens": MAX_TOKENS}
             body |= {"ignore_eos": True, "return_token_ids": True, "logprobs": True}
             reply = running.http.post("/v1/chat/completions", json=body)
             assert reply.status_code == 200, reply.text
-            ours.append(reply.json())
-        members = {one["name"]: one for one in running.http.get("/ready").json()["members"]}
+            self.ours.append(reply.json())
+            counts = _counts(running, len(self.ours))
+            self.num_encoded.append(counts["encoded"] - before)
+            before = counts["encoded"]
         running.wait_idle()
-    finally:
-        running.close()
-    return ours, plain, members
+        self.shares = [after - early for early, after in zip(done, _num_done(running), strict=True)]
+        self.members = {one["name"]: one for one in running.http.get("/ready").json()["members"]}
+        self.card = running.http.get("/v1/models").json()["data"][0]
 
 
-@pytest.mark.parametrize("number", range(len(CHATS)), ids=CHATS)
-def test_tokens_and_log_probabilities_are_equal(answers: tuple[list, list, dict], number: int) -> None:
-    ours, plain = answers[0][number], answers[1][number]
-    [choice] = ours["choices"]
-    assert choice["token_ids"] == plain["token_ids"]
-    assert ours["usage"]["prompt_tokens"] == plain["num_prompt_tokens"]
-    found = [line["logprob"] for line in choice["logprobs"]["content"]]
-    assert found == pytest.approx(plain["logprobs"], abs=0.03)
+def _num_done(running: Running) -> list[int]:
+    """The patches that each encode worker has encoded so far."""
+    members = {one["name"]: one for one in running.http.get("/ready").json()["members"]}
+    return [members[name]["num_done"] for name in ("encode-0", "encode-1")]
 
 
-def test_the_stages_hold_their_own_parameters_only(answers: tuple[list, list, dict]) -> None:
-    for name, member in answers[2].items():
+def _counts(running: Running, num_answered: int) -> dict[str, int]:
+    """The broker's counts as soon as they are of a moment after so many answers of ours; warming up adds its own."""
+    deadline = time.monotonic() + 20
+    while True:
+        found = re.findall(r"^epd_broker_(\w+)_total (\S+)$", running.http.get("/metrics").text, re.MULTILINE)
+        counts = {name: int(float(value)) for name, value in found}
+        if counts.get("finished", 0) >= num_answered + NUM_WARM_UPS:
+            return counts
+        assert time.monotonic() < deadline, counts
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def plain_vllm() -> Iterator[PlainVllm]:
+    """One process for all families."""
+    with PlainVllm() as plain:
+        yield plain
+
+
+@pytest.fixture(scope="module", params=list(QUESTIONS))
+def asked(request: pytest.FixtureRequest, plain_vllm: PlainVllm, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """Both servers' answers; they start side by side."""
+    family, questions = FAMILIES[request.param], QUESTIONS[request.param]
+    folder = family.folder(tmp_path_factory.mktemp("models"), request.param)
+    engine = ENGINE | {"limit_mm_per_prompt": family.limits} | family.engine
+    task = {
+        "model": str(folder),
+        "engine": engine | {"kv_cache_memory_bytes": 64 << 20},
+        "max_tokens": MAX_TOKENS,
+        "chats": [question.messages for question in questions],
+    }
+    config = Config(
+        model=str(folder), served_model_name="tiny", engine=engine, endpoint=EndpointConfig(port=0, max_images=4)
+    )
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        plain = pool.submit(plain_vllm.answers, task)
+        running = Running(config, encode=2, prefill=1, decode=1)
+        try:
+            return Asked(family, questions, plain.result(), running)
+        finally:
+            running.close()
+
+
+def test_tokens_and_log_probabilities_are_equal(asked: Asked) -> None:
+    for question, ours, plain in zip(asked.questions, asked.ours, asked.plain, strict=True):
+        [choice] = ours["choices"]
+        assert choice["token_ids"] == plain["token_ids"], question.name
+        assert ours["usage"]["prompt_tokens"] == plain["num_prompt_tokens"], question.name
+        found = [line["logprob"] for line in choice["logprobs"]["content"]]
+        assert found == pytest.approx(plain["logprobs"], abs=0.03), question.name
+
+
+def test_what_was_proved_is_shown(asked: Asked) -> None:
+    assert asked.card["epd"]["units"] == asked.family.units
+    assert set(asked.card["epd"]["tokens_per_patch"]) == {
+        modality for modality, unit in asked.family.units.items() if unit != "item"
+    }
+
+
+def test_items_are_spread_over_both_encode_workers(asked: Asked) -> None:
+    assert asked.num_encoded == [question.num_patches for question in asked.questions]
+    assert sum(asked.shares) == sum(asked.num_encoded)
+    if max(asked.num_encoded) > 2:
+        assert all(asked.shares), asked.shares
+
+
+def test_the_stages_hold_their_own_parameters_only(asked: Asked) -> None:
+    for name, member in asked.members.items():
         mine, other = ("tower_bytes", "language_bytes")[:: 1 if name.startswith("encode") else -1]
         assert member[mine] > 100_000, name
         assert member[other] == 0, name

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import io
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from benchmarks.servers import Running
 from epd.config import Config, EndpointConfig
-from tests.models.test_families import python
+from tests.models.processes import PlainVllm
+from tests.models.registry import FAMILIES
 from tests.pipeline.chats import png, scribble
 from tests.pipeline.test_disaggregation import of, story
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-ENGINE = {"max_model_len": 4096, "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 4, "video": 2}}
+ENGINE = {"max_model_len": 4096, "dtype": "bfloat16"}
 MAX_TOKENS = 12
 # Of natural logarithms. bfloat16 rounds to 3 digits, and the decode worker computes the prompt's last token alone.
 TOLERANCE = 0.03
@@ -81,46 +81,58 @@ NUM_PATCHES = {
     "three other images": 1,
     "a long video": 32,
 }
-HAS_NO_VIDEO = {"paddleocr_vl"}
+
+
+@pytest.fixture(scope="module")
+def plain_vllm() -> Iterator[PlainVllm]:
+    """One process for all families."""
+    with PlainVllm() as plain:
+        yield plain
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paddleocr_vl"])
-def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def answers(request: pytest.FixtureRequest, plain_vllm: PlainVllm, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the pipeline and plain vLLM answer to each chat, the stories, and what the pipeline's workers hold."""
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    python("tests.models.qwen", request.param, str(folder))
-    chats = {
-        name: chat for name, chat in CHATS.items() if request.param not in HAS_NO_VIDEO or "video" not in name
-    }  # fmt: skip
-    engine = ENGINE
-    if request.param in HAS_NO_VIDEO:
-        engine = ENGINE | {"limit_mm_per_prompt": {"image": 4}}
+    family = FAMILIES[request.param]
+    folder = str(family.folder(tmp_path_factory.mktemp("models"), request.param))
+    chats = {name: chat for name, chat in CHATS.items() if "video" in family.units or "video" not in name}
+    engine = ENGINE | {"limit_mm_per_prompt": family.limits}
     task = {
+        "model": folder,
         "engine": engine | {"kv_cache_memory_bytes": 64 << 20},
         "max_tokens": MAX_TOKENS,
         "chats": [*chats.values()],
     }
-    plain = json.loads(python("tests.models.plain", str(folder), stdin=json.dumps(task)))
-    config = Config(
-        model=str(folder), served_model_name="tiny", engine=engine, endpoint=EndpointConfig(port=0, max_images=4)
-    )
-    running = Running(config, encode=2, prefill=1, decode=1)
-    try:
-        ours, stories = {}, {}
-        for name, messages in chats.items():
-            body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
-            body |= {"ignore_eos": True, "return_token_ids": True, "logprobs": True}
-            reply = running.http.post("/v1/chat/completions", json=body)
-            assert reply.status_code == 200, reply.text
-            ours[name] = reply.json()
-            stories[name] = story(running.http, ours[name])
-        rates = at_two_rates(running) if request.param == "qwen2_5_vl" else None
-        members = {one["name"]: one for one in running.http.get("/ready").json()["members"]}
-        running.wait_idle()
-    finally:
-        running.close()
-    plain = dict(zip(chats, plain, strict=True))
-    return {"plain": plain, "ours": ours, "stories": stories, "members": members, "rates": rates}
+    endpoint = EndpointConfig(port=0, max_images=4, serve={"trust_request_mm_kwargs": True})
+    config = Config(model=folder, served_model_name="tiny", engine=engine, endpoint=endpoint)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(plain_vllm.answers, task)
+        running = Running(config, encode=2, prefill=1, decode=1)
+        try:
+            return compare(running, chats, answering.result(), rates=request.param == "qwen2_5_vl")
+        finally:
+            running.close()
+
+
+def compare(running: Running, chats: dict[str, list[dict]], plain: list[dict], rates: bool) -> dict:
+    """See `answers`."""
+    ours, stories = {}, {}
+    for name, messages in chats.items():
+        body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+        body |= {"ignore_eos": True, "return_token_ids": True, "logprobs": True}
+        reply = running.http.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
+        ours[name] = reply.json()
+        stories[name] = story(running.http, ours[name])
+    found = {
+        "plain": dict(zip(chats, plain, strict=True)),
+        "ours": ours,
+        "stories": stories,
+        "rates": at_two_rates(running) if rates else None,
+        "members": {one["name"]: one for one in running.http.get("/ready").json()["members"]},
+    }
+    running.wait_idle()
+    return found
 
 
 def at_two_rates(running: Running) -> list[list[float]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from benchmarks.servers import Running
 from epd.config import BrokerConfig, Config, EndpointConfig, StageConfig
-from tests.models.test_families import python
+from tests.models.registry import FAMILIES
 from tests.models.test_m_rope import TOLERANCE, user, video
 from tests.pipeline.test_disaggregation import of, story
 
@@ -23,8 +22,7 @@ KV_BYTES = 10 << 16  # nine blocks of 128 tokens and one for vLLM; the answers g
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A pipeline that promises hardly any room for output on a decode worker that has little."""
-    folder: Path = tmp_path_factory.mktemp("qwen3_vl")
-    python("tests.models.qwen", "qwen3_vl", str(folder))
+    folder = FAMILIES["qwen3_vl"].folder(tmp_path_factory.mktemp("models"), "qwen3_vl")
     config = Config(
         model=str(folder),
         served_model_name="tiny",

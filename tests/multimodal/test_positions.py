@@ -171,13 +171,19 @@ def test_a_video_without_a_frame_of_tokens_for_each_grid_is_refused():
         checks.check("video", item, place, without)
 
 
+def by_grid(item, place):
+    """A video cut into its temporal grids."""
+    from epd.multimodal.rules import Way
+    from epd.multimodal.rules.grids import temporal_grids
+
+    return Way("temporal grid", temporal_grids).cut(item, place, 0)
+
+
 def test_each_temporal_grid_is_a_piece_with_what_is_its_own():
     import torch
 
-    from epd.multimodal.grids import temporal_grids
-
     item, (_, place) = everything("video"), prompt("video", framed=True)
-    pieces = temporal_grids(item, place)
+    pieces = by_grid(item, place)
     assert [piece.position.offset for piece in pieces] == [5, 14, 23]
     assert all(piece.position.length == 6 and piece.position.is_embed is None for piece in pieces)
     assert all(piece.item["video_grid_thw"].data.tolist() == [1, 4, 6] for piece in pieces)
@@ -189,20 +195,17 @@ def test_each_temporal_grid_is_a_piece_with_what_is_its_own():
 
 @pytest.mark.parametrize("length", [17, 2])
 def test_a_video_that_does_not_fit_its_tokens_has_no_pieces(length):
-    from epd.multimodal.grids import temporal_grids
-
-    assert temporal_grids(everything("video"), placed(length)) is None
-    assert temporal_grids(everything("image"), placed(6)) is None
+    assert by_grid(everything("video"), placed(length)) is None
+    assert by_grid(everything("image"), placed(6)) is None
 
 
 def test_a_video_is_one_item_for_prefill_and_a_patch_for_each_grid():
-    from epd.multimodal.grids import temporal_grids
     from epd.multimodal.joined import patches_of
     from epd.multimodal.splitter import assemble, cut
 
     item, place = everything("video"), placed(18)
     asked = feature("video", item, place)
-    split = assemble([asked], [cut(asked, temporal_grids, positions())], b"model", "")
+    split = assemble([asked], [cut(asked, by_grid, positions())], b"model", "")
     [spec] = split.features
     names = [patch.patch_hash for patch in split.patches]
     assert len(set(names)) == 3 and patches_of(spec.identifier) == names and spec.mm_hash == spec.identifier
@@ -214,13 +217,12 @@ def test_a_video_is_one_item_for_prefill_and_a_patch_for_each_grid():
 
 def test_the_same_frames_at_another_rate_are_another_item():
     """Their positions differ, so the prefix cache must not take one for the other."""
-    from epd.multimodal.grids import temporal_grids
     from epd.multimodal.splitter import assemble, cut
 
     identifiers = set()
     for seconds in (1.0, 2.0):
         item = made([3, 4, 6], "video_grid_thw", second_per_grid_ts=tensor(seconds))
         asked = feature("video", item, placed(18))
-        [spec] = assemble([asked], [cut(asked, temporal_grids, positions())], b"model", "").features
+        [spec] = assemble([asked], [cut(asked, by_grid, positions())], b"model", "").features
         identifiers.add(spec.identifier)
     assert len(identifiers) == 2

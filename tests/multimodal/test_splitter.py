@@ -48,11 +48,18 @@ def demo():
     return Image.open(demo_image_path()).convert("RGB")
 
 
+def tiles(item, position):
+    """The rule of the built-in model, once an encode worker has proved it."""
+    from epd.multimodal.rules import Way, whole_item
+    from epd.multimodal.rules.leading import leading_dimension
+
+    return Way("tile", leading_dimension).cut(item, position, 4) or whole_item(item, position)
+
+
 def cut(request, salt="", identity=IDENTITY):
-    from epd.multimodal.rules import idefics3_tiles
     from epd.multimodal.splitter import split
 
-    return split(request.mm_features or [], idefics3_tiles, identity, salt)
+    return split(request.mm_features or [], tiles, identity, salt)
 
 
 def names(parts):
@@ -158,12 +165,10 @@ def test_without_a_rule_the_item_is_one_patch_that_keeps_its_mask(render, demo):
     assert torch.equal(item["pixel_values"].data, request.mm_features[0].data["pixel_values"].data)
 
 
-@pytest.mark.parametrize("broken", ["count", "rows", "mask", "fields", "no data", "embeds"])
-def test_items_that_do_not_fit_are_refused(render, demo, broken):
+@pytest.mark.parametrize("broken", ["count", "rows", "mask", "fields"])
+def test_items_that_do_not_fit_the_rule_stay_whole(render, demo, broken):
     import torch
     from vllm.multimodal.inputs import PlaceholderRange
-
-    from epd.multimodal.rules import UnsupportedItemError
 
     request = render(demo)
     (feature,) = request.mm_features
@@ -173,14 +178,24 @@ def test_items_that_do_not_fit_are_refused(render, demo, broken):
     elif broken == "rows":
         item["pixel_values"].data = item["pixel_values"].data[:-1]
     elif broken == "mask":
-        feature.mm_position = PlaceholderRange(place.offset, place.length, place.is_embed.roll(1))
-        feature.mm_position.is_embed[:3] = True
-    elif broken == "fields":
-        del item["pixel_values"]
-    elif broken == "no data":
+        feature.mm_position = PlaceholderRange(place.offset, place.length, torch.ones_like(place.is_embed))
+    else:
+        del item["num_patches"]
+    ((patch,), (found,)) = (parts := cut(request)).patches, parts.features
+    assert found.mm_position == feature.mm_position
+    assert patch.num_tokens == feature.mm_position.get_num_embeds()
+
+
+@pytest.mark.parametrize("broken", ["no data", "embeds"])
+def test_items_without_pixels_are_refused(render, demo, broken):
+    from epd.multimodal.rules import UnsupportedItemError
+
+    request = render(demo)
+    (feature,) = request.mm_features
+    if broken == "no data":
         feature.data = None
     else:
-        item["image_embeds"] = item.pop("pixel_values")
+        feature.data["image_embeds"] = feature.data.pop("pixel_values")
     with pytest.raises(UnsupportedItemError):
         cut(request)
 
@@ -189,9 +204,7 @@ def test_the_identity_follows_the_model_and_its_settings(vllm_config):
     from copy import copy
 
     from epd.multimodal.naming import identity_of
-    from epd.multimodal.rules import idefics3_tiles, rule_for
 
-    assert rule_for(vllm_config) is idefics3_tiles
     assert identity_of(vllm_config) == identity_of(vllm_config)
     other = copy(vllm_config)
     other.model_config = copy(vllm_config.model_config)

@@ -32,7 +32,7 @@ from epd.config import Config, PrefillConfig
 from epd.messages import Role, Slot
 from epd.multimodal.joined import identifier_of
 from epd.multimodal.positions import PositionsError
-from tests.models.qwen import FAMILIES
+from tests.models.registry import FAMILIES
 from workers.engine import Engine
 
 GRID, TOKENS_PER_GRID, LEAD, TAIL = (4, 4, 6), 6, 20, 30
@@ -49,8 +49,7 @@ class Bench:
     """An engine, a pool with the embeddings of the video's temporal grids, and requests about it."""
 
     def __init__(self, family: str, folder: str) -> None:
-        torch.manual_seed(0)
-        FAMILIES[family](Path(folder))
+        folder = str(FAMILIES[family].folder(Path(folder), family))
         self.framed = family == "qwen3_vl"
         config = Config(
             model=folder,
@@ -66,6 +65,7 @@ class Bench:
         self.engine.connector.set_pools([pool])
         nbytes, view = slot_bytes(TOKENS_PER_GRID, width, "bfloat16"), open_view(pool)
         self.slots = {}
+        torch.manual_seed(0)
         for i in range(GRID[0]):
             slot = Slot(
                 pool_id=pool.pool_id, offset=i * nbytes, nbytes=nbytes, generation=i + 1, num_tokens=TOKENS_PER_GRID,

@@ -12,35 +12,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.multimodal.inputs import MultiModalFieldElem, MultiModalKwargsItem, PlaceholderRange
+from vllm.multimodal.inputs import MultiModalKwargsItem
 
-from epd.multimodal.rules import Piece
+from epd.multimodal.rules.base import replaced
 
 GRID, PIXELS = "video_grid_thw", "pixel_values_videos"
 
 
-def temporal_grids(item: MultiModalKwargsItem, position: PlaceholderRange, num_tokens: int = 0) -> list[Piece] | None:
+def temporal_grids(item: MultiModalKwargsItem) -> list[MultiModalKwargsItem] | None:
     """A piece for each temporal grid, in the order of the prompt; None for an item that is not made of grids.
 
     A piece keeps the other fields of the item, such as the time between grids, so that its name tells them too. Of
-    fields with an entry for each grid it gets its own. `num_tokens` is not needed: grids of one video are of one size.
+    fields with an entry for each grid it gets its own.
     """
     if GRID not in item or PIXELS not in item:
         return None
     times, height, width = map(int, item[GRID].data.tolist())
-    pixels, num_embeds = item[PIXELS].data, int(position.get_num_embeds())
-    if times < 1 or len(pixels) != times * height * width or num_embeds < times or num_embeds % times:
+    pixels, rows = item[PIXELS].data, height * width
+    if times < 1 or len(pixels) != times * rows:
         return None
-    runs = [torch.arange(first, last + 1) for first, last in position.extract_embeds_range()]
-    rows = height * width
     pieces = []
-    for i, mine in enumerate(torch.cat(runs).split(num_embeds // times)):
+    for i in range(times):
         own = {GRID: torch.tensor([1, height, width]), PIXELS: pixels[i * rows : (i + 1) * rows]}
-        parts = {
-            name: MultiModalFieldElem(own[name] if name in own else _of_grid(i, times, elem.data), elem.field)
-            for name, elem in item.items()
-        }
-        pieces.append(Piece(MultiModalKwargsItem(parts), _place(mine)))
+        rest = {name: _of_grid(i, times, elem.data) for name, elem in item.items() if name not in own}
+        pieces.append(replaced(item, own | rest))
     return pieces
 
 
@@ -49,13 +44,3 @@ def _of_grid(index: int, times: int, data: Any) -> Any:
     if isinstance(data, torch.Tensor):
         return data[index : index + 1] if times > 1 and data.shape == (times,) else data
     return data[index : index + 1] if isinstance(data, list) and len(data) == times else data
-
-
-def _place(embeds: torch.Tensor) -> PlaceholderRange:
-    """The part of the prompt from the first of these embeddings to the last."""
-    first, length = int(embeds[0]), int(embeds[-1] - embeds[0]) + 1
-    mask = None
-    if length != len(embeds):
-        mask = torch.zeros(length, dtype=torch.bool)
-        mask[embeds - first] = True
-    return PlaceholderRange(offset=first, length=length, is_embed=mask)

@@ -1,0 +1,240 @@
+"""Reads the headers of media files and refuses those that nobody should decode.
+
+Lives in the endpoint process, mostly in threads; pure. Nothing is decoded here but what FFmpeg must to know a stream's
+size: pictures by Pillow, videos and the sound in them by PyAV, other sounds by libsndfile. A video's packets are
+counted, since headers lie. What the decoders find is checked again while they decode (`decoding.py`).
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import itertools
+from base64 import b64decode
+from typing import Any
+
+import av
+import soundfile  # type: ignore[import-untyped]
+from PIL import Image
+
+from epd.config import EndpointConfig
+from epd.endpoint import containers
+from epd.endpoint.refusals import RefusedError
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+JPEG_FRAMES = "video/jpeg"
+MIN_RATE, MAX_RATE = 1_000, 384_000
+MAX_CHANNELS = 16
+
+# A video has no more frames, and no more pixels in all, than `max_video_s` seconds of these.
+_MAX_FPS = 60
+_PIXELS_PER_S = 30 * 1920 * 1080
+_BYTES_PER_PIXEL, _BYTES_PER_SAMPLE = 3, 4
+_OPEN_S = 10.0
+
+
+def check_image(content: bytes, config: EndpointConfig) -> None:
+    """Reads the header of an image file, never its pixels.
+
+    Raises:
+        RefusedError: no known format, or a size that is nothing or too much.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        raise RefusedError(400, "image_too_large", "the image has too many pixels") from None
+    except Exception:  # a decoder may raise anything on hostile bytes
+        known = ", ".join(IMAGE_FORMATS)
+        raise RefusedError(400, "invalid_image", f"the image is not one of {known}, or is damaged") from None
+    if width < 1 or height < 1:
+        raise RefusedError(400, "invalid_image", f"the image has {width} x {height} pixels")
+    if width * height > config.max_pixels:
+        raise RefusedError(
+            400,
+            "image_too_large",
+            f"the image has {width} x {height} pixels; at most {config.max_pixels} are accepted",
+        )
+
+
+def check_video(content: bytes, config: EndpointConfig) -> None:
+    """Reads the header of a video file and counts its packets.
+
+    Raises:
+        RefusedError: no known format, damaged, without frames, or too large or long.
+    """
+    kind = containers.kind_of(content)
+    if kind not in containers.VIDEO:
+        raise RefusedError(400, "invalid_video", "the video is not MP4, MOV, WebM, Matroska, AVI or GIF")
+    if containers.is_truncated(kind, content):
+        raise RefusedError(400, "invalid_video", "the video is truncated: its container says that it is longer")
+    try:
+        with _opened(content, max_pixels=config.max_video_pixels) as container:
+            if not container.streams.video:
+                raise RefusedError(400, "invalid_video", "the file has no video in it")
+            _check_film(container, container.streams.video[0], config)
+    except RefusedError:
+        raise
+    except Exception as error:
+        raise RefusedError(400, "invalid_video", f"the video is damaged: {_words(error)}") from None
+
+
+def check_frames(data: str, config: EndpointConfig) -> None:
+    """Checks what a `video/jpeg` data URL holds: JPEG files in base64 with commas between.
+
+    Raises:
+        RefusedError: too many, or one of them is no picture or too large.
+    """
+    files = data.split(",", config.max_video_frames)
+    if len(files) > config.max_video_frames:
+        raise _too_many_frames(config)
+    sizes = set()
+    for file in files:
+        try:
+            content = b64decode(file, validate=True)
+        except (binascii.Error, ValueError):
+            raise RefusedError(400, "invalid_video", "a frame is not valid base64") from None
+        check_image(content, config)
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            sizes.add(image.size)
+    if len(sizes) > 1:
+        raise RefusedError(400, "invalid_video", f"the frames are of {len(sizes)} different sizes")
+    ((width, height),) = sizes
+    check_sampled(width, height, len(files), config)
+
+
+def check_sampled(width: int, height: int, num_frames: int, config: EndpointConfig) -> None:
+    """Checks what is to be decoded of a video.
+
+    Raises:
+        RefusedError: nothing, or too much.
+    """
+    if width < 1 or height < 1:
+        raise RefusedError(400, "invalid_video", f"the video has {width} x {height} pixels")
+    if width * height > config.max_video_pixels:
+        raise RefusedError(
+            400,
+            "video_too_large",
+            f"the video has {width} x {height} pixels; at most {config.max_video_pixels} are accepted",
+        )
+    if num_frames < 1:
+        raise RefusedError(400, "invalid_video", "there are no frames in the video")
+    if num_frames > config.max_video_frames:
+        raise _too_many_frames(config)
+    if width * height * num_frames * _BYTES_PER_PIXEL > config.max_decoded_bytes:
+        raise RefusedError(
+            400,
+            "video_too_large",
+            f"{num_frames} frames of {width} x {height} pixels take more than {config.max_decoded_bytes} bytes",
+        )
+
+
+def check_length(num_frames: int, duration_s: float, config: EndpointConfig) -> None:
+    """Checks how long a video is.
+
+    Raises:
+        RefusedError: too long, or nobody knows.
+    """
+    if not duration_s > 0 or num_frames < 1:
+        text = "the video does not say how long it is; write it anew (ffmpeg -i IN -c copy OUT)"
+        raise RefusedError(400, "invalid_video", text)
+    limit = config.max_video_s
+    if duration_s > limit or num_frames > limit * _MAX_FPS:
+        text = f"the video has {num_frames} frames in {duration_s:.1f} s; at most {limit:g} s are accepted"
+        raise RefusedError(400, "video_too_long", text)
+
+
+def check_audio(content: bytes, config: EndpointConfig) -> None:
+    """Reads the header of a sound file.
+
+    Raises:
+        RefusedError: no known format, damaged, without sound, or too long or large.
+    """
+    kind = containers.kind_of(content)
+    if kind not in containers.AUDIO:
+        text = "the audio is not WAV, FLAC, MP3, Ogg, AIFF, AU, CAF, MP4 or WebM"
+        raise RefusedError(400, "invalid_audio", text)
+    if containers.is_truncated(kind, content):
+        raise RefusedError(400, "invalid_audio", "the audio is truncated: its container says that it is longer")
+    try:
+        if kind in containers.BY_FFMPEG:
+            length, rate, channels = _sound_in(content)
+        else:
+            with soundfile.SoundFile(io.BytesIO(content)) as file:
+                length, rate, channels = file.frames, file.samplerate, file.channels
+    except RefusedError:
+        raise
+    except Exception as error:
+        raise RefusedError(400, "invalid_audio", f"the audio is damaged: {_words(error)}") from None
+    check_sound(length, rate, channels, config)
+
+
+def check_sound(num_samples: int, rate: float, channels: int, config: EndpointConfig) -> None:
+    """Checks `num_samples` of sound for each of `channels`, `rate` of them a second.
+
+    Raises:
+        RefusedError: nothing to hear, no sensible rate or number of channels, or too long or large.
+    """
+    if not MIN_RATE <= rate <= MAX_RATE:
+        text = f"the audio has {rate:g} samples a second; {MIN_RATE} to {MAX_RATE} are accepted"
+        raise RefusedError(400, "invalid_audio", text)
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise RefusedError(400, "invalid_audio", f"the audio has {channels} channels; 1 to {MAX_CHANNELS} are accepted")
+    if num_samples < 1:
+        raise RefusedError(400, "invalid_audio", "there is no sound in the audio: its length is zero")
+    if num_samples > config.max_audio_s * rate:
+        text = f"the audio is {num_samples / rate:.1f} s long; at most {config.max_audio_s:g} s are accepted"
+        raise RefusedError(400, "audio_too_long", text)
+    if num_samples * channels * _BYTES_PER_SAMPLE > config.max_decoded_bytes:
+        text = f"{num_samples} samples of {channels} channels take more than {config.max_decoded_bytes} bytes"
+        raise RefusedError(400, "audio_too_large", text)
+
+
+def _check_film(container: Any, stream: Any, config: EndpointConfig) -> None:
+    if stream.width < 1 or stream.height < 1:
+        text = f"the video's frames have no size, or more than {config.max_video_pixels} pixels"
+        raise RefusedError(400, "invalid_video", text)
+    check_sampled(stream.width, stream.height, 1, config)
+    duration_s = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+    claimed = stream.frames or int(duration_s * float(stream.average_rate or 0))
+    check_length(max(claimed, 1), duration_s, config)
+    pixels = stream.width * stream.height
+    limit = int(config.max_video_s * min(_MAX_FPS, _PIXELS_PER_S / pixels))
+    packets = (packet for packet in container.demux(stream) if packet.size)
+    count = sum(1 for _ in itertools.islice(packets, limit + 1))
+    if count < 1:
+        raise RefusedError(400, "invalid_video", "there are no frames in the video")
+    if count > limit:
+        text = (
+            f"the video has more than {limit} frames of {stream.width} x {stream.height} pixels: more to decode"
+            f" than {config.max_video_s:g} s of full HD"
+        )
+        raise RefusedError(400, "video_too_long", text)
+
+
+def _sound_in(content: bytes) -> tuple[int, int, int]:
+    """The (samples, samples a second, channels) that a container's header claims; one sample where it does not say."""
+    with _opened(content) as container:
+        if not container.streams.audio:
+            raise RefusedError(400, "invalid_audio", "the file has no audio in it")
+        stream = container.streams.audio[0]
+        duration_s = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+        return max(int(duration_s * stream.rate), 1), stream.rate, stream.channels
+
+
+def _opened(content: bytes, **options: int) -> Any:
+    """The file as FFmpeg's demultiplexers see it; `options` are those of the first stream's decoder."""
+    of_stream: Any = [{name: str(value) for name, value in options.items()}]
+    return av.open(io.BytesIO(content), stream_options=of_stream, timeout=_OPEN_S, io_open=_no_further_file)
+
+
+def _no_further_file(*_: Any) -> Any:
+    raise PermissionError("the file refers to another one")
+
+
+def _too_many_frames(config: EndpointConfig) -> RefusedError:
+    return RefusedError(400, "too_many_frames", f"more than {config.max_video_frames} frames of one video")
+
+
+def _words(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
