@@ -114,7 +114,7 @@ class Written:
 
 
 class Engine:
-    """What `workers.engine.Engine` is to its stage; `kv_send` sends (leg id, word, bytes) to another engine by its id."""
+    """What `workers.engine.Engine` is to its stage; `kv_send` sends leg id, word and bytes to an engine by its id."""
 
     def __init__(
         self, engine_id: str, pools: dict[str, bytearray], kv_send: Callable[[str, str, str, bytes], None]
