@@ -33,7 +33,7 @@ def page() -> str:
         for fault in FAULTS:
             [cell] = [one for one in CELLS if (one.edge, one.fault) == (edge, fault)]
             shown = ["virtual time"] if cell.ends else []
-            shown += [f"`{name.split('::')[0].removeprefix('tests/')}`" for name in dict.fromkeys(cell.tests)]
+            shown += [f"`{name.split('::')[0]}`" for name in dict.fromkeys(cell.tests)]
             lines.append(f"| {fault} | {cell.outcome} | {', '.join(dict.fromkeys(shown))} |")
         lines.append("")
     return "\n".join(lines)

@@ -14,10 +14,10 @@ from typing import Any
 from epd import wire
 from epd.config import BrokerConfig, Config
 from epd.messages import Message, Role
+from tests.faults.engines import Ask
 from tests.faults.processes import (
     BROKER,
     LATENCY_S,
-    Ask,
     BrokerProcess,
     CacheProcess,
     EndpointProcess,

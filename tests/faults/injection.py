@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from cache.slot import HEADER_BYTES, MAGIC, slot_bytes
 from epd.messages import Role
 from tests.faults.cluster import Cluster
-from tests.faults.engines import DTYPE, WIDTH, EngineRequest
-from tests.faults.processes import BROKER, Ask, Fault, Packet, Process, WorkerProcess
+from tests.faults.engines import DTYPE, WIDTH, Ask, EngineRequest
+from tests.faults.processes import BROKER, Fault, Packet, Process, WorkerProcess
 
 HANG_S, SLOW_S = 6.0, 0.5
 SLOT_BYTES = slot_bytes(4, WIDTH, DTYPE)

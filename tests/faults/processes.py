@@ -15,7 +15,7 @@ from broker.core import Core
 from epd import messages as m
 from epd import wire
 from epd.messages import Message, Role
-from tests.faults.engines import DTYPE, WIDTH, Engine, EngineRequest, context, embedding, next_token
+from tests.faults.engines import DTYPE, WIDTH, Ask, Engine
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
 from workers.prefill import PrefillStage
@@ -308,28 +308,6 @@ class WorkerProcess(Peer):
         self._steps += 1
         if self.stage.has_work():
             self._wake()
-
-
-@dataclasses.dataclass
-class Ask:
-    """A request and what its client has got."""
-
-    request_id: str
-    request: EngineRequest
-    pixels: dict[str, bytes]
-    resumable: bool
-    deadline_at: float
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    end: str = ""
-    attempts: int = 0
-
-    def truth(self) -> list[int]:
-        """The answer of an undisturbed run."""
-        kv = context(self.request.prompt, [embedding(self.pixels[one], 4) for one in self.request.patches])
-        outputs: list[int] = []
-        while len(outputs) < self.request.max_tokens:
-            outputs.append(next_token(kv, outputs))
-        return outputs
 
 
 class EndpointProcess(Peer):
