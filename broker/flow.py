@@ -31,7 +31,11 @@ class Flow:
         self._retries, self._liveness = retries, liveness
 
     def submit(self, peer: Peer, submit: m.Submit, frames: list[bytes], now: float) -> None:
-        """Admits a request to the queue, or refuses it."""
+        """Admits a request to the queue, or refuses it; what has come already changes nothing."""
+        known = self._board.requests.get(submit.request_id)
+        if known is not None and known.endpoint == peer.peer_id:
+            self._board.count("num_fenced")
+            return
         request = self._unpack(peer, submit, frames, now)
         refusal = self._refusal(request, now)
         if refusal is not None:

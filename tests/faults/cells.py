@@ -55,8 +55,7 @@ CELLS: tuple[Cell, ...] = (
     Cell("endpoint–broker", "slow", _SLOW, (FINE,)),
     Cell("endpoint–broker", "lost", _LOST, (FINE, DEADLINE)),
     Cell(
-        "endpoint–broker", "duplicated", "a second SUBMIT fails the request: `duplicate_request`; other messages "
-        "change nothing", (FINE, "duplicate_request"),
+        "endpoint–broker", "duplicated", _TWICE, (FINE,),
     ),
     Cell("endpoint–broker", "reordered", "right", (FINE,)),
     Cell("endpoint–broker", "stale", _EARLIER, (FINE,), (LINK + "test_",)),

@@ -67,7 +67,7 @@ class Result:
         lines += [f"faults: {', '.join(f'{count} {name}' for name, count in sorted(self.faults.items())) or 'none'}"]
         if right:
             lines.append(
-                f"{len(right) / len(wanted):.1%} of the {len(wanted)} requests that were let in and waited for were right; "
+                f"{len(right) / len(wanted):.1%} of the {len(wanted)} that were let in and waited for were right; "
                 f"they took {right[len(right) // 2]:.2f} s (median), {right[-1]:.1f} s at most"
             )
         return "\n".join([*lines, *(f"NOT FINE: {one}" for one in self.complaints)])
