@@ -133,6 +133,8 @@ class PipelineCore(EngineCoreClient):
         if request.abort_immediately:
             return
         exchange = current_exchange.get()
+        if exchange is not None:
+            exchange.has_submitted = True
         try:
             self._check(request)
             parts = await self._split(request)
