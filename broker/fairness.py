@@ -1,8 +1,9 @@
 """A queue that is fair among tenants: start-time fair queueing, first come first served inside each tenant. Pure.
 
-Each tenant has a line of its own, and a tag: how much of the service it has used up, measured on a common virtual
-clock. The tenant with the lowest tag is next, and what is taken adds its cost to the tag. A tenant that comes (back)
-starts at the clock's present, so that nobody saves up service while away.
+Each tenant has a line of its own, and a tag: how much of the service it has used up. The tenant with the lowest tag is
+next, and what is taken adds its cost to the tag. A virtual clock shows what each waiting tenant should have got by now;
+a tenant that comes (back) starts there, so that nobody saves up service while away, and nobody waits for ever while
+others come.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class FairQueue(Generic[T]):
         """Serves an item that `next` gave: its tenant is charged for it."""
         tenant, cost = self._items[item]
         if item not in self._front:
-            self._clock = max(self._clock, self._tags[tenant])
+            self._clock = max(self._clock, self._tags[tenant]) + cost / len(self._lines)
             self._tags[tenant] += cost
         self.remove(item)
 

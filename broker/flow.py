@@ -277,6 +277,8 @@ class Flow:
             else:
                 self._board.count("num_fenced")
             return
+        if isinstance(message, m.Tokens | m.Finished) and not self._follows(request, message, now):
+            return
         match message:
             case m.Prefilled() if not request.prefilled and request.allows(Event.PREFILLED):
                 self._prefilled(peer, request, message, frames, now)
@@ -314,6 +316,17 @@ class Flow:
             case _:
                 self._board.count("num_fenced")
 
+    def _follows(self, request: Request, message: m.Tokens | m.Finished, now: float) -> bool:
+        """Whether tokens come right after those that are there; after a gap the request goes on from what is there."""
+        num_known = len(request.output_token_ids)
+        if message.num_before in (-1, num_known):
+            return True
+        self._board.count("num_fenced")
+        if message.num_before > num_known:
+            text = f"tokens {num_known} to {message.num_before} did not arrive"
+            self._retries.again(request, ErrorCode.WORKER_LOST, text, now)
+        return False
+
     def finish(self, request: Request, message: m.Finished, frames: list[bytes], now: float) -> None:
         """Ends a request that its decode worker has finished."""
         decode = self._board.registry.get(request.decode)
@@ -330,6 +343,7 @@ class Flow:
             request_id=request.request_id,
             token_ids=message.token_ids,
             finish_reason=message.finish_reason,
+            num_before=message.num_before,
             story=request.story,
         )
         self._board.send(request.endpoint, reply, frames)

@@ -23,20 +23,20 @@ class DecodeStage(Stage):
     def start(self) -> None:
         """Builds the engine."""
         super().start()
-        self._requests: set[str] = set()
+        self._requests: dict[str, int] = {}  # the tokens of its answer so far, by leg
         self._arriving: set[str] = set()
 
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in DECODE, PREFILLED, READY and ABORT."""
         match message:
-            case Decode():
+            case Decode() if message.request_id not in self._requests:
                 try:
                     self.engine.add_decode(message.request_id, frames, message.prefill, message.output_token_ids)
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
                 else:
-                    self._requests.add(message.request_id)
+                    self._requests[message.request_id] = len(message.output_token_ids)
             case Prefilled():
                 if message.request_id in self._requests:
                     self._arriving.add(message.request_id)
@@ -66,14 +66,16 @@ class DecodeStage(Stage):
                 continue
             self._arriving.discard(request_id)
             output.kv_transfer_params = None
-            token_ids = list(output.new_token_ids)
+            token_ids, before = list(output.new_token_ids), self._requests[request_id]
+            self._requests[request_id] += len(token_ids)
             frames = self.engine.pack(output)
             if output.finished:
                 self._forget(request_id)
                 reason = str(output.finish_reason)
-                self._post(Finished(request_id=request_id, token_ids=token_ids, finish_reason=reason), frames)
+                finished = Finished(request_id=request_id, token_ids=token_ids, finish_reason=reason, num_before=before)
+                self._post(finished, frames)
             else:
-                self._post(Tokens(request_id=request_id, token_ids=token_ids), frames)
+                self._post(Tokens(request_id=request_id, token_ids=token_ids, num_before=before), frames)
         if not executed:
             self._ask_for_patches()
         return executed
@@ -90,7 +92,7 @@ class DecodeStage(Stage):
         self._post(Failed(request_id=request_id, code=code, message=text), ())
 
     def _forget(self, request_id: str) -> None:
-        self._requests.discard(request_id)
+        self._requests.pop(request_id, None)
         self._arriving.discard(request_id)
         self.engine.connector.forget(request_id)
 

@@ -45,6 +45,8 @@ class EncodeStage(Stage):
         self._post(EncodeFailed(job_id=job.job_id, message="this worker is draining", dropped=True), ())
 
     def _add(self, job: EncodeJob, frames: Frames) -> None:
+        if str(job.job_id) in self._jobs:
+            return
         if self.draining:
             self._hand_back(job)
             return

@@ -33,7 +33,7 @@ class PrefillStage(Stage):
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in PREFILL, READY and ABORT."""
         match message:
-            case Prefill():
+            case Prefill() if message.request_id not in self._legs:
                 try:
                     self.engine.add_prefill(message.request_id, frames, message.output_token_ids)
                 except Exception as error:

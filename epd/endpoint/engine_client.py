@@ -199,11 +199,13 @@ class PipelineCore(EngineCoreClient):
         """Takes one message of the broker."""
         match message:
             case Tokens():
-                self.flights.on_output(message.request_id, not message.token_ids, frames)
+                self.flights.on_output(message, frames)
             case Finished():
-                if self.flights.on_output(message.request_id, False, frames, is_last=True):
+                if self.flights.on_output(message, frames):
                     self.flights.end(message.request_id)
-                self.stories.close(message.request_id, "finished", message.finish_reason, message.story)
+                    self.stories.close(message.request_id, "finished", message.finish_reason, message.story)
+                else:
+                    self.stories.complete(message.request_id, message.story)
             case Failed():
                 self.flights.on_failed(message)
             case Uploaded():

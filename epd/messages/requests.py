@@ -66,19 +66,22 @@ class Tokens(Struct, frozen=True):
     """Decode → Broker → Endpoint: new tokens of a request, as one opaque engine output.
 
     The broker keeps `token_ids`, so that another decode worker can go on where this one stopped. They are empty for
-    an output of the prefill worker, which has log-probabilities of the prompt only.
+    an output of the prefill worker, which has log-probabilities of the prompt only. `num_before` counts the tokens of
+    the whole answer that came before (-1: not said), so that a message that is missing or comes twice shows.
     """
 
     request_id: str
     token_ids: list[int]
+    num_before: int = -1
 
 
 class Finished(Struct, frozen=True):
-    """Decode → Broker → Endpoint: the last engine output of a request; the broker adds the story."""
+    """Decode → Broker → Endpoint: the last engine output of a request, as in TOKENS; the broker adds the story."""
 
     request_id: str
     token_ids: list[int]
     finish_reason: str
+    num_before: int = -1
     story: list[StoryEvent] = msgspec.field(default_factory=list)
 
 

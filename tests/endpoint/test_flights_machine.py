@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from epd.messages import Cancel, Failed, Patch
+from epd.messages import Cancel, Failed, Finished, Patch, Tokens
 
 pytestmark = pytest.mark.engine
 NUM_TOKENS = 6
@@ -47,6 +47,7 @@ class Machine(RuleBasedStateMachine):
         )
         self.asked = {}
         self.broker = None  # request id -> index of the token it makes next
+        self.copies = 1  # of each message that comes
 
     def teardown(self):
         if self.broker is None:
@@ -152,17 +153,33 @@ class Machine(RuleBasedStateMachine):
     def give(self, request_id, finish):
         from .fake_broker import output
 
-        index, self.broker[request_id] = self.broker[request_id], self.broker[request_id] + 1
+        index = self.broker[request_id]
+        self.broker[request_id] += 1
         frames = [bytes(frame) for frame in output(request_id, [index], finish)]
-        if self.flights.on_output(request_id, False, frames, is_last=bool(finish)) and finish:
-            self.flights.end(request_id)
-            self.stories.close(request_id, "finished")
+        fields = {"request_id": request_id, "token_ids": [index], "num_before": index}
+        message = Finished(**fields, finish_reason=finish) if finish else Tokens(**fields)
+        for _ in range(self.copies):
+            if self.flights.on_output(message, frames) and finish:
+                self.flights.end(request_id)
+                self.stories.close(request_id, "finished")
 
     def finish(self, request_id):
         while self.broker[request_id] < NUM_TOKENS - 1:
             self.give(request_id, None)
         self.give(request_id, "length")
-        del self.broker[request_id]
+        self.broker.pop(request_id, None)
+
+    @rule(copies=st.integers(1, 2))
+    def messages_are_repeated_or_not(self, copies):
+        self.copies = copies
+
+    @precondition(lambda self: self.broker)
+    @rule(which=st.randoms(use_true_random=False))
+    def a_token_is_lost(self, which):
+        request_id = which.choice(sorted(self.broker))
+        if self.broker[request_id] < NUM_TOKENS - 2:
+            self.broker[request_id] += 1
+            self.do(self.give, request_id, None)
 
     @precondition(lambda self: self.broker)
     @rule(which=st.randoms(use_true_random=False), code=st.sampled_from(["worker_lost", "pixels_needed"]))
@@ -192,7 +209,7 @@ class Machine(RuleBasedStateMachine):
     def something_late_or_strange_comes(self, request_id):
         if request_id not in self.flights:
             before = {name: list(asked.tokens) for name, asked in self.asked.items()}
-            self.do(self.flights.on_output, request_id, False, [b"\xc1"])
+            self.do(self.flights.on_output, Tokens(request_id=request_id, token_ids=[7]), [b"\xc1"])
             self.do(self.flights.on_failed, Failed(request_id=request_id, code="worker_lost", message="", status=502))
             assert before == {name: asked.tokens for name, asked in self.asked.items()}
 
@@ -209,5 +226,5 @@ class Machine(RuleBasedStateMachine):
 
 TestFlights = Machine.TestCase
 TestFlights.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, derandomize=True, database=None
+    max_examples=50, stateful_step_count=50, deadline=None, derandomize=True, database=None
 )
