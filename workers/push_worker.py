@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import errno
 import queue
+import re
 import socket
 import threading
 import time
@@ -36,6 +37,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 logger = init_logger(__name__)
 
 _REFUSED = b"EPD_REFUSED:"
+# What a prefill worker says of a request: that it has been written, or that it will not be; and its world size.
+_TOLD = re.compile(rb"(?P<refused>EPD_REFUSED:)?(?!HB:)(?P<id>.+):(?P<size>[0-9]{1,6})", re.DOTALL)
 _ASK_EVERY_S = 1.0
 _PROBE_S = 1.0
 _IDLE_LOOK_S = 0.25
@@ -168,8 +171,13 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
                 notification = self._pending_completion_notifs.get_nowait()
             except queue.Empty:
                 break
-            if notification.startswith(_REFUSED):
-                self._take_refusal(notification[len(_REFUSED) :].decode())
+            if (told := _TOLD.fullmatch(notification)) is None:
+                if notification.startswith(b"HB:"):
+                    others.append(notification)
+                else:
+                    logger.warning("a notification that is none: %d bytes", len(notification))
+            elif told["refused"]:
+                self._take_refusal(told["id"].decode(), int(told["size"]))
             else:
                 others.append(notification)
         for notification in others:
@@ -178,14 +186,13 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         self._recv_failures.update(self._refused & self._recving_transfers.keys())
         return done
 
-    def _take_refusal(self, text: str) -> None:
-        request_id, tp_size = text.rsplit(":", 1)
+    def _take_refusal(self, request_id: str, tp_size: int) -> None:
         if (meta := self._recving_metadata.get(request_id)) is None:
             return
         self._refused.add(request_id)
         counts = self.consumer_notification_counts_by_req
         counts[request_id] += 1
-        if counts[request_id] >= meta.pp_size * max(1, int(tp_size) // self.world_size):
+        if counts[request_id] >= meta.pp_size * max(1, tp_size // self.world_size):
             del counts[request_id]
             self._recving_transfers.setdefault(request_id, [])
 

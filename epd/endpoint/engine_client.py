@@ -134,6 +134,8 @@ class PipelineCore(EngineCoreClient):
         if request.abort_immediately:
             return
         exchange = current_exchange.get()
+        if exchange is not None:
+            exchange.has_submitted = True
         try:
             self._check(request)
             parts = await self._split(request)
@@ -198,13 +200,13 @@ class PipelineCore(EngineCoreClient):
         """Takes one message of the broker."""
         match message:
             case Tokens():
-                self.flights.on_output(message.request_id, not message.token_ids, frames, num_before=message.num_before)
+                self.flights.on_output(message, frames)
             case Finished():
-                if self.flights.on_output(
-                    message.request_id, False, frames, is_last=True, num_before=message.num_before
-                ):
+                if self.flights.on_output(message, frames):
                     self.flights.end(message.request_id)
-                self.stories.close(message.request_id, "finished", message.finish_reason, message.story)
+                    self.stories.close(message.request_id, "finished", message.finish_reason, message.story)
+                else:
+                    self.stories.complete(message.request_id, message.story)
             case Failed():
                 self.flights.on_failed(message)
             case Uploaded():

@@ -68,11 +68,13 @@ class Exchange:
     Attributes:
         owner: a digest of the API key that it came with, or nothing.
         failure: why it fails; the first reason stays.
+        has_submitted: whether anything of it has been given to the pipeline.
     """
 
     def __init__(self, owner: str = "") -> None:
         self.owner = owner
         self.failure: Failure | None = None
+        self.has_submitted = False
 
     def note(self, failure: Failure) -> None:
         """It fails by this, unless it does already."""

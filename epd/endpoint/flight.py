@@ -44,7 +44,7 @@ class Flight:
         resumable: whether going on from prompt and tokens gives what an undisturbed run would have given.
         sent: whether the present broker has it.
         attempts: how often it was sent.
-        num_pixels_asked: how often the answer was that pixels are needed.
+        num_restarts: how often the same broker needed it again.
         unread_bytes: output that its client has not taken.
         timers: fail it at its deadline, or when no broker has come; cancelled when it ends.
     """
@@ -62,7 +62,7 @@ class Flight:
         self.resumable = may_resume and resumable(request.sampling_params)
         self.token_ids: list[int] = []
         self.has_output = self.begun = self.sent = False
-        self.attempts = self.num_pixels_asked = self.unread_bytes = 0
+        self.attempts = self.num_restarts = self.unread_bytes = 0
         self.timers: dict[str, asyncio.TimerHandle] = {}
         self._submitted_at = time.monotonic()
         self._num_rows = num_prompt_tokens - 1

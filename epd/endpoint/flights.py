@@ -27,15 +27,15 @@ from epd.endpoint.keys import tenant_of
 from epd.endpoint.stories import Stories
 from epd.endpoint.submission import PipelineError, submission, too_large, without_pixels
 from epd.errors import HTTP_STATUS, ErrorCode
-from epd.messages import Cancel, Failed, Message, StoryEvent
+from epd.messages import Cancel, Failed, Finished, Message, StoryEvent, Tokens
 from epd.multimodal.splitter import Split
 
 log = structlog.get_logger()
 
 # The broker ends a request at its deadline; the endpoint does so where the broker has not.
 _DEADLINE_GRACE_S = 5.0
-# A request whose pixels are asked for more often than this is not helped by them.
-_MAX_PIXELS_ASKED = 3
+# A request that the same broker needs again more often than this, for its pixels or after lost tokens, is not helped.
+_MAX_RESTARTS = 3
 _ERROR_STATUSES = {status for status in HTTPStatus if status >= 400} | set(HTTP_STATUS.values())
 _RETRY_AFTER_S = 1.0
 
@@ -188,9 +188,7 @@ class Flights:
         flight = self._flights.get(message.request_id)
         if flight is not None and message.code == ErrorCode.PIXELS_NEEDED:
             self._beliefs.forget(flight.patches)
-            flight.num_pixels_asked += 1
-            if flight.num_pixels_asked <= _MAX_PIXELS_ASKED and flight.start_over():
-                self._again(flight)
+            if self._goes_on(flight):
                 return
         failure = Failure(
             code=message.code,
@@ -200,21 +198,12 @@ class Flights:
         )
         self.fail(message.request_id, failure, message.story)
 
-    def on_output(
-        self, request_id: str, is_partial: bool, frames: list[bytes], is_last: bool = False, num_before: int = -1
-    ) -> bool:
-        """Queues what an opaque output gives; false where the request is unknown or has failed by it.
-
-        `num_before` counts the tokens that come before (-1: not said): what is here already is dropped, and where some
-        are missing, the request fails.
-        """
+    def on_output(self, message: Tokens | Finished, frames: list[bytes]) -> bool:
+        """Queues what an opaque output gives; false where the request is unknown, has it already, or ends by it."""
+        request_id, is_last = message.request_id, isinstance(message, Finished)
+        is_partial = not is_last and not message.token_ids
         flight = self._flights.get(request_id)
-        if flight is None:
-            return False
-        if not is_partial and num_before not in (-1, len(flight.token_ids)):
-            if num_before > len(flight.token_ids):
-                text = f"tokens {len(flight.token_ids)} to {num_before} did not arrive"
-                self.give_up(request_id, ErrorCode.ENGINE_FAILED, text)
+        if flight is None or not self._follows(flight, message):
             return False
         try:
             output = self._decoder.decode(frames)
@@ -231,6 +220,27 @@ class Flights:
         for each in ready:
             self.outputs.put_nowait(each)
         return is_last or self._is_read(flight, sum(map(len, frames)))
+
+    def _follows(self, flight: Flight, message: Tokens | Finished) -> bool:
+        """Whether these tokens are the next ones; after a gap the request goes on from the last it has."""
+        num_tokens, num_before = len(flight.token_ids), message.num_before
+        if num_before in (-1, num_tokens):
+            return True
+        if num_before > num_tokens:
+            log.warning("tokens are missing", request_id=flight.request_id, num_tokens=num_tokens, at=num_before)
+            self._send(Cancel(request_id=flight.request_id), ())
+            if not self._goes_on(flight):
+                failure = failure_of(ErrorCode.ENGINE_FAILED, "tokens were lost on their way")
+                self.fail(flight.request_id, failure)
+        return False
+
+    def _goes_on(self, flight: Flight) -> bool:
+        """Sends a request again that the broker does not have any more; false where that may not be."""
+        flight.num_restarts += 1
+        if flight.num_restarts > _MAX_RESTARTS or not flight.start_over():
+            return False
+        self._again(flight)
+        return True
 
     def _on_first(self, flight: Flight) -> None:
         """The decode workers have begun: its patches are in the cache."""

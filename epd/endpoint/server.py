@@ -40,6 +40,7 @@ from epd.endpoint.llm import PipelineLLM
 from epd.endpoint.media import MediaRoutes
 from epd.endpoint.models import ModelRoutes
 from epd.endpoint.options import serve_args, vllm_config_of
+from epd.endpoint.unreadable import UnreadableInput
 from epd.endpoint.warmup import warm_up
 from epd.errors import ErrorCode
 
@@ -170,6 +171,7 @@ class Endpoint:
         # Innermost: behind keys and metrics, before any handler. Outermost: the keys of the paths vLLM leaves open.
         app.user_middleware.append(Middleware(Bodies, max_bytes=self._config.endpoint.max_bodies_bytes))
         app.user_middleware.append(Middleware(Limits, config=self._config.endpoint, find_media=media.find))
+        app.user_middleware.append(Middleware(UnreadableInput))
         if self._config.endpoint.api_keys:
             app.user_middleware.insert(0, Middleware(KeysEverywhere, tokens=self._config.endpoint.api_keys))
         app.middleware_stack = app.build_middleware_stack()  # build_app has built it already

@@ -57,6 +57,12 @@ class Stories:
         story.events = list(events) or story.events
         self._evict()
 
+    def complete(self, request_id: str, events: Sequence[StoryEvent]) -> None:
+        """The story of a request that has ended otherwise already."""
+        story = self._stories.get(request_id)
+        if story is not None and story.state != IN_FLIGHT:
+            story.events = list(events) or story.events
+
     def find(self, client_id: str) -> list[RequestStory]:
         """The requests behind the id that a client knows, oldest first; empty where none is known."""
         found = [self._stories[each] for each in self._by_external.get(_stem(client_id), ())]

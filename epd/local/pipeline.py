@@ -28,7 +28,7 @@ from epd.local.supervisor import Supervisor
 STAGES = ("encode", "prefill", "decode")
 START_S = 600.0
 _POLL_S = 0.02
-_WORKER_STOP_S = 15.0
+_WORKER_STOP_S = 5.0  # beyond its time to drain
 
 Progress = Callable[[Daemon], None]
 
@@ -269,7 +269,7 @@ class LocalPipeline:
                     args=[text, stage, name],
                     env=env,
                     stop_rank=1,
-                    stop_s=_WORKER_STOP_S,
+                    stop_s=getattr(self.config, stage).drain_s + _WORKER_STOP_S,
                 )
             )
         specs.append(

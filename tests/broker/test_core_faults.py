@@ -312,10 +312,20 @@ def test_a_request_that_can_never_fit_is_refused_with_a_reason(world: World, cha
     assert (failed.code, failed.status) == ("too_large", 400)
 
 
-def test_a_second_request_under_the_same_id_is_refused(world: World) -> None:
+def test_a_request_that_comes_twice_changes_nothing(world: World) -> None:
     world.submit("r")
+    before = world.core.board.counters().num_fenced
     world.submit("r")
-    assert [one.code for one in world.take(m.Failed)] == ["duplicate_request"]
+    assert world.take(m.Failed) == []
+    assert world.core.board.counters().num_fenced == before + 1
+    assert list(world.core.board.requests) == ["r"]
+
+
+def test_a_request_of_another_endpoint_under_the_same_id_is_refused(world: World) -> None:
+    world.submit("r")
+    world.endpoint = world.join("ep2", Role.ENDPOINT)
+    world.submit("r")
+    assert [one.code for one in world.take(m.Failed, world.endpoint)] == ["duplicate_request"]
     assert "r" in world.core.board.requests
 
 

@@ -18,7 +18,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from .fake_broker import says
+from epd.messages import Tokens
+
+from .fake_broker import output, says
 from .serving import chat_body, image_url, serving, with_picture
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
@@ -64,6 +66,24 @@ OPERATIONS = [
 ]
 
 
+async def answers(broker, submit, frames):
+    """A script: two tokens, and before them the log-probabilities of the prompt where they are asked for."""
+    import torch
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.outputs import LogprobsTensors
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    params = MsgpackDecoder(EngineCoreRequest).decode(frames[: submit.num_engine_frames]).sampling_params
+    rows = submit.num_prompt_tokens - 1
+    if params.prompt_logprobs is not None and rows:
+        width = max(params.prompt_logprobs, 0) + 1
+        ids = torch.full((rows, width), 100, dtype=torch.int64)
+        tensors = LogprobsTensors(ids, torch.full((rows, width), -1.0), torch.ones(rows, dtype=torch.int64))
+        part = output(submit.request_id, [], new_prompt_logprobs_tensors=tensors)
+        await broker.send(Tokens(request_id=submit.request_id, token_ids=[]), part)
+    await says([100, 101])(broker, submit, frames)
+
+
 class Background:
     """The endpoint on a loop in a thread of its own, for clients that block."""
 
@@ -84,7 +104,7 @@ class Background:
 
     async def _serve(self):
         self._loop = asyncio.get_running_loop()
-        async with serving(self._folder, script=says([100, 101]), max_body_bytes=1 << 20, drain_s=1.0) as served:
+        async with serving(self._folder, script=answers, max_body_bytes=1 << 20, drain_s=1.0) as served:
             self.url = str(served.session._base_url).rstrip("/")
             self._up.set()
             await self._down.wait()

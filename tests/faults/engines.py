@@ -50,6 +50,28 @@ class EngineRequest(msgspec.Struct):
 
 
 @dataclasses.dataclass
+class Ask:
+    """A request and what its client has got."""
+
+    request_id: str
+    request: EngineRequest
+    pixels: dict[str, bytes]
+    resumable: bool
+    deadline_at: float
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    end: str = ""
+    attempts: int = 0
+
+    def truth(self) -> list[int]:
+        """The answer of an undisturbed run."""
+        kv = context(self.request.prompt, [embedding(self.pixels[one], 4) for one in self.request.patches])
+        outputs: list[int] = []
+        while len(outputs) < self.request.max_tokens:
+            outputs.append(next_token(kv, outputs))
+        return outputs
+
+
+@dataclasses.dataclass
 class Output:
     """The fields of vLLM's engine output that stages look at."""
 
@@ -114,7 +136,7 @@ class Written:
 
 
 class Engine:
-    """What `workers.engine.Engine` is to its stage; `kv_send` sends (leg id, word, bytes) to another engine by its id."""
+    """What `workers.engine.Engine` is to its stage; `kv_send` sends leg id, word and bytes to an engine by its id."""
 
     def __init__(
         self, engine_id: str, pools: dict[str, bytearray], kv_send: Callable[[str, str, str, bytes], None]

@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="decides everything (the time)")
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second, bursts apart (2)")
     parser.add_argument("--fault-every", type=float, default=6.0, help="seconds between faults, on average (6)")
-    parser.add_argument("--burst", type=int, default=40, help="requests that come at once now and then (40)")
+    parser.add_argument("--burst", type=int, default=60, help="requests that come at once now and then (60)")
     parser.add_argument("--plan", action="store_true", help="print the plan and do nothing")
     args = parser.parse_args()
     seed = int(time.time()) if args.seed is None else args.seed

@@ -63,7 +63,7 @@ class Plan:
         return [f"seed {self.seed}, {self.seconds:g} s", *(f"{event.at_s:7.2f}  {_line(event)}" for event in events)]
 
 
-def make_plan(seed: int, seconds: float, *, rate: float = 2.0, fault_every_s: float = 6.0, burst: int = 40) -> Plan:
+def make_plan(seed: int, seconds: float, *, rate: float = 2.0, fault_every_s: float = 6.0, burst: int = 60) -> Plan:
     """The plan of a seed.
 
     Args:

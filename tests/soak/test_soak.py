@@ -9,7 +9,7 @@ from tests.soak.storm import soak
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-SEED, SECONDS = 20, 120.0
+SEED, SECONDS = 44, 120.0
 
 
 def test_after_two_minutes_of_faults_every_request_has_ended_right_or_with_a_reason_and_nothing_is_held() -> None:

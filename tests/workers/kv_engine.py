@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 from vllm import SamplingParams
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import PUSH_REG_NOTIF_PREFIX
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
@@ -129,6 +130,15 @@ class Host:
         """Writes are NIXL's again."""
         for name, function in self.real.items():
             setattr(self.nixl, name, function)
+
+    def hear(self, text: str) -> None:
+        """Has the connector receive a notification, as if from a peer."""
+        notifications = {"peer": [text.encode("latin-1").replace(b"PUSH_REG:", PUSH_REG_NOTIF_PREFIX)]}
+        self.nixl.get_new_notifs = lambda: self._heard(notifications)
+
+    def _heard(self, notifications: dict[str, list[bytes]]) -> dict[str, list[bytes]]:
+        del self.nixl.get_new_notifs
+        return notifications
 
     def lease(self, seconds: float) -> None:
         """How long finished blocks are kept for a decode worker."""

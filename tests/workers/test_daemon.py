@@ -30,10 +30,17 @@ class StandIn(Stage):
         for gate in self.gates.values():
             gate.set()
         self.reached: set[str] = set()
+        self.leaking = ""
         self.made.append(self)
 
     def stop(self) -> None:
         pass
+
+    def held(self) -> dict[str, int]:
+        return {}
+
+    def leak(self, now: float) -> str:
+        return self.leaking
 
     def has_work(self) -> bool:
         return self.busy.is_set()
@@ -206,3 +213,18 @@ async def test_a_worker_does_not_register_again_before_its_engine_has_dropped_ev
     assert side.peer is None
     stage.gates["reset"].set()
     await side.until(lambda: side.peer)
+
+
+async def test_a_worker_that_has_lost_too_much_memory_drains_and_ends_with_status_1(sides: Callable[..., Side]) -> None:
+    side = sides(hung_after_s=0.5)
+    ended = side.start_worker()
+    await side.until(lambda: side.peer)
+    [stage] = StandIn.made
+    stage.busy.set()
+    side.worker._thread.call(lambda: None)
+    stage.leaking = "30 of 100 KV blocks are held for nobody since 60 s"
+    await side.until(lambda: side.peer and side.peer.draining)
+    assert not ended.done(), "it has something on its hands"
+    stage.busy.clear()
+    assert await ended == 1
+    await side.until(lambda: side.peer is None)

@@ -229,6 +229,15 @@ def test_a_push_that_fails_ends_the_decode_request_with_an_error(pair: Pair, how
     assert pair.d.state()["ended"][request_id] == "error"
 
 
+def test_a_notification_that_is_none_harms_nobody(pair: Pair) -> None:
+    request_id = pair.begin()
+    for garbage in ("nonsense", "EPD_REFUSED:nobody:1", "EPD_REFUSED:", "PUSH_REG:", "PUSH_REG:\x93\x01"):
+        pair.p.hear(garbage)
+        pair.d.hear(garbage)
+    pair.settle()
+    assert pair.d.state()["ended"][request_id] == "length"
+
+
 def test_requests_whose_ids_differ_only_at_the_end_are_not_mixed_up(pair: Pair) -> None:
     for suffix in ("0badcafe", "0badf00d"):
         pair.p.add(f"same-{suffix}")

@@ -1,0 +1,53 @@
+"""Input that makes vLLM's handlers raise where they should refuse it: answered by 400, not as an error of the server.
+
+Lives in the endpoint process, as the innermost ASGI middleware. An exception of Python's own, before anything of the
+request was submitted and any byte of the answer was sent, comes from parsing or rendering what the client sent, such
+as a tool call that is no object. It is logged with its place, so that a fault of ours does not hide here.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+import structlog
+
+from epd.endpoint.asgi import App, Message, Receive, Scope, Send
+from epd.endpoint.failures import Failure, current_exchange, send_failure
+
+log = structlog.get_logger()
+
+# What code raises that takes one kind of value for another; not what the system or its memory is the reason of.
+_BY_INPUT = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class UnreadableInput:
+    """ASGI middleware that answers for handlers that stumble over their input."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the application; answers 400 where it raises because of what it was sent."""
+        exchange = current_exchange.get()
+        if scope["type"] != "http" or exchange is None:
+            await self._app(scope, receive, send)
+            return
+        has_answered = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_answered
+            has_answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except _BY_INPUT as error:
+            if has_answered or exchange.has_submitted:
+                raise
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            log.warning(
+                "input that cannot be read", path=path, error=repr(error), at=f"{place.filename}:{place.lineno}"
+            )
+            text = f"the request cannot be read: {type(error).__name__}: {str(error)[:200]}"
+            await send_failure(send, path, Failure(code="invalid_request", message=text, status=400))
