@@ -56,13 +56,13 @@ _TAIL = """
 These need code or files from their repositories, which the tests do not load. They are handled like any other model:
 what an encode worker proves is cut, the rest stays whole.
 
-| family | architecture in vLLM | why not | what would be tried |
+| family | architecture in vLLM | why not | what an encode worker would try |
 |---|---|---|---|
 | InternVL 2, 2.5 (original format) | InternVLChatModel | configuration in remote code | tiles, frames |
 | MiniCPM-V 2.x, MiniCPM-o | MiniCPMV, MiniCPMO | processor in remote code | slices, frames |
 | Ultravox | UltravoxModel | processor in remote code | chunks |
 | Voxtral, Pixtral (Mistral's format) | VoxtralForConditionalGeneration, PixtralForConditionalGeneration | a Mistral \
-tokenizer | nothing: items whole |
+tokenizer | nothing |
 """
 _COLUMNS = (
     "family",
