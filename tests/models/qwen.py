@@ -1,4 +1,4 @@
-"""Tiny random models with multimodal rotary positions (M-RoPE), made on the spot: `python -m tests.models.qwen`.
+"""Tiny random models with multimodal rotary positions (M-RoPE), made on the spot.
 
 Each has about 0.2 million parameters. Besides the towers' weights those of the language model's queries and keys are
 scaled up, so that it shows in the log-probabilities where in the prompt an embedding is.
@@ -6,7 +6,6 @@ scaled up, so that it shows in the log-probabilities where in the prompt an embe
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +124,3 @@ def _scale(model: Any) -> Any:
             elif "lm_head" in name:
                 parameter.mul_(HEAD_SCALE)
     return model.to(torch.bfloat16)
-
-
-FAMILIES = {
-    "qwen2_vl": qwen2_vl,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen3_vl": qwen3_vl,
-    "paddleocr_vl": paddleocr_vl,
-}
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    FAMILIES[sys.argv[1]](Path(sys.argv[2]))

@@ -78,6 +78,38 @@ def test_an_ec_producer_has_no_language_model() -> None:
     assert "mm_config.mm_encoder_only = True" in inspect.getsource(VllmConfig._resolve_mm_encoder_only)
 
 
+def test_the_engine_core_makes_its_executor_by_one_call_before_it_shares_out_memory() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    source = inspect.getsource(EngineCore.__init__)
+    assert source.count("executor_class(vllm_config)") == source.count("executor_class(") == 1
+    assert source.index("executor_class(vllm_config)") < source.index("_initialize_kv_caches(")
+
+
+def test_deepstack_is_off_in_a_model_made_without_a_tower() -> None:
+    """Where it is not, `workers.engine` need not have a tower made, and `drop_tower` can go."""
+    from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+
+    source = inspect.getsource(Qwen3VLForConditionalGeneration.__init__)
+    assert "not isinstance(self.visual, StageMissingLayer)" in source
+
+
+def test_positions_are_computed_where_an_encode_worker_is_told_to_skip_them() -> None:
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert "if self.uses_mrope:\n                self._init_mrope_positions" in inspect.getsource(
+        GPUModelRunner._update_states
+    )
+    assert "if self.rope_state is not None:" in inspect.getsource(DefaultModelState.add_request)
+
+
+def test_items_that_the_prefix_cache_covers_keep_what_their_positions_need() -> None:
+    from vllm.multimodal.utils import strip_covered_mm_data
+
+    assert "if elem.field.keep_on_cpu" in inspect.getsource(strip_covered_mm_data)
+
+
 def test_push_registration_needs_only_what_a_kv_peer_has() -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl import push_scheduler
 
