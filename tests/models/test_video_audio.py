@@ -28,7 +28,6 @@ NUM_FRAMES = 64
 ENGINE = {
     "max_model_len": 6144,
     "dtype": "bfloat16",
-    "limit_mm_per_prompt": {"image": 32, "video": 4, "audio": 24},
     "media_io_kwargs": {"video": {"num_frames": NUM_FRAMES}},
 }
 ENV = {
@@ -77,8 +76,8 @@ def one(part: Callable[..., dict[str, Any]], *args: Any, **options: Any) -> Call
     return lambda: [user(part(*args, **options))]
 
 
-# Name of a chat -> its messages, and how many items of it nobody has encoded before.
-LOOKING: dict[str, tuple[Callable[[], Messages], int]] = {
+# Name of a chat -> its messages, and how many items of it nobody has encoded before (None: some, each in pieces).
+LOOKING: dict[str, tuple[Callable[[], Messages], int | None]] = {
     **{f"{kind} picture": (one(picture, i, kind), 1) for i, kind in enumerate(("png", "jpeg", "webp", "gif"))},
     **{f"{kind} film": (one(film, 10 + i, kind), 1) for i, kind in enumerate(files.VIDEO_CODECS)},
     "an animated gif as a picture": (one(picture, 20, "gif", count=3), 1),
@@ -98,7 +97,7 @@ LOOKING: dict[str, tuple[Callable[[], Messages], int]] = {
     "a second turn": (lambda: [user(picture(36), film(37)), said(), user(picture(38))], 1),
     "text only": (lambda: [user()], 0),
 }
-LISTENING: dict[str, tuple[Callable[[], Messages], int]] = {
+ONE_SOUND: dict[str, tuple[Callable[[], Messages], int | None]] = {
     **{f"{kind} by URL": (one(sound, i, kind), 1) for i, kind in enumerate([*files.AUDIO_SUBTYPES, "m4a", "webm"])},
     **{
         f"{kind} as input_audio": (lambda kind=kind, i=i: [user(input_audio(files.audio(kind, 1.1, 20 + i), kind))], 1)
@@ -108,14 +107,19 @@ LISTENING: dict[str, tuple[Callable[[], Messages], int]] = {
     "an mp3 that is called wav": (lambda: [user(audio_part(files.audio("mp3", 1, 31), "wav"))], 1),
     "the sound of a film": (lambda: [user(audio_part(files.sound_and_film(), "mp4"))], 1),
     "a sound from a file": (lambda: [user(audio_part(f"file://{FOLDER}/sound.flac"))], 1),
+    "40 seconds": (one(sound, 31, "mp3", 40), None),
+    "text only": (lambda: [user()], 0),
+}
+LISTENING = ONE_SOUND | {
     "24 clips": (lambda: [user(*(clip(200 + i, 0.3 + i / 50) for i in range(24)))], 24),
     "clips and text mixed": (lambda: [user(text_part("User:"), clip(32), WHAT, clip(33), text_part("0"))], 2),
     "the same clips again and again": (lambda: [user(*[clip(34), clip(35)] * 2, clip(34))], 2),
     "a first turn": (lambda: [user(clip(36))], 1),
     "a second turn": (lambda: [user(clip(36)), said(), user(clip(37))], 1),
-    "text only": (lambda: [user()], 0),
 }
-MODELS = {"llava_onevision": LOOKING, "qwen2_audio": LISTENING, "audioflamingo3": LISTENING}
+MODELS = {"llava_onevision": LOOKING, "qwen2_audio": LISTENING, "audioflamingo3": ONE_SOUND}
+# vLLM has Audio Flamingo 3 answer about one sound in a request.
+AUDIOS = {"audioflamingo3": 1}
 
 
 def _for_plain(messages: Messages) -> Messages:
@@ -168,13 +172,14 @@ class Both:
         }
         model = folder / name
         python("tests.models.tiny", name, str(model))
-        engine = ENGINE | {"kv_cache_memory_bytes": 64 << 20, "allowed_local_media_path": str(folder)}
+        served = ENGINE | {"limit_mm_per_prompt": {"image": 32, "video": 4, "audio": AUDIOS.get(name, 24)}}
+        engine = served | {"kv_cache_memory_bytes": 64 << 20, "allowed_local_media_path": str(folder)}
         chats = [_for_plain(messages) for messages in self.chats.values()]
         task = {"engine": engine, "max_tokens": MAX_TOKENS, "chats": chats}
         answers = json.loads(python("tests.models.plain", str(model), stdin=json.dumps(task)))
         self.plain: dict[str, Any] = dict(zip(self.chats, answers, strict=True))
         endpoint = EndpointConfig(port=0, allowed_local_media_path=str(folder))
-        config = Config(model=str(model), served_model_name="tiny", engine=ENGINE, endpoint=endpoint)
+        config = Config(model=str(model), served_model_name="tiny", engine=served, endpoint=endpoint)
         self.running = Running(config, encode=2, prefill=1, decode=1)
 
     def ask(self, chat: str) -> tuple[dict[str, Any], int]:
@@ -221,4 +226,4 @@ def test_tokens_and_log_probabilities_are_equal_and_nothing_is_encoded_twice(
         assert answer["usage"]["prompt_tokens"] == plain["num_prompt_tokens"]
         found = [line["logprob"] for line in choice["logprobs"]["content"]]
         assert found == pytest.approx(plain["logprobs"], abs=0.03)
-        assert num_encoded == expected
+        assert num_encoded == expected if expected is not None else num_encoded > 0
