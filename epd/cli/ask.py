@@ -23,6 +23,7 @@ from epd.client import (
     PictureError,
     Timeout,
 )
+from epd.client.clips import clip_parts
 from epd.client.pictures import picture_url
 
 __all__ = ["add_parser", "run"]
@@ -34,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add ``ask`` to the command line."""
     parser = subparsers.add_parser(
         "ask",
-        help="ask a running endpoint a question, with or without pictures",
+        help="ask a running endpoint a question, with or without pictures, videos and sounds",
         description="Ask a running endpoint a question and print the answer as it comes. "
         "An API key is read from EPD_API_KEY.",
     )
@@ -48,6 +49,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="a picture the question is about: a file or a URL; may be repeated",
     )
+    for modality, what in (("video", "a video"), ("audio", "a sound")):
+        parser.add_argument(
+            f"--{modality}", action="append", default=[], metavar="FILE", help=f"{what}, in the same way"
+        )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
     parser.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
@@ -59,11 +64,12 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0 when the answer is complete, 1 when the endpoint or the connection failed, 2 when the command
-        line is wrong (a missing picture, a bad URL), 130 after Ctrl-C.
+        line is wrong (a missing file, a bad URL), 130 after Ctrl-C.
     """
     try:
         for image in args.image:
             picture_url(image)  # before anything is sent
+        clip_parts(args.video, args.audio)
         client = Client(args.url, api_key=os.environ.get("EPD_API_KEY"))
     except ValueError as error:  # a PictureError is one
         return _complain(str(error), USAGE)
@@ -89,6 +95,8 @@ def _answer(client: Client, args: argparse.Namespace, output: _Output) -> None:
     model = args.model or next(iter(client.models()), None)
     options: dict[str, Any] = {
         "images": args.image,
+        "videos": args.video,
+        "audios": args.audio,
         "model": model,
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,

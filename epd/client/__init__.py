@@ -1,10 +1,12 @@
-"""The Python client of an EPD endpoint: text and pictures in, text out, all at once or as a stream.
+"""The Python client of an EPD endpoint: text, pictures, videos and sounds in, text out, all at once or as a stream.
 
     from epd.client import Client
 
     with Client() as client:                       # the endpoint that `epd up` starts
         answer = client.generate("Which digits?", images=["scan.png"], max_tokens=16)
         print(answer.text, answer.usage)
+
+        answer = client.generate("What is said?", audios=["talk.mp3"], videos=["film.mp4"])
 
         for chunk in client.stream("Describe it.", images=[pil_image], temperature=0):
             print(chunk.text, end="", flush=True)
@@ -13,11 +15,12 @@
         print(client.generate("What does it say?", images=[page]).text)
 
 ``AsyncClient`` has the same methods as coroutines. A picture is a path, a URL, bytes or a PIL image
-(``epd.client.pictures``). Every wait has a clock (``Timeouts``), and everything raised is in one tree
+(``epd.client.pictures``), a clip a path, a URL or bytes (``epd.client.clips``). Every wait has a clock (``Timeouts``), and everything raised is in one tree
 (``epd.client.errors``). Lives in the user's process; needs neither torch nor vLLM.
 """
 
 from epd.client.async_client import AsyncClient
+from epd.client.clips import Clip
 from epd.client.errors import (
     APIError,
     AuthenticationError,
@@ -47,6 +50,7 @@ __all__ = [
     "BadRequest",
     "Chunk",
     "Client",
+    "Clip",
     "Completion",
     "ConnectFailed",
     "ConnectTimeout",

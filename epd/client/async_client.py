@@ -115,7 +115,7 @@ class AsyncClient:
             system: Text of a system message that goes first.
             messages: A whole OpenAI chat instead of ``prompt`` and ``images``; a content part may be
                 ``{"type": "image", "image": picture}``.
-            extra: Further fields of the body, such as ``top_k`` or ``response_format``.
+            extra: ``videos`` and ``audios``, clips like ``images``; other fields of the body, such as ``top_k``.
 
         Raises:
             APIError: The server answered with an error; see its subclasses.

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from epd.client.clips import clip_parts, with_clip_urls
 from epd.client.pictures import Picture, picture_url, with_picture_urls
 
 __all__ = ["chat_body"]
@@ -35,14 +36,15 @@ def chat_body(
         system: Text of a system message that goes first.
         messages: A whole chat instead of prompt and images.
         logprobs: True, or how many alternatives to report for each token.
-        options: Further fields; those that are None are left out.
+        options: Further fields; those that are None are left out. ``videos`` and ``audios`` are clips that come
+            before the text.
         stream: Whether to ask for a stream.
         kept: By ``id(picture)``, the URLs of pictures that the server keeps.
 
     Raises:
-        PictureError: A picture cannot be read.
+        PictureError: A picture or clip cannot be read.
         TypeError: Something cannot be written as JSON, or there is nothing to send.
-        ValueError: ``images`` beside ``messages``.
+        ValueError: ``images``, ``videos`` or ``audios`` beside ``messages``.
     """
 
     def url_of(picture: Picture) -> str:
@@ -50,12 +52,14 @@ def chat_body(
 
     if isinstance(images, str | bytes):
         raise TypeError("images is a sequence of pictures: write images=[picture]")
+    options = dict(options)
+    clips = clip_parts(options.pop("videos", None), options.pop("audios", None))
     if messages is not None:
-        if images:
-            raise ValueError("with messages, pictures go into the messages' content parts")
-        chat = with_picture_urls([dict(message) for message in messages], url_of)
+        if images or clips:
+            raise ValueError("with messages, pictures and clips go into the messages' content parts")
+        chat = with_picture_urls(with_clip_urls(messages), url_of)
     elif prompt is not None:
-        chat = [{"role": "user", "content": _content(prompt, images, url_of)}]
+        chat = [{"role": "user", "content": _content(prompt, images, clips, url_of)}]
     else:
         raise TypeError("give a prompt or messages")
     if system is not None:
@@ -70,8 +74,10 @@ def chat_body(
     return msgspec.json.encode(body)
 
 
-def _content(prompt: str, images: Sequence[Picture], url_of: Callable[[Picture], str]) -> str | list[dict[str, Any]]:
-    if not images:
+def _content(
+    prompt: str, images: Sequence[Picture], clips: list[dict[str, Any]], url_of: Callable[[Picture], str]
+) -> str | list[dict[str, Any]]:
+    if not images and not clips:
         return prompt
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url_of(picture)}} for picture in images]
-    return [*parts, {"type": "text", "text": prompt}]
+    return [*parts, *clips, {"type": "text", "text": prompt}]

@@ -22,8 +22,9 @@ from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
+from epd import containers
 from epd.config import EndpointConfig
-from epd.endpoint import containers, probing
+from epd.endpoint import probing
 from epd.endpoint.refusals import RefusedError
 
 

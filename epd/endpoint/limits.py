@@ -22,8 +22,8 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from epd.config import EndpointConfig
+from epd.containers import kind_of
 from epd.endpoint.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.containers import kind_of
 from epd.endpoint.failures import send_failure
 from epd.endpoint.kept import SCHEME, Kept, current_media
 from epd.endpoint.probing import JPEG_FRAMES, check_audio, check_frames, check_image, check_video

@@ -17,8 +17,8 @@ import av
 import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
+from epd import containers
 from epd.config import EndpointConfig
-from epd.endpoint import containers
 from epd.endpoint.refusals import RefusedError
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")

@@ -14,6 +14,7 @@ from fake_endpoint import DONE, FakeEndpoint, complete, error, event, hang, stre
 from PIL import Image
 
 from epd.cli import ask
+from tests import media_files as files
 
 
 def run(*arguments: str) -> int:
@@ -38,6 +39,17 @@ def test_the_answer_is_streamed_to_stdout_with_a_newline_at_the_end(
     assert body["model"] == "tiny", "the first model that the endpoint offers"
     assert (body["stream"], body["max_tokens"]) == (True, 5)
     assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "image_url", "text"]
+
+
+def test_videos_and_sounds_are_sent_along(endpoint: FakeEndpoint, tmp_path: Path) -> None:
+    for name, content in (("a.mp4", files.video(count=2)), ("a.mp3", files.audio("mp3", 0.2))):
+        (tmp_path / name).write_bytes(content)
+    clips = ("--video", str(tmp_path / "a.mp4"), "--audio", str(tmp_path / "a.mp3"), "--audio", "https://a/b.wav")
+    assert run("--url", endpoint.url, "--no-stream", *clips, "what?") == 0
+    kinds = [part["type"] for part in endpoint.bodies[0]["messages"][0]["content"]]
+    assert kinds == ["video_url", "audio_url", "audio_url", "text"]
+    assert run("--url", endpoint.url, "--video", str(tmp_path / "a.mp3"), "what?") == 2
+    assert len(endpoint.bodies) == 1
 
 
 def test_no_stream_prints_the_whole_answer(endpoint: FakeEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +121,7 @@ def test_an_answer_that_breaks_off_ends_its_line(endpoint: FakeEndpoint, capsys:
 ASK = """
 import argparse, sys
 from epd.cli import ask
+from tests import media_files as files
 parser = argparse.ArgumentParser()
 ask.add_parser(parser.add_subparsers())
 sys.exit(ask.run(parser.parse_args(sys.argv[1:])))

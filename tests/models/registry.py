@@ -74,7 +74,7 @@ FAMILIES: dict[str, Family] = {
         packages=("num2words",), notes={"image": "vLLM runs it with the code of Idefics3"},
     ),
     "internvl": Family(
-        "InternVL 2.5, 3, InternS1", "InternVLForConditionalGeneration", tiles.internvl,
+        "InternVL, InternS1", "InternVLForConditionalGeneration", tiles.internvl,
         {"image": "tile", "video": "frame"}, {"image": 4, "video": 1},
     ),
     "gemma3": Family(

@@ -49,6 +49,21 @@ Each line is a tiny model with random weights and the family's real code and pro
 - **tokens per patch** are those of a full piece of the tiny model, or of the whole dummy item. Real models have more.
 
 """
+_TAIL = """
+"Not cut" means that the fields of an item name no pieces, so that there is nothing to compare.
+
+## Not tried here
+These need code or files from their repositories, which the tests do not load. They are handled like any other model:
+what an encode worker proves is cut, the rest stays whole.
+
+| family | architecture in vLLM | why not | what an encode worker would try |
+|---|---|---|---|
+| InternVL 2, 2.5 (original format) | InternVLChatModel | configuration in remote code | tiles, frames |
+| MiniCPM-V 2.x, MiniCPM-o | MiniCPMV, MiniCPMO | processor in remote code | slices, frames |
+| Ultravox | UltravoxModel | processor in remote code | chunks |
+| Voxtral, Pixtral (Mistral's format) | VoxtralForConditionalGeneration, PixtralForConditionalGeneration | a Mistral \
+tokenizer | nothing |
+"""
 _COLUMNS = (
     "family",
     "architecture in vLLM",
@@ -72,7 +87,7 @@ def write() -> None:
             rows += lines(name, family, told)
             print(*rows[-len(family.units) :], sep="\n", flush=True)
     head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-    PAGE.write_text(_HEAD + "\n".join([*head, *rows]) + "\n")
+    PAGE.write_text(_HEAD + "\n".join([*head, *rows]) + "\n" + _TAIL)
 
 
 def missing(family: Family) -> str:
@@ -137,5 +152,5 @@ def _difference(one: dict[str, Any] | None) -> str:
     if one is None:
         return "not run"
     if one["difference"] is None:
-        return "cannot be cut" if one["unit"] == ITEM else "not measured"
+        return "not cut" if one["unit"] == ITEM else "not measured"
     return "bit-equal" if one["difference"] == 0 else f"{one['difference']:.1e}"

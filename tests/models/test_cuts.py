@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.models.registry import FAMILIES, ITEM
-from tests.models.report import missing
+from tests.models.report import PAGE, missing
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
@@ -79,3 +79,12 @@ def _assert_same_content(whole: Any, pieces: list[Any]) -> None:
             float(elem.data.double().sum()), rel=1e-9, abs=1e-6
         )
         assert sum(int((one[field].data != 0).sum()) for one in pieces) == int((elem.data != 0).sum())
+
+
+def test_the_models_page_has_a_line_for_each_family_and_modality() -> None:
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    told = {(row[0], row[2]): row[3] for row in rows[1:]}
+    expected = {
+        (family.title, modality): unit for family in FAMILIES.values() for modality, unit in family.units.items()
+    }
+    assert told == expected, "write it again: python -m tests.models report"

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks.servers import Running
 from epd.config import Config, EndpointConfig
+from tests import media_files as files
+from tests.media_files import video_part
 from tests.models.processes import PlainVllm
 from tests.models.registry import FAMILIES
 from tests.pipeline.chats import png, scribble
@@ -68,6 +70,8 @@ CHATS: dict[str, list[dict]] = {
     "three images again": [user(*THREE)],
     "three other images": [user(image(6203, LARGE), *THREE[1:])],
     "a long video": [user(video(range(6030, 6094)))],
+    "a video in an mp4 file": [user(video_part(files.video("mp4", count=8, seed=60)))],
+    "a video in a webm file": [user(video_part(files.video("webm", count=8, seed=61), "webm"), THREE[0])],
 }
 # Chat -> patches that must be encoded for it: images are whole, two frames make a temporal grid of a video.
 NUM_PATCHES = {

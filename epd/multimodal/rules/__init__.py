@@ -22,12 +22,17 @@ from epd.multimodal.units import Unit
 __all__ = ["SPECIAL", "Piece", "Rule", "UnsupportedItemError", "Way", "rule_of", "way_for", "whole_item"]
 
 _PIECES = {"image": "tile", "video": "frame", "audio": "chunk"}
+_SLICES, _FRAMES = Way("slice", navit_slices), Way("frame", navit_slices)
 _GRIDS = Way("temporal grid", temporal_grids)
 
 # (architecture, modality) -> the way of items whose fields do not tell it.
 SPECIAL: dict[tuple[str, str], Way] = {
-    ("MiniCPMV4_6ForConditionalGeneration", "image"): Way("slice", navit_slices),
-    ("MiniCPMV4_6ForConditionalGeneration", "video"): Way("frame", navit_slices),
+    ("MiniCPMO", "image"): _SLICES,
+    ("MiniCPMO", "video"): _FRAMES,
+    ("MiniCPMV", "image"): _SLICES,
+    ("MiniCPMV", "video"): _FRAMES,
+    ("MiniCPMV4_6ForConditionalGeneration", "image"): _SLICES,
+    ("MiniCPMV4_6ForConditionalGeneration", "video"): _FRAMES,
     ("Qwen2VLForConditionalGeneration", "video"): _GRIDS,
     ("Qwen2_5_VLForConditionalGeneration", "video"): _GRIDS,
     ("Qwen3VLForConditionalGeneration", "video"): _GRIDS,
