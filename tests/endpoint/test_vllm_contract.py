@@ -107,7 +107,7 @@ def test_pictures_come_through_the_connector_that_we_replace(monkeypatch):
 
     monkeypatch.delenv("VLLM_MEDIA_CONNECTOR", raising=False)
     assert envs.VLLM_MEDIA_CONNECTOR == "http" and "http" in MEDIA_CONNECTOR_REGISTRY.name2class
-    for name in ("fetch_image", "fetch_image_async"):
+    for name in (f"fetch_{each}{end}" for each in ("image", "video", "audio") for end in ("", "_async")):
         ours, theirs = (inspect.signature(getattr(each, name)) for each in (LimitedConnector, MediaConnector))
         assert list(ours.parameters) == list(theirs.parameters)
     source = inspect.getsource(PictureIO.__mro__[1])
