@@ -38,12 +38,22 @@ def frames(count: int, seed: int = 0, size: tuple[int, int] = (96, 64)) -> list[
 
 
 def video(
-    kind: str = "mp4", count: int = 12, fps: int = 6, seed: int = 0, size: tuple[int, int] = (96, 64), **options: Any
+    kind: str = "mp4",
+    count: int = 12,
+    fps: int = 6,
+    seed: int = 0,
+    size: tuple[int, int] = (96, 64),
+    live: bool = False,
+    **options: Any,
 ) -> bytes:
-    """A film of `count` frames in a container of this kind; `options` go to the codec."""
+    """A film of `count` frames in a container of this kind; one that is `live` does not know its length.
+
+    `options` go to the codec.
+    """
     file = io.BytesIO()
     formats = {"mkv": "matroska"}
-    with av.open(file, "w", format=formats.get(kind, kind)) as container:
+    of_container = {"live": "1"} if live else {}
+    with av.open(file, "w", format=formats.get(kind, kind), options=of_container) as container:
         stream = container.add_stream(VIDEO_CODECS[kind], rate=fps, options={k: str(v) for k, v in options.items()})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.thread_count = 1

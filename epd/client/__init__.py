@@ -15,8 +15,8 @@
         print(client.generate("What does it say?", images=[page]).text)
 
 ``AsyncClient`` has the same methods as coroutines. A picture is a path, a URL, bytes or a PIL image
-(``epd.client.pictures``), a clip a path, a URL or bytes (``epd.client.clips``). Every wait has a clock (``Timeouts``), and everything raised is in one tree
-(``epd.client.errors``). Lives in the user's process; needs neither torch nor vLLM.
+(``epd.client.pictures``), a clip a path, a URL or bytes (``epd.client.clips``). Every wait has a clock (``Timeouts``),
+and everything raised is in one tree (``epd.client.errors``). Lives in the user's process; needs neither torch nor vLLM.
 """
 
 from epd.client.async_client import AsyncClient

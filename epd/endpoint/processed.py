@@ -1,11 +1,12 @@
-"""Pictures on their way through vLLM's processor: never decoded, resized and normalised again without need.
+"""Media on their way through vLLM's processor: never resized and normalised again without need.
 
 Lives in the endpoint process; owns vLLM's processor cache here, with the data in this process (vLLM's default cache
 keeps it in the engine's process, of which there is none). Written against vLLM 0.32: `vllm.multimodal.media`,
 `vllm.multimodal.cache`, `vllm.multimodal.processing`, `vllm.renderers.base`.
 
-What names an entry is the content alone: a digest of the decoded pixels. The `uuid` that clients may give to content
-parts is ignored, since anyone could name another's picture by it. A file that was decoded before is known by a digest
+What names an entry is the content alone: a digest of a picture's decoded pixels; of a video or sound, vLLM's own hash
+of the file with what was sampled of it, or of the samples. The `uuid` that clients may give to content parts is
+ignored, since anyone could name another's picture by it. A picture's file that was decoded before is known by a digest
 of its bytes, and is decoded again only if its processed item is gone.
 """
 
@@ -40,6 +41,7 @@ from epd.config import EndpointConfig
 from epd.endpoint.decoding import AudioIO, VideoIO, settle_resampling
 from epd.endpoint.failures import current_exchange
 from epd.endpoint.kept import SCHEME, Kept, current_media
+from epd.endpoint.probing import check_image
 from epd.endpoint.refusals import RefusedError
 
 _KNOWN_FILES = 65_536
@@ -66,6 +68,7 @@ class LazyPicture(MediaWithBytes[Image.Image]):
 class PictureIO(ImageMediaIO):
     """VLLM's decoder, which remembers what each file's pixels are called."""
 
+    limits: ClassVar[EndpointConfig] = EndpointConfig()
     _known: ClassVar[OrderedDict[tuple[bytes, str], str]] = OrderedDict()
     _lock = threading.Lock()
 
@@ -74,17 +77,23 @@ class PictureIO(ImageMediaIO):
         """What makes the pixels of one file differ."""
         return repr((self.image_mode, self.rgba_background_color, sorted(self.kwargs.items())))
 
+    def get_max_bytes(self) -> int:
+        """The largest file that is fetched."""
+        return self.limits.max_body_bytes
+
     def load_bytes(self, data: bytes, kept: Kept | None = None) -> LazyPicture:
         """A picture; decoded now only if it was never decoded before.
 
         Raises:
-            ValueError: it cannot be decoded, or is too large.
+            RefusedError: it is no picture, or too large.
+            ValueError: it cannot be decoded.
         """
         settings = self.settings
         digest = blake3(data).digest() if kept is None else kept.file_digest
         pixels = self._find(digest, settings) if kept is None else kept.pixels.get(settings)
         media = None
         if pixels is None:
+            check_image(data, self.limits)  # it may have been fetched, and nobody has looked at it yet
             media = super().load_bytes(data).media
             pixels = _pixels_digest(media)
             self._remember(digest, settings, pixels)
@@ -120,13 +129,15 @@ class LimitedConnector(MediaConnector):
         if image_url.startswith(SCHEME):
             kept = _resolve(image_url)
             return io.load_bytes(kept.file, kept)
-        return self.load_from_url(image_url, io, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+        with _explained():
+            return self.load_from_url(image_url, io, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
 
     async def fetch_image_async(self, image_url: str, *, image_mode: str | None = "RGB") -> Any:
         """The picture at an address; what takes long is done in vLLM's threads."""
         io = self._io(image_mode)
         if not image_url.startswith(SCHEME):
-            return await self.load_from_url_async(image_url, io, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
+            with _explained():
+                return await self.load_from_url_async(image_url, io, fetch_timeout=envs.VLLM_IMAGE_FETCH_TIMEOUT)
         kept = _resolve(image_url)
         if kept.pixels.get(io.settings) is None:
             return await asyncio.to_thread(io.load_bytes, kept.file, kept)
@@ -221,7 +232,7 @@ def install(renderer: BaseRenderer[Any], config: VllmConfig, limits: EndpointCon
     """Makes `renderer` use all this; None for a model that takes text only."""
     if renderer.mm_processor is None:
         return None
-    LimitedConnector.limits = limits
+    LimitedConnector.limits = PictureIO.limits = limits
     MEDIA_CONNECTOR_REGISTRY.register("http")(LimitedConnector)
     cache = ProcessorCache(config)
     renderer._mm_processor_cache = renderer._mm_processor_only_cache = cache

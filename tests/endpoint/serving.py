@@ -19,9 +19,9 @@ MODEL = str(model_path())
 ENGINE = {"dtype": "bfloat16", "max_model_len": 1024, "enforce_eager": True}
 
 
-def config_for(address, engine=ENGINE, **endpoint):
+def config_for(address, engine=ENGINE, model=MODEL, **endpoint):
     return Config(
-        model=MODEL,
+        model=model,
         served_model_name="digits",
         engine=engine,
         broker=BrokerConfig(address=address),

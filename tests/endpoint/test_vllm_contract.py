@@ -15,8 +15,8 @@ def test_the_version_is_the_one_this_was_written_against():
 
     assert vllm.__version__.startswith(WRITTEN_AGAINST), (
         f"vLLM is {vllm.__version__}, epd.endpoint was written against {WRITTEN_AGAINST}: check the tests below,"
-        " then epd/endpoint/{engine_client,flight,flights,llm,media,options,processed,resume,server,submission}.py"
-        " and epd/multimodal/*.py"
+        " then epd/endpoint/{decoding,engine_client,flight,flights,llm,media,options,processed,resume,server,submission}"
+        ".py and epd/multimodal/*.py"
     )
 
 
@@ -103,12 +103,38 @@ def test_pictures_come_through_the_connector_that_we_replace(monkeypatch):
     from vllm import envs
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
-    from epd.endpoint.processed import PictureConnector, PictureIO
+    from epd.endpoint.processed import LimitedConnector, PictureIO
 
     monkeypatch.delenv("VLLM_MEDIA_CONNECTOR", raising=False)
     assert envs.VLLM_MEDIA_CONNECTOR == "http" and "http" in MEDIA_CONNECTOR_REGISTRY.name2class
-    for name in ("fetch_image", "fetch_image_async"):
-        ours, theirs = (inspect.signature(getattr(each, name)) for each in (PictureConnector, MediaConnector))
+    for name in (f"fetch_{each}{end}" for each in ("image", "video", "audio") for end in ("", "_async")):
+        ours, theirs = (inspect.signature(getattr(each, name)) for each in (LimitedConnector, MediaConnector))
         assert list(ours.parameters) == list(theirs.parameters)
     source = inspect.getsource(PictureIO.__mro__[1])
     assert source.count("self.load_bytes(") == 2, "base64 and files are read by load_bytes, which is ours"
+
+
+def test_video_is_sampled_and_read_by_methods_of_the_loader():
+    from vllm.multimodal.media.video import VideoMediaIO
+    from vllm.multimodal.video_decoders import opencv
+
+    assert "self.video_loader.load_bytes(" in inspect.getsource(VideoMediaIO.load_bytes)
+    source = inspect.getsource(opencv.decode_opencv)
+    assert "loader_cls.compute_frames_index_to_sample(" in source and "loader_cls.read_frames(" in source
+
+
+def test_audio_is_loaded_by_a_function_with_bounds():
+    from vllm.multimodal.media import audio
+
+    wanted = {"sr", "max_duration_s", "max_decode_bytes", "backend"}
+    assert wanted <= set(inspect.signature(audio.load_audio).parameters) and hasattr(audio, "AudioDecoder")
+    # Without torchcodec, "auto" is soundfile and then PyAV: what `AudioIO` chooses from the first bytes.
+    assert {"auto", "soundfile", "pyav"} <= set(audio.AUDIO_BACKENDS)
+
+
+def test_the_way_audio_is_resampled_can_be_chosen():
+    from vllm.multimodal.audio import AudioResampler
+    from vllm.multimodal.parse import MultiModalDataParser
+
+    assert MultiModalDataParser(target_sr=16_000).audio_resampler.method == "torchaudio"
+    assert "soxr" in AudioResampler._METHODS

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.servers import MAX_IMAGES, Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION, MODEL_NAME
+from tests import media_files as files
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
@@ -35,6 +36,12 @@ def with_url(url: str) -> dict:
     return body
 
 
+def with_part(part: dict) -> dict:
+    body = chat(DEMO_QUESTION)
+    body["messages"][0]["content"].insert(0, part)
+    return body
+
+
 def data_url(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -42,6 +49,10 @@ def data_url(data: bytes, kind: str = "image/png") -> str:
 GOOD = base64.b64decode(chat("", [demo()])["messages"][0]["content"][0]["image_url"]["url"].split(",")[1])
 
 BAD = {
+    "a video for a model that takes none": (with_part(files.video_part(files.video())), 400),
+    "a sound for a model that takes none": (with_part(files.input_audio(files.audio())), 400),
+    "a truncated video": (with_part(files.video_part(files.video()[:2000])), 400),
+    "a sound of no length": (with_part(files.audio_part(files.wav_header(0, body=b""))), 400),
     "not an image": (with_url(data_url(b"This is no picture.")), 400),
     "a truncated image": (with_url(data_url(GOOD[: len(GOOD) // 2])), 400),
     "a header of 50,000 x 50,000 pixels": (with_url(data_url(png_header(50_000, 50_000))), 400),
