@@ -188,7 +188,7 @@ class Flow:
 
     def _prefilled(self, peer: Peer, request: Request, message: m.Prefilled, frames: list[bytes], now: float) -> None:
         request.move(Event.PREFILLED)
-        request.prefilled = True
+        request.prefilled, request.num_cached_tokens = True, message.num_cached_tokens
         detail = f"{message.num_cached_tokens} of {request.submit.num_prompt_tokens} tokens were cached"
         request.tell(now, "prefilled", worker=peer.name, took_s=message.took_s, detail=detail)
         self._board.frames_bytes -= request.frames_bytes
@@ -245,7 +245,8 @@ class Flow:
                     request.tell(now, "first token", worker=peer.name)
                 request.move(Event.TOKENS)
                 request.num_tokens_out += len(message.token_ids)
-                self._board.send(request.endpoint, message, frames)
+                reply = m.Tokens(message.request_id, message.token_ids, request.num_cached_tokens)
+                self._board.send(request.endpoint, reply, frames)
             case m.Finished() if request.allows(Event.FINISH):
                 if request.prefilled:
                     self.finish(peer, request, message, frames, now)
@@ -270,6 +271,7 @@ class Flow:
             request_id=message.request_id,
             token_ids=message.token_ids,
             finish_reason=message.finish_reason,
+            num_cached_tokens=request.num_cached_tokens,
             story=request.story,
         )
         self._board.send(request.endpoint, reply, frames)

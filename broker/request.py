@@ -67,7 +67,8 @@ class Request:
 
     `engine_frames` go to the prefill and the decode worker; `patch_frames` (by hash) to whoever encodes a patch, and
     are kept until the prompt is computed so that a patch can be encoded again. `missing` are the hashes that the
-    prefill worker still waits for. `early_finish` is a FINISHED that overtook PREFILLED, with its frames.
+    prefill worker still waits for. `num_cached_tokens` is how much of the prompt it had computed before, -1 until it
+    has said so. `early_finish` is a FINISHED that overtook PREFILLED, with its frames.
     """
 
     submit: Submit
@@ -83,6 +84,7 @@ class Request:
     reserved_tokens: int = 0
     missing: set[str] = dataclasses.field(default_factory=set)
     prefilled: bool = False
+    num_cached_tokens: int = -1
     pushed: bool = False
     num_tokens_out: int = 0
     early_finish: tuple[Finished, list[bytes]] | None = None

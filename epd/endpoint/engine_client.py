@@ -24,6 +24,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 
 from epd.bounded import Beliefs
 from epd.config import Config
+from epd.endpoint.adapters import AdapterChecks
 from epd.endpoint.failures import Failure, current_exchange, failure_of
 from epd.endpoint.flight import Flight, IncompleteOutputError
 from epd.endpoint.questions import Questions
@@ -58,7 +59,7 @@ _MIN_SPLIT_BYTES = 64 << 20
 _ERROR_STATUSES = frozenset(status for status in HTTPStatus if status >= 400)
 
 
-class PipelineCore(EngineCoreClient):
+class PipelineCore(AdapterChecks, EngineCoreClient):
     """What `AsyncLLM` takes for its engine core: requests go to the broker, outputs come from there.
 
     Enter `link` (an async context manager) before the first request. Everything runs on one event loop.
@@ -191,9 +192,9 @@ class PipelineCore(EngineCoreClient):
         """Takes one message of the broker."""
         match message:
             case Tokens():
-                self._on_output(message.request_id, not message.token_ids, frames)
+                self._on_output(message, not message.token_ids, frames)
             case Finished():
-                if self._on_output(message.request_id, False, frames, is_last=True):
+                if self._on_output(message, False, frames, is_last=True):
                     self._end(message.request_id)
                 self.stories.close(message.request_id, "finished", message.finish_reason, message.story)
             case Failed():
@@ -307,11 +308,15 @@ class PipelineCore(EngineCoreClient):
             self._fail(message.request_id, failure_of(ErrorCode.TOO_LARGE, reason))
         return True
 
-    def _on_output(self, request_id: str, is_partial: bool, frames: list[bytes], is_last: bool = False) -> bool:
+    def _on_output(
+        self, message: Tokens | Finished, is_partial: bool, frames: list[bytes], is_last: bool = False
+    ) -> bool:
         """Queues what an opaque output gives; false where the request is unknown or has failed by it."""
+        request_id = message.request_id
         flight = self._flights.get(request_id)
         if flight is None:
             return False
+        flight.num_cached_tokens = message.num_cached_tokens
         try:
             output = self._decoder.decode(frames)
             if is_last and not output.finished:

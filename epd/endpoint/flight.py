@@ -32,6 +32,7 @@ class Flight:
     Attributes:
         patches: the hashes of its patches.
         whole: the engine request and its patches with all frames, while it may have to be sent again.
+        num_cached_tokens: of the prompt, that the prefill worker had computed before; -1 while nobody has said so.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Flight:
         self.has_output = False
         self.patches: list[str] = []
         self.whole: tuple[EngineCoreRequest, Split] | None = None
+        self.num_cached_tokens = -1
         self._wants_prompt_logprobs = wants_prompt_logprobs
         self._submitted_at = time.monotonic()
         self._waits = wants_prompt_logprobs
@@ -94,6 +96,10 @@ class Flight:
                 EngineCoreEvent(type=kind, timestamp=self._submitted_at)
                 for kind in (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)
             ]
+            if first.prefill_stats is not None:
+                # The decode worker counts all KV that it did not compute, that which was just computed for it too.
+                local = first.prefill_stats.num_local_cached_tokens
+                first.prefill_stats.num_cached_tokens = local if self.num_cached_tokens < 0 else self.num_cached_tokens
             if self._parts:
                 first.new_prompt_logprobs_tensors = _joined(self._parts)
             if self._row_logprobs is not None:

@@ -66,19 +66,25 @@ class Tokens(Struct, frozen=True):
     """Decode → Broker → Endpoint: new tokens of a request, as one opaque engine output.
 
     The broker keeps `token_ids`, so that another decode worker can go on where this one stopped. They are empty for
-    an output of the prefill worker, which has log-probabilities of the prompt only.
+    an output of the prefill worker, which has log-probabilities of the prompt only. The broker adds how many tokens of
+    the prompt the prefill worker had computed before; -1 while it does not know.
     """
 
     request_id: str
     token_ids: list[int]
+    num_cached_tokens: int = -1
 
 
 class Finished(Struct, frozen=True):
-    """Decode → Broker → Endpoint: the last engine output of a request; the broker adds the story."""
+    """Decode → Broker → Endpoint: the last engine output of a request.
+
+    The broker adds the story and `num_cached_tokens`, as in TOKENS.
+    """
 
     request_id: str
     token_ids: list[int]
     finish_reason: str
+    num_cached_tokens: int = -1
     story: list[StoryEvent] = msgspec.field(default_factory=list)
 
 
