@@ -35,7 +35,7 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config, ConfigError
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
-from workers.adapters import Adapters
+from workers.adapters import Adapters, check_options
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -132,8 +132,7 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     user = config.engine_options(role.value)
     if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
         raise ConfigError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
-    if user.get("enable_tower_connector_lora"):
-        raise ConfigError("enable_tower_connector_lora: adapters can only be those of the language model")
+    check_options(user)
     options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni"}
     if current_platform.is_cpu():
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
@@ -191,7 +190,7 @@ class Engine:
         assert isinstance(connector, PatchCacheConnector)
         self.connector = connector
         self.scheduler.encoder_cache_manager = ReadyPatchCache(connector, gated=role is not Role.ENCODE)
-        self._adapters = Adapters()
+        self._adapters = Adapters(self.core)
         self._encoder = MsgpackEncoder()
         self._request_decoder = MsgpackDecoder(EngineCoreRequest)
         self._item_decoder = MsgpackDecoder(MultiModalKwargsItem)
@@ -265,7 +264,7 @@ class Engine:
 
     def add_prefill(self, frames: Sequence[bytes]) -> EngineCoreRequest:
         """Queues a request to be prefilled and its KV kept for a decode worker."""
-        request = self._unpack(frames)
+        request = self._adapters.settle(self._request_decoder.decode(frames))
         sampling = request.sampling_params
         request.sampling_params = SamplingParams(
             max_tokens=1,
@@ -280,7 +279,7 @@ class Engine:
 
     def add_decode(self, frames: Sequence[bytes], peer: KvPeer) -> EngineCoreRequest:
         """Queues a request whose KV `peer` will push."""
-        request = self._unpack(frames)
+        request = self._adapters.settle(self._request_decoder.decode(frames))
         sampling = request.sampling_params
         sampling.prompt_logprobs = None  # the prefill worker gives them
         sampling.extra_args = (sampling.extra_args or {}) | {
@@ -296,15 +295,6 @@ class Engine:
             }
         }
         self._add(request)
-        return request
-
-    def _unpack(self, frames: Sequence[bytes]) -> EngineCoreRequest:
-        """A request and its adapter, which is read here: what cannot be read in a step ends the whole engine."""
-        request: EngineCoreRequest = self._request_decoder.decode(frames)
-        if request.lora_request is not None:
-            request.lora_request = self._adapters.own(request.lora_request)
-            if request.lora_request.lora_int_id not in self.core.list_loras():
-                self.core.add_lora(request.lora_request)
         return request
 
     def _add(self, request: EngineCoreRequest) -> None:
