@@ -138,6 +138,8 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
     if int(user.get("tensor_parallel_size", 1)) > 1 or int(user.get("pipeline_parallel_size", 1)) > 1:
         del options["distributed_executor_backend"]
+        if role is not Role.ENCODE:
+            options["worker_extension_cls"] = "workers.beside.Beside"
     engine_id = f"{name}-{secrets.token_hex(4)}"
     ec = {
         "ec_connector": ec_connector.CONNECTOR,
@@ -218,9 +220,9 @@ class Engine:
         )
 
     def parameter_bytes(self) -> tuple[int, int]:
-        """Bytes of parameters that this engine holds: those of the vision tower and projector, and all others."""
-        [counts] = self.core.collective_rpc(_parameter_bytes)[:1]
-        return counts[0], counts[1]
+        """Bytes of parameters on all devices of this engine: those of the tower and projector, and all others."""
+        counts = self.core.collective_rpc(_parameter_bytes)
+        return sum(tower for tower, _ in counts), sum(language for _, language in counts)
 
     def _kv_peer(self) -> KvPeer:
         connector = self.scheduler.get_kv_connector().connector_scheduler

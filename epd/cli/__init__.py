@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("up", "run a whole pipeline on this host"),
     "demo": ("demo", "run a pipeline with the built-in model and show what it does"),
     "ask": ("ask", "ask a running endpoint a question, with or without pictures"),
+    "memory": ("memory", "show what a model needs on one GPU, by stage"),
     "endpoint": ("daemons", "run the HTTP endpoint"),
     "broker": ("daemons", "run the broker"),
     "cache": ("daemons", "run the cache daemon, or show a running pipeline's pools (`epd cache ls`)"),

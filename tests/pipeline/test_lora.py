@@ -1,4 +1,4 @@
-"""LoRA adapters of the language model: the answers of plain vLLM with the same adapters, and no KV of one for another."""
+"""LoRA adapters of the language model: plain vLLM's answers with the same adapters, and no KV of one for another."""
 
 from __future__ import annotations
 

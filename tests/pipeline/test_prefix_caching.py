@@ -1,4 +1,4 @@
-"""KV that was computed before is used again where prompt and pictures are the same, and nowhere else, on both stages."""
+"""KV that was computed before is used again where prompt and pictures are the same, nowhere else, on both stages."""
 
 from __future__ import annotations
 
