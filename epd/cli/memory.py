@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from typing import Any
 
 import msgspec
 
@@ -67,7 +66,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--kv-dtype", help="of the KV cache (default: 16 bits, or the model's)")
     parser.add_argument("--max-model-len", type=int, default=0, metavar="N", help="context (default: the model's)")
     parser.add_argument("--image", type=_size, default=(4032, 3024), metavar="WxH", help="pixels (4032x3024)")
-    parser.add_argument("--images", type=int, default=_DEFAULT.num_images, metavar="N", help="per request (%(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=_DEFAULT.num_images, metavar="N", help="per request (%(default)s)"
+    )
     parser.add_argument(
         "--tokens-per-image", type=int, default=0, metavar="N", help="instead of what the model's rule gives"
     )
@@ -114,7 +115,8 @@ def report(args: argparse.Namespace) -> Report:
     if min(args.gpu_gb, args.tensor_parallel, args.images) <= 0 or min(args.prompt_tokens, args.output_tokens) < 0:
         raise ConfigError("--gpu-gb, --tensor-parallel and --images are at least 1, tokens at least 0")
     name, config = find_config(args.model)
-    shape = shape_of(config, *args.image, args.tokens_per_image)
+    width, height = args.image
+    shape = shape_of(config, width, height, args.tokens_per_image)
     dtype = args.dtype or own_dtype(config)
     weight_bytes = dtype_bytes(dtype)
     computed_bytes = max(weight_bytes, 2)  # what is quantized is computed with in 16 bits

@@ -28,22 +28,24 @@ epd memory --model config.json --gpu-gb 24 --max-model-len 8192 --image 1024x768
 ```
 
 `--model` is a `config.json`, a folder with one, a name in the local Hugging Face cache, or one of the paper's models,
-whose sizes are in `epd/planning/models/`. Nothing is downloaded. `--json` and `--markdown` print the same for programs
-and pages.
+whose sizes are in `epd/planning/models/`. Nothing is downloaded. `--json` and `--markdown` print the same for
+programs and pages.
 
 ## How it is counted
 - **Weights**: transformers builds the model without memory, and its parameters are counted: tower, projector between
-  tower and language model, language model. As in vLLM, the projector is in the encode worker. Tensor parallelism divides
-  them. For models that are not in transformers, a family's text tokens per picture can be given (`--tokens-per-image`).
+  tower and language model, language model. As in vLLM, the projector is in the encode worker. Tensor parallelism
+  divides them. Models that transformers does not have are refused, but for the paper's two families. Where a family's
+  way to cut pictures is not known here, `--tokens-per-image` says what an image takes.
 - **Activations**: the tensors that one layer has alive at its peak, by formula (`epd/planning/activations.py`): for a
-  patch in the tower, for a token in the language model. Kernels' workspaces are not counted, so these are lower bounds.
-  `--attention eager` keeps all attention scores of the tower.
+  patch in the tower, for a token in the language model. Kernels' workspaces are not counted, so these are lower
+  bounds. `--attention eager` keeps all attention scores of the tower.
 - **KV**: keys and values of all layers, in bytes a token.
-- **Batches and images** have the memory that weights and KV leave; `--kv-fraction` of what weights leave is kept for KV.
-  A worker that encodes and prefills needs room for both peaks.
+- **Batches and images** have the memory that weights and KV leave; `--kv-fraction` of what weights leave is kept for
+  KV. A worker that encodes and prefills needs room for both peaks.
 
 Tests hold the weights against real files and real engines, and KV against the blocks that vLLM makes
-(`tests/planning/`). Activations were measured on a CPU only (the test prints them), never on a GPU.
+(`tests/planning/`). Activations were measured on a CPU only, where 8 patches in two layers of MiniCPM-V's tower took
+178 MiB instead of 170; on a GPU never.
 
 ## The paper's models
 On a GPU of 80 GiB of which 90% is used, in 16 bits, 80% of free memory kept for KV, 10 images of 4032 x 3024 in a
@@ -52,27 +54,29 @@ request, sizes in GiB.
 
 _TAIL = """
 ## What differs and why
-- **Weights** are the paper's within 0.2 points where the projector is counted with the language model, as the paper must
-  have done. In our pipeline it is in the encode worker, which therefore holds a little more, and a prefill worker less.
-- **Memory kept for KV.** The paper says 50% for its online experiments. Its limits of MiniCPM-V in EP+D (77 patches of
-  313 x 234, 26 x 3, 7 x 10) fit 80%, so 80% is used above.
-- **Attention of MiniCPM-V's tower.** Only with all scores in memory does a patch need what the paper's limits tell (142
-  MiB; 22 MiB without). With fused attention, the default of the command and of vLLM today, memory is no limit in either
-  way of serving: 49 images of 4032 x 3024 fit EP+D, too, with 50% kept for KV.
-- **InternVL2's activations** are up to 1.7 times ours, in the tower (15 and 67 requests where we find 25 and 110) and in
-  the language model (20% of free memory where we find 12%): our formulas are lower bounds, and the paper's engine kept
-  more alive. Where memory is the limit, we promise more than the paper measured.
-- **Context.** Where the paper's EPD is limited by it, so are we: 490 patches of MiniCPM-V are 32,340 of 32,768 tokens,
-  19 images of InternVL2-8B 63,270 of 65,536. For InternVL2-26B we know no stretched context for sure; the paper's 10
-  images are 33,300 tokens, which 32,768 would not hold, so 65,536 is assumed.
+- **Weights** are the paper's within 0.2 points where the projector is counted with the language model, as the paper
+  must have done. In our pipeline it is in the encode worker, which therefore holds a little more, and a prefill
+  worker less.
+- **Memory kept for KV.** The paper says 50% for its online experiments. Its limits of MiniCPM-V in EP+D (77 patches
+  of 313 x 234, 26 x 3, 7 x 10) fit 80%, so 80% is used above.
+- **Attention of MiniCPM-V's tower.** Only with all scores in memory does a patch need what the paper's limits tell
+  (142 MiB; 22 MiB without). With fused attention, the default of the command and of vLLM today, memory is no limit in
+  either way of serving: 49 images of 4032 x 3024 fit EP+D, too, with 50% kept for KV.
+- **InternVL2's activations** are up to 1.7 times ours, in the tower (15 and 67 requests where we find 25 and 110) and
+  in the language model (20% of free memory where we find 12%): our formulas are lower bounds, and the paper's engine
+  kept more alive. Where memory is the limit, we promise more than the paper measured.
+- **Context.** Where the paper's EPD is limited by it, so are we: 490 patches of MiniCPM-V are 32,340 of 32,768
+  tokens, 19 images of InternVL2-8B 63,270 of 65,536. For InternVL2-26B we know no stretched context for sure; the
+  paper's 10 images are 33,300 tokens, which 32,768 would not hold, so 65,536 is assumed.
 - **An encode worker of ours does not limit a request's images at all**: patches are encoded in batches as they fit
-  (`max_num_batched_tokens`), and only the pool of embeddings must hold one request's patches. The row says what fits at
-  once, as the paper counts.
-- **Peak of an encode worker** (the paper: 93.3% less) is not in a table: the paper's notes that we have do not say for
-  which batch it was measured.
+  (`max_num_batched_tokens`), and only the pool of embeddings must hold one request's patches. The row says what fits
+  at once, as the paper counts.
+- **Peak of an encode worker** (the paper: 93.3% less) is not in a table: our notes of the paper do not say for which
+  batch it was measured.
 - **ultravox**, the paper's audio model, is not here: which version it was is not known to us.
-- **What we could not look up.** The sizes in `epd/planning/models/` were written down without network access. The totals
-  and shares above agree with the published ones; rope scaling and other fields that no number here needs are left out.
+- **What we could not look up.** The sizes in `epd/planning/models/` were written down without network access. The
+  totals and shares above agree with the published ones; rope scaling and other fields that no number here needs are
+  left out.
 """
 
 
@@ -110,8 +114,8 @@ def page() -> str:
         found = counted[claims.config]
         parts.append(
             f"### {claims.name}\n{found.total / 1e9:.2f}B parameters: tower {found.tower / 1e6:,.0f}M, projector"
-            f" {found.projector / 1e6:,.0f}M, language {found.language / 1e6:,.0f}M; {claims.attention} attention in the"
-            f" tower; context {claims.context:,}.\n\n{markdown(rows, _setting(claims))}\n"
+            f" {found.projector / 1e6:,.0f}M, language {found.language / 1e6:,.0f}M; {claims.attention} attention in"
+            f" the tower; context {claims.context:,}.\n\n{markdown(rows, _setting(claims))}\n"
         )
     parts += ["## Beside the paper's figures\nOurs / the paper's; “–”: the paper does not say, or we do not know.\n"]
     parts += [_weights(counted), _images(counted), _batches(counted), _kv(counted)]
@@ -120,8 +124,8 @@ def page() -> str:
 
 def _weights(counted: dict[str, Parameters]) -> str:
     lines = [
-        "Weights that a worker has less than a whole model, with the projector on the side of the language model (as the"
-        " paper), and what our workers hold:\n",
+        "Weights that a worker has less than a whole model, with the projector on the side of the language model (as"
+        " the paper), and what our workers hold:\n",
         _line("model", "encode", "prefill", "encode worker, GiB", "prefill worker, GiB"),
         _line("---", "--:", "--:", "--:", "--:"),
     ]

@@ -1,4 +1,4 @@
-"""What the paper says about memory (Singh et al., "Efficiently Serving Large Multimodal Models Using EPD Disaggregation").
+"""What the paper (arXiv 2501.05460) says about memory.
 
 Figures of the paper beside which `docs/memory.md` puts ours. Its devices are A100 of 80 GB, its weights FP16.
 """

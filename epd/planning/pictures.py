@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 _Grid = tuple[int, int]
 
@@ -77,5 +76,5 @@ def area_positions(width: int, height: int, patch: int, merge: int, most_pixels:
     return across * down * merge * merge
 
 
-def _area(grid: Iterable[int]) -> int:
-    return math.prod(grid)
+def _area(grid: _Grid) -> int:
+    return grid[0] * grid[1]

@@ -66,7 +66,9 @@ def test_an_option_of_one_stage_reaches_that_stage_only(model: Path) -> None:
     settings = config()
     settings.model = str(model)
     settings.decode = StageConfig(engine={"quantization": "compressed-tensors"})
-    given = [engine_options(settings, role, "w").get("quantization") for role in (Role.ENCODE, Role.PREFILL, Role.DECODE)]
+    given = [
+        engine_options(settings, role, "w").get("quantization") for role in (Role.ENCODE, Role.PREFILL, Role.DECODE)
+    ]
     assert given == [None, None, "compressed-tensors"]
 
 
