@@ -58,7 +58,8 @@ _TAIL = """
   must have done. In our pipeline it is in the encode worker, which therefore holds a little more, and a prefill
   worker less.
 - **Memory kept for KV.** The paper says 50% for its online experiments. Its limits of MiniCPM-V in EP+D (77 patches
-  of 313 x 234, 26 x 3, 7 x 10) fit 80%, so 80% is used above.
+  of 313 x 234, 26 x 3, 7 x 10) fit 80%, so 80% is used above. This and the attention of MiniCPM-V's tower were chosen
+  to fit; nothing else was.
 - **Attention of MiniCPM-V's tower.** Only with all scores in memory does a patch need what the paper's limits tell
   (142 MiB; 22 MiB without). With fused attention, the default of the command and of vLLM today, memory is no limit in
   either way of serving: 49 images of 4032 x 3024 fit EP+D, too, with 50% kept for KV.

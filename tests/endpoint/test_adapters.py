@@ -1,11 +1,13 @@
 """Which adapters the endpoint offers."""
 
+import asyncio
 import json
 
 import pytest
 
 from tests.pipeline.adapters import write_adapter
 
+from .fake_broker import FakeBroker
 from .serving import ENGINE, config_for
 
 pytestmark = pytest.mark.engine
@@ -70,3 +72,13 @@ async def test_loading_other_weights_under_the_same_name_is_refused(enabled, tmp
 async def test_without_enable_lora_nothing_is_offered(tmp_path):
     with pytest.raises(ValueError, match="enable_lora"):
         await checks(ENGINE).add_lora_async(request(write_adapter(tmp_path / "red", 1)))
+
+
+async def test_an_endpoint_whose_adapter_is_missing_does_not_start_and_says_so(tmp_path, capfd):
+    from epd.endpoint.daemon import main
+
+    engine = ENGINE | {"enable_lora": True}
+    async with FakeBroker() as broker:
+        config = config_for(broker.address, engine, serve={"lora_modules": [f"red={tmp_path}/nowhere"]})
+        assert await main(config, "endpoint-0", asyncio.Event()) == 2
+    assert "Loading lora red failed" in "".join(capfd.readouterr()), "vLLM hides the path"
