@@ -52,7 +52,9 @@ def expected() -> tuple[list, dict[str, tuple[int, int]]]:
         return [tokens(ask(running.http, body)) for body in BODIES], parameters(running)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2)], ids=["encode", "prefill and decode"])
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 1), (1, 1, 2), (1, 2, 2)], ids=["encode and prefill", "decode", "prefill and decode"]
+)
 def test_stages_of_two_processes_give_the_same_answers(expected: tuple, sizes: tuple[int, int, int]) -> None:
     answers, whole = expected
     with pipeline(*sizes) as running:

@@ -170,3 +170,15 @@ def test_a_model_that_is_nowhere_or_has_no_tower_or_an_unknown_rule_is_refused_w
     assert shape_of(other, 100, 100, tokens_per_image=77).picture.num_tokens == 77
     with pytest.raises(ConfigError, match="num_hidden_layers"):
         shape_of(other | {"vision_config": {"hidden_size": 8, "num_attention_heads": 2}}, 1, 1, tokens_per_image=1)
+
+
+def test_a_name_is_looked_up_in_the_local_hugging_face_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folder = tmp_path / "models--someone--something"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc" / "config.json").write_text('{"model_type": "made-up"}')
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_config("someone/something") == ("something", {"model_type": "made-up"})
