@@ -39,7 +39,7 @@ programs and pages.
 - **Activations**: the tensors that one layer has alive at its peak, by formula (`epd/planning/activations.py`): for a
   patch in the tower, for a token in the language model. Kernels' workspaces are not counted, so these are lower
   bounds. `--attention eager` keeps all attention scores of the tower.
-- **KV**: keys and values of all layers, in bytes a token.
+- **KV**: keys and values of all layers, in bytes a token. Layers with a sliding window count as if they had none.
 - **Batches and images** have the memory that weights and KV leave; `--kv-fraction` of what weights leave is kept for
   KV. A worker that encodes and prefills needs room for both peaks.
 

@@ -44,7 +44,14 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
         return self.tower + self.projector + self.language + self.other
 
 
-_PROJECTORS = ("connector", "multi_modal_projector", "aligner", "visual.merger", "visual.deepstack_merger_list")
+_PROJECTORS = (
+    "connector",
+    "multi_modal_projector",
+    "aligner",
+    "merger",
+    "visual.merger",
+    "visual.deepstack_merger_list",
+)
 
 
 def count_parameters(config: dict[str, Any]) -> Parameters:
@@ -85,9 +92,12 @@ def _part_of(name: str) -> str:
 
 def _counts(auto: Any, config: Any) -> list[tuple[str, int]]:
     """Name and size of each parameter, tied ones once."""
-    with torch.device("meta"):
-        build = auto.from_config if hasattr(auto, "from_config") else auto
-        model = build(config)
+    build = auto.from_config if hasattr(auto, "from_config") else auto
+    try:
+        with torch.device("meta"):
+            model = build(config)
+    except (ValueError, AssertionError) as error:  # settings that do not go together
+        raise ConfigError(f"transformers cannot build {config.model_type!r}: {error}") from None
     return [(name, parameter.numel()) for name, parameter in model.named_parameters()]
 
 

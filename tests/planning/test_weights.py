@@ -81,3 +81,5 @@ def test_a_model_that_nobody_knows_is_refused() -> None:
         count_parameters({"model_type": "something_new"})
     with pytest.raises(ConfigError, match="multimodal"):
         count_parameters({"model_type": "llama"})
+    with pytest.raises(ConfigError, match="cannot build"):
+        count_parameters({"model_type": "idefics3", "text_config": {"model_type": "llama", "pad_token_id": 10**6}})
