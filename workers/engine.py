@@ -1,4 +1,4 @@
-"""A stage's vLLM engine (0.32): how it is configured, fed and stepped. The one module of `workers` that touches vLLM.
+"""A stage's vLLM engine (0.32): how it is configured, fed and stepped. With `workers.adapters`, all that touches vLLM.
 
 Lives in a worker process; everything here is called from its engine thread. An encode engine holds no language model, a
 prefill or decode engine no vision tower; embeddings go through `cache.ec_connector`, KV through vLLM's
