@@ -34,6 +34,7 @@ format: setup ## let ruff format and fix what it can
 
 docs: setup ## regenerate the generated pages of docs/
 	$(PY) -m epd.docs
+	$(PY) -m epd.planning.page
 
 bench: setup ## run the benchmarks
 	$(PY) -m benchmarks $(ARGS)

@@ -90,16 +90,20 @@ class Running:
 
 
 @contextlib.contextmanager
-def plain_vllm(log: Path) -> Iterator[httpx.Client]:
-    """One plain vLLM serving the built-in model over HTTP, with the engine options of the pipeline's workers."""
+def plain_vllm(log: Path, *options: str, model: Path | None = None) -> Iterator[httpx.Client]:
+    """One plain vLLM serving the built-in model over HTTP, with the engine options of the pipeline's workers.
+
+    `options` are further ones of `vllm serve`; `model` is another model, served under the same name.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     command = [
-        *(str(Path(sys.executable).with_name("vllm")), "serve", str(model_path()), "--port", str(port)),
+        *(str(Path(sys.executable).with_name("vllm")), "serve", str(model or model_path()), "--port", str(port)),
         *("--host", "127.0.0.1", "--served-model-name", MODEL_NAME, "--max-model-len", str(MAX_MODEL_LEN)),
         *("--enforce-eager", "--kv-cache-memory-bytes", str(256 << 20), "--dtype", "bfloat16"),
         *("--limit-mm-per-prompt", f'{{"image": {MAX_IMAGES}}}', "--distributed-executor-backend", "uni"),
+        *options,
     ]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",

@@ -242,6 +242,7 @@ class Flow:
 
     def _prefilled(self, peer: Peer, request: Request, message: m.Prefilled, frames: list[bytes], now: float) -> None:
         request.move(Event.PREFILLED)
+        request.num_cached_tokens = message.num_cached_tokens
         detail = f"{message.num_cached_tokens} of {request.prompt_tokens} tokens were cached"
         request.tell(now, "prefilled", worker=peer.name, took_s=message.took_s, detail=detail)
         if self._board.registry.get(request.decode):
@@ -307,7 +308,9 @@ class Flow:
                     request.tell(now, "first token", worker=peer.name)
                 request.move(Event.TOKENS)
                 request.output_token_ids += message.token_ids
-                told = msgspec.structs.replace(message, request_id=request.request_id)
+                told = msgspec.structs.replace(
+                    message, request_id=request.request_id, num_cached_tokens=request.num_cached_tokens
+                )
                 self._board.send(request.endpoint, told, frames)
             case m.Finished() if request.allows(Event.FINISH):
                 if request.prefilled:
@@ -352,6 +355,7 @@ class Flow:
             token_ids=message.token_ids,
             finish_reason=message.finish_reason,
             num_before=message.num_before,
+            num_cached_tokens=request.num_cached_tokens,
             story=request.story,
         )
         self._board.send(request.endpoint, reply, frames)

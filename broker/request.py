@@ -73,7 +73,8 @@ class Request:
     and the decode worker of every leg; `patch_frames` (by hash) to whoever encodes a patch, and are kept until the
     prompt is computed so that a patch can be encoded again. `output_token_ids` is all that its client has got.
     `queued_at` is when it last began to wait, `not_before` when it may start. `missing` are the hashes that the
-    prefill worker still waits for. `early_finish` is a FINISHED that overtook PREFILLED, with its frames;
+    prefill worker still waits for; `num_cached_tokens` is how much of the prompt it had computed before, -1 until it
+    has said so. `early_finish` is a FINISHED that overtook PREFILLED, with its frames.
     `has_prompt_output` says that the endpoint has the prompt's log-probabilities.
     """
 
@@ -96,6 +97,7 @@ class Request:
     reserved_tokens: int = 0
     missing: set[str] = dataclasses.field(default_factory=set)
     prefilled: bool = False
+    num_cached_tokens: int = -1
     pushed: bool = False
     early_finish: tuple[Finished, list[bytes]] | None = None
     has_prompt_output: bool = False
@@ -136,6 +138,7 @@ class Request:
         self.leg_id, self.prefill, self.decode = leg_id, "", ""
         self.prompt_tokens = self.reserved_tokens = 0
         self.missing, self.prefilled, self.pushed, self.early_finish = set(), False, False, None
+        self.num_cached_tokens = -1
 
     def allows(self, event: Event) -> bool:
         """Whether `event` is legal in the present state."""

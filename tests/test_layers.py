@@ -27,6 +27,7 @@ ENGINE = ("torch", "vllm")
 ENGINE_FILES = (
     "epd/endpoint/*",
     "epd/multimodal/*",
+    "epd/planning/weights.py",
     "epd/local/*",
     "epd/demo/*",
     "workers/*",

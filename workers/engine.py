@@ -1,4 +1,4 @@
-"""A stage's vLLM engine (0.32): how it is configured, fed and stepped. The one module of `workers` that touches vLLM.
+"""A stage's vLLM engine (0.32): how it is configured, fed and stepped. With `workers.adapters`, all that touches vLLM.
 
 Lives in a worker process; everything here is called from its engine thread. An encode engine holds no language model, a
 prefill or decode engine no vision tower; embeddings go through `cache.ec_connector`, KV through vLLM's
@@ -36,6 +36,7 @@ from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
 from epd.multimodal.joined import patches_of
 from epd.multimodal.positions import positions_for
 from workers import parameters, push_connector
+from workers.adapters import Adapters, check_options
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -132,11 +133,14 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     user = config.engine_options(role.value)
     if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
         raise ConfigError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
+    check_options(user)
     options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni"}
     if current_platform.is_cpu():
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
     if int(user.get("tensor_parallel_size", 1)) > 1 or int(user.get("pipeline_parallel_size", 1)) > 1:
         del options["distributed_executor_backend"]
+        if role is not Role.ENCODE:
+            options["worker_extension_cls"] = "workers.beside.Beside"
     engine_id = f"{name}-{secrets.token_hex(4)}"
     ec = {
         "ec_connector": ec_connector.CONNECTOR,
@@ -151,7 +155,7 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     options |= user
     options |= {"mm_processor_cache_gb": 0, "ec_transfer_config": ec}
     if role is Role.ENCODE:
-        options |= {"enable_prefix_caching": False}
+        options |= {"enable_prefix_caching": False, "enable_lora": False}
     else:
         kv = {
             "kv_connector": push_connector.CONNECTOR,
@@ -223,6 +227,7 @@ class Engine:
         assert isinstance(connector, PatchCacheConnector)
         self.connector = connector
         self.scheduler.encoder_cache_manager = ReadyPatchCache(connector, gated=role is not Role.ENCODE)
+        self._adapters = Adapters(self.core)
         self._encoder = MsgpackEncoder()
         self._request_decoder = MsgpackDecoder(EngineCoreRequest)
         self._item_decoder = MsgpackDecoder(MultiModalKwargsItem)
@@ -250,9 +255,9 @@ class Engine:
         )
 
     def parameter_bytes(self) -> tuple[int, int]:
-        """Bytes of parameters that this engine holds: those of the vision tower and projector, and all others."""
-        [counts] = self.core.collective_rpc(parameters.parameter_bytes)[:1]
-        return counts[0], counts[1]
+        """Bytes of parameters on all devices of this engine: those of the tower and projector, and all others."""
+        counts = self.core.collective_rpc(parameters.parameter_bytes)
+        return sum(tower for tower, _ in counts), sum(language for _, language in counts)
 
     def _kv_peer(self) -> KvPeer:
         connector = self.scheduler.get_kv_connector().connector_scheduler
@@ -346,7 +351,7 @@ class Engine:
 
     def _leg(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int]) -> EngineCoreRequest:
         """A leg's request, checked for what vLLM's model runner would end the whole engine over."""
-        request: EngineCoreRequest = self._request_decoder.decode(frames)
+        request = self._adapters.settle(self._request_decoder.decode(frames))
         request.request_id = leg_id
         if self._positions is not None:
             for feature in request.mm_features or ():

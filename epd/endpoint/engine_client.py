@@ -23,6 +23,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from epd import held
 from epd.bounded import Beliefs
 from epd.config import Config
+from epd.endpoint.adapters import AdapterChecks
 from epd.endpoint.failures import Failure, current_exchange, failure_of
 from epd.endpoint.flights import Flights
 from epd.endpoint.questions import Questions
@@ -53,7 +54,7 @@ log = structlog.get_logger()
 _MIN_SPLIT_BYTES = 64 << 20
 
 
-class PipelineCore(EngineCoreClient):
+class PipelineCore(AdapterChecks, EngineCoreClient):
     """What `AsyncLLM` takes for its engine core: requests go to the broker, outputs come from there.
 
     Enter `link` (an async context manager) before the first request. Everything runs on one event loop.

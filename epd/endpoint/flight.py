@@ -47,6 +47,7 @@ class Flight:
         num_restarts: how often the same broker needed it again.
         unread_bytes: output that its client has not taken.
         timers: fail it at its deadline, or when no broker has come; cancelled when it ends.
+        num_cached_tokens: of the prompt, that the prefill worker had computed before; -1 while nobody has said so.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Flight:
         self.has_output = self.begun = self.sent = False
         self.attempts = self.num_restarts = self.unread_bytes = 0
         self.timers: dict[str, asyncio.TimerHandle] = {}
+        self.num_cached_tokens = -1
         self._submitted_at = time.monotonic()
         self._num_rows = num_prompt_tokens - 1
         self._waits = wants_prompt_logprobs(request)
@@ -133,6 +135,10 @@ class Flight:
                 EngineCoreEvent(type=kind, timestamp=self._submitted_at)
                 for kind in (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)
             ]
+            if first.prefill_stats is not None:
+                # The decode worker counts all KV that it did not compute, that which was just computed for it too.
+                local = first.prefill_stats.num_local_cached_tokens
+                first.prefill_stats.num_cached_tokens = local if self.num_cached_tokens < 0 else self.num_cached_tokens
             if self._parts:
                 first.new_prompt_logprobs_tensors = _joined(self._parts, self._num_rows)
             if self._row_logprobs is not None:

@@ -205,6 +205,7 @@ class Flights:
         flight = self._flights.get(request_id)
         if flight is None or not self._follows(flight, message):
             return False
+        flight.num_cached_tokens = message.num_cached_tokens
         try:
             output = self._decoder.decode(frames)
             if is_last and not output.finished:

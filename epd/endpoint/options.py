@@ -17,6 +17,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from epd.config import Config, ConfigError
+from epd.endpoint.adapters import check_options
 from epd.multimodal.positions import UnsupportedModelError, positions_for
 
 # These choose how vLLM would start processes and sockets; here that is the pipeline's business.
@@ -82,8 +83,7 @@ def vllm_config_of(args: argparse.Namespace) -> VllmConfig:
         raise ConfigError(f"{args.model}: {error}") from None
     if model.is_encoder_decoder or model.runner_type != "generate":
         raise ConfigError(f"{args.model}: only decoder models that generate text are supported")
-    if config.lora_config is not None:
-        raise ConfigError("LoRA (enable_lora) is not supported yet")
+    check_options(config)
     if config.speculative_config is not None:
         raise ConfigError("speculative decoding is not the endpoint's: set it in [decode.engine]")
     return config

@@ -28,7 +28,7 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
 from epd import activation, held
-from epd.config import Config
+from epd.config import Config, ConfigError
 from epd.endpoint import readiness, stories
 from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
 from epd.endpoint.bodies import Bodies
@@ -175,7 +175,10 @@ class Endpoint:
         if self._config.endpoint.api_keys:
             app.user_middleware.insert(0, Middleware(KeysEverywhere, tokens=self._config.endpoint.api_keys))
         app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
-        await init_app_state(llm, app.state, args, _TASKS)
+        try:
+            await init_app_state(llm, app.state, args, _TASKS)
+        except ValueError as error:  # such as an adapter that cannot be served
+            raise ConfigError(str(error)) from error
         app.state.server = _Uvicorn(self.died)
         return app
 

@@ -43,8 +43,6 @@ def check_request(request: EngineCoreRequest) -> None:
         raise VLLMValidationError("pooling requests are not supported")
     if request.prompt_embeds is not None or request.prompt_token_ids is None:
         raise VLLMValidationError("prompt_embeds are not supported")
-    if request.lora_request is not None:
-        raise VLLMValidationError("LoRA adapters are not supported")
     if request.resumable:
         raise VLLMValidationError("streaming input is not supported")
     for name in _FORBIDDEN_EXTRA_ARGS:

@@ -67,12 +67,14 @@ class Tokens(Struct, frozen=True):
 
     The broker keeps `token_ids`, so that another decode worker can go on where this one stopped. They are empty for
     an output of the prefill worker, which has log-probabilities of the prompt only. `num_before` counts the tokens of
-    the whole answer that came before (-1: not said), so that a message that is missing or comes twice shows.
+    the whole answer that came before (-1: not said), so that a message that is missing or comes twice shows. The broker
+    adds how many tokens of the prompt the prefill worker had computed before; -1 while it does not know.
     """
 
     request_id: str
     token_ids: list[int]
     num_before: int = -1
+    num_cached_tokens: int = -1
 
 
 class Finished(Struct, frozen=True):
@@ -82,6 +84,7 @@ class Finished(Struct, frozen=True):
     token_ids: list[int]
     finish_reason: str
     num_before: int = -1
+    num_cached_tokens: int = -1
     story: list[StoryEvent] = msgspec.field(default_factory=list)
 
 

@@ -146,6 +146,18 @@ def test_tokens_that_overtake_prefilled_are_delivered_and_the_end_waits_for_it(w
     world.assert_idle()
 
 
+def test_the_endpoint_is_told_how_much_of_the_prompt_the_prefill_worker_had_computed_before(world: World) -> None:
+    for request_id in ("early", "late"):
+        world.submit(request_id)
+    world.say(world.d[0], m.Tokens(request_id="early", token_ids=[7]), [b"t1"])
+    for request_id in ("early", "late"):
+        world.say(world.p[0], m.Prefilled(request_id=request_id, num_cached_tokens=16))
+    world.say(world.d[0], m.Tokens(request_id="late", token_ids=[7]), [b"t1"])
+    assert [one.num_cached_tokens for one in world.take(m.Tokens)] == [-1, 16]
+    world.say(world.d[0], m.Finished(request_id="late", token_ids=[8], finish_reason="stop"), [b"t2"])
+    assert [one.num_cached_tokens for one in world.take(m.Finished)] == [16]
+
+
 def test_an_answer_that_is_complete_survives_the_loss_of_its_prefill_worker(world: World) -> None:
     world.submit("r")
     world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="length"), [b"t"])

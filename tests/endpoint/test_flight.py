@@ -131,3 +131,19 @@ def test_a_prompt_that_was_computed_twice_gives_its_logprobs_once():
     one.partial(make(rows=10))
     (first,) = one.output(make([1]))
     assert first.new_prompt_logprobs_tensors.logprob_token_ids[:, 0].tolist() == [8] * 8
+
+    assert len(first.new_prompt_logprobs_tensors.logprobs) == 4, "only those of the second time"
+    assert 0 < one.left_s(600) <= 600
+
+
+@pytest.mark.parametrize(("told", "cached"), [(48, 48), (0, 0), (-1, 32)])
+def test_cached_tokens_are_those_that_prefill_did_not_compute_not_those_that_decode_did_not(told, cached):
+    from vllm.v1.metrics.stats import PrefillStats
+
+    stats = PrefillStats()
+    stats.set(num_prompt_tokens=100, num_local_cached_tokens=32, num_external_cached_tokens=68)
+    one = flight()
+    one.num_cached_tokens = told
+    (first,) = one.output(make([1], prefill_stats=stats))
+    assert first.prefill_stats.num_cached_tokens == cached
+    assert (first.prefill_stats.num_computed_tokens, first.prefill_stats.num_external_cached_tokens) == (0, 68)

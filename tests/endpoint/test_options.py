@@ -120,8 +120,12 @@ def test_a_model_that_is_not_there_is_an_error_with_its_name():
         vllm_config_of(serve_args(Config(model="/no/such/model")))
 
 
-def test_lora_is_refused():
+def test_adapters_of_the_language_model_are_taken_and_those_of_the_tower_refused():
     from epd.endpoint.options import vllm_config_of
 
-    with pytest.raises(ConfigError, match="LoRA"):
-        vllm_config_of(args_of(ENGINE | {"enable_lora": True}))
+    lora = ENGINE | {"enable_lora": True, "max_lora_rank": 8}
+    args = args_of(lora, serve={"lora_modules": ["red=/adapters/red", "blue=/adapters/blue"]})
+    assert [(one.name, one.path) for one in args.lora_modules] == [("red", "/adapters/red"), ("blue", "/adapters/blue")]
+    assert vllm_config_of(args).lora_config.max_lora_rank == 8
+    with pytest.raises(ConfigError, match="enable_tower_connector_lora"):
+        vllm_config_of(args_of(lora | {"enable_tower_connector_lora": True}))

@@ -15,8 +15,8 @@ def test_the_version_is_the_one_this_was_written_against():
 
     assert vllm.__version__.startswith(WRITTEN_AGAINST), (
         f"vLLM is {vllm.__version__}, epd.endpoint was written against {WRITTEN_AGAINST}: check the tests below,"
-        " then epd/endpoint/{decoding,engine_client,flight,flights,llm,media,options,processed,resume,server,submission}"
-        ".py and epd/multimodal/*.py"
+        " then epd/endpoint/{adapters,decoding,engine_client,flight,flights,llm,media,options,processed,resume,server,"
+        "submission}.py and epd/multimodal/*.py"
     )
 
 

@@ -1,0 +1,17 @@
+"""What `workers.engine` does to its own process, in the processes that vLLM starts where a worker has several devices.
+
+Lives in those processes: vLLM imports this module there (`worker_extension_cls`) before it builds anything.
+"""
+
+from __future__ import annotations
+
+from workers.adapters import spare_base_requests
+from workers.engine import calm_nixl
+
+
+class Beside:
+    """Adds nothing to vLLM's worker class; it is there to be imported."""
+
+
+calm_nixl()
+spare_base_requests()
