@@ -26,7 +26,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import push_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import (
     GET_META_MSG,
     PUSH_REG_NOTIF_PREFIX,
-    NixlAgentMetadata,
     NixlConnectorMetadata,
     NixlHandshakePayload,
 )
@@ -60,6 +59,12 @@ class Peer:
     engine_id: str
     host: str
     port: int
+
+
+class _Agent(msgspec.Struct):
+    """What we read of a `NixlAgentMetadata`: who answers at a side channel."""
+
+    engine_id: str
 
 
 class _Alarm(threading.Event):
@@ -343,10 +348,10 @@ def may_exist(peer: Peer, timeout_s: float = _PROBE_S) -> bool:
         try:
             sock.send(msgspec.msgpack.encode((GET_META_MSG, 0, 0)))
             payload = msgspec.msgpack.decode(sock.recv_multipart()[0], type=NixlHandshakePayload)
-            metadata = msgspec.msgpack.decode(payload.agent_metadata_bytes, type=NixlAgentMetadata)
+            agent = msgspec.msgpack.decode(payload.agent_metadata_bytes, type=_Agent)
         except (zmq.ZMQError, msgspec.MsgspecError, IndexError):
             return True
-    return bool(metadata.engine_id == peer.engine_id)
+    return bool(agent.engine_id == peer.engine_id)
 
 
 def _peer(registration: dict[str, Any]) -> Peer:

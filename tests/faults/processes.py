@@ -28,6 +28,7 @@ LATENCY_S = 0.001
 STEP_S = 0.005
 RESTART_S = 2.0
 HELLO_EVERY_S = 0.5
+MAX_RESTARTS = 3
 TICK_S = 0.25
 POOL_BYTES = 1 << 18
 BROKER = "broker"
@@ -347,6 +348,14 @@ class EndpointProcess(Peer):
         ask.end = ask.end or "cancelled"
         self.say(m.Cancel(request_id=ask.request_id))
 
+    def _submit_rest(self, ask: Ask) -> None:
+        """Tokens are missing: from the last one that is there."""
+        if ask.attempts > MAX_RESTARTS or (ask.tokens and not ask.resumable):
+            self._fail(ask, "engine_failed")
+        else:
+            self.say(m.Cancel(request_id=ask.request_id))
+            self._submit(ask)
+
     def _fail(self, ask: Ask, code: str) -> None:
         if not ask.end:
             self.cancel(ask)
@@ -369,7 +378,7 @@ class EndpointProcess(Peer):
         match message:
             case m.Tokens() | m.Finished():
                 if message.num_before > len(ask.tokens):
-                    self._fail(ask, "engine_failed")
+                    self._submit_rest(ask)
                 elif message.num_before in (-1, len(ask.tokens)):
                     ask.tokens += msgspec.msgpack.decode(frames[0])
                     if isinstance(message, m.Finished):
