@@ -6,7 +6,7 @@ Lives in those processes: vLLM imports this module there (`worker_extension_cls`
 from __future__ import annotations
 
 from workers.adapters import spare_base_requests
-from workers.engine import calm_nixl
+from workers.calm import calm_nixl
 
 
 class Beside:

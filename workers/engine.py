@@ -1,4 +1,4 @@
-"""A stage's vLLM engine (0.32): how it is configured, fed and stepped. With `workers.adapters`, all that touches vLLM.
+"""A stage's vLLM engine (0.32): how it is built, fed and stepped.
 
 Lives in a worker process; everything here is called from its engine thread. An encode engine holds no language model, a
 prefill or decode engine no vision tower; embeddings go through `cache.ec_connector`, KV through vLLM's
@@ -7,90 +7,31 @@ prefill or decode engine no vision tower; embeddings go through `cache.ec_connec
 
 from __future__ import annotations
 
-import secrets
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import torch
-from vllm.config import VllmConfig
-from vllm.distributed import nixl_utils
-from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
-from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
-from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.executor import Executor
 from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
-from epd.config import Config, ConfigError
+from epd.config import Config
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
 from epd.multimodal.joined import patches_of
 from epd.multimodal.positions import positions_for
-from workers import parameters, push_connector
-from workers.adapters import Adapters, check_options
+from workers import calm, options, parameters
+from workers.adapters import Adapters
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
-DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
-NIXL_PROGRESS_US = 100_000
 _ENDLESS = 1 << 40
-# A model has a tower for each of these that its engine may be given; prefill and decode are given none.
-_MODALITIES = ("image", "video", "audio")
-
-
-def calm_nixl() -> None:
-    """Lets NIXL's progress thread sleep until something happens; call it before the engine is built.
-
-    NIXL 1.5's Python API sets the thread's delay to 0, which makes it spin; with any other delay it waits for events of
-    the transport and looks around every `NIXL_PROGRESS_US` microseconds.
-    """
-    bindings = sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind
-    config = bindings.nixlAgentConfig
-    if config.__name__ == "EventDrivenConfig":
-        return
-
-    class EventDrivenConfig(config):  # type: ignore[valid-type, misc]
-        """NIXL's agent configuration, deaf to a delay of 0."""
-
-        @property
-        def pthrDelay(self) -> int:
-            """Microseconds that the progress thread sleeps at most."""
-            return int(config.pthrDelay.__get__(self))
-
-        @pthrDelay.setter
-        def pthrDelay(self, delay_us: int) -> None:
-            config.pthrDelay.__set__(self, delay_us or NIXL_PROGRESS_US)
-
-    bindings.nixlAgentConfig = EventDrivenConfig
-
-
-def share_process_group() -> None:
-    """Gives an engine of a single process one process group instead of a dozen; call it before the engine is built.
-
-    vLLM makes a group for each kind of parallelism, and on CPUs each has a gloo thread that wakes 100 times a second.
-    In a world of one process they are all the same group.
-    """
-    distributed = torch.distributed
-    make, destroy = distributed.new_group, distributed.destroy_process_group
-
-    def new_group(*args: Any, **kwargs: Any) -> Any:
-        return distributed.group.WORLD if distributed.get_world_size() == 1 else make(*args, **kwargs)
-
-    def destroy_process_group(group: Any = None) -> None:
-        if group is None or distributed.get_world_size() > 1:
-            destroy(group)
-
-    distributed.new_group, distributed.destroy_process_group = new_group, destroy_process_group
 
 
 class ReadyPatchCache(EncoderCacheManager):
@@ -124,83 +65,6 @@ class ReadyPatchCache(EncoderCacheManager):
             self.freed.append(patch_hash)
 
 
-def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
-    """The vLLM engine options of a stage: the user's own, over what the stage needs, under what it cannot do without.
-
-    Raises:
-        ConfigError: the user asks for something that the stage decides.
-    """
-    user = config.engine_options(role.value)
-    if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
-        raise ConfigError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
-    check_options(user)
-    options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni"}
-    if current_platform.is_cpu():
-        options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
-    if int(user.get("tensor_parallel_size", 1)) > 1 or int(user.get("pipeline_parallel_size", 1)) > 1:
-        del options["distributed_executor_backend"]
-        if role is not Role.ENCODE:
-            options["worker_extension_cls"] = "workers.beside.Beside"
-    engine_id = f"{name}-{secrets.token_hex(4)}"
-    ec = {
-        "ec_connector": ec_connector.CONNECTOR,
-        "ec_connector_module_path": ec_connector.MODULE,
-        "ec_role": "ec_producer" if role is Role.ENCODE else "ec_consumer",
-        "engine_id": engine_id,
-        "ec_connector_extra_config": {
-            "owner": secrets.token_hex(8),
-            "min_overlap_tokens": config.prefill.min_overlap_tokens if role is Role.PREFILL else 0,
-        },
-    }
-    options |= user
-    options |= {"mm_processor_cache_gb": 0, "ec_transfer_config": ec}
-    if role is Role.ENCODE:
-        options |= {"enable_prefix_caching": False, "enable_lora": False}
-    else:
-        kv = {
-            "kv_connector": push_connector.CONNECTOR,
-            "kv_connector_module_path": push_connector.MODULE,
-            # What a push that has failed leaves is never decoded; the broker decides what becomes of the request.
-            "kv_load_failure_policy": "fail",
-            "kv_connector_extra_config": {"kv_lease_duration": push_connector.LEASE_S},
-            "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
-            "engine_id": engine_id,
-            "kv_buffer_device": "cpu" if current_platform.is_cpu() else "cuda",
-        }
-        options |= {"kv_transfer_config": kv, "limit_mm_per_prompt": dict.fromkeys(_MODALITIES, 0)}
-    return options
-
-
-def _vllm_config(options: dict[str, Any], role: Role) -> VllmConfig:
-    """VLLM's configuration of a stage.
-
-    A model with DeepStack adds embeddings to the first layers of its language model too, and switches that off where it
-    is made without a tower: so it gets one, which `_Executor` drops.
-    """
-    made: VllmConfig = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
-    vision = getattr(made.model_config.hf_config, "vision_config", None)
-    if role is Role.ENCODE or not getattr(vision, "deepstack_visual_indexes", None):
-        return made
-    limits = options["limit_mm_per_prompt"] | {"image": 1, "video": 1}
-    options |= {"limit_mm_per_prompt": limits, "skip_mm_profiling": True}
-    made = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
-    return made
-
-
-class _Executor:
-    """Makes vLLM's executor, and drops a tower that nothing will run before memory is shared out."""
-
-    def __init__(self, role: Role) -> None:
-        self._role = role
-
-    def __call__(self, config: VllmConfig) -> Executor:
-        """An executor whose workers have loaded the model."""
-        executor = Executor.get_class(config)(config)
-        if self._role is not Role.ENCODE:
-            executor.collective_rpc(parameters.drop_tower)
-        return executor
-
-
 class Engine:
     """One stage's `EngineCore`, in the thread that constructs it.
 
@@ -213,12 +77,12 @@ class Engine:
     def __init__(self, config: Config, role: Role, name: str) -> None:
         started = time.monotonic()
         self.role = role
-        share_process_group()
+        calm.share_process_group()
         if role is not Role.ENCODE:
-            calm_nixl()
-        self.vllm_config = _vllm_config(engine_options(config, role, name), role)
+            calm.calm_nixl()
+        self.vllm_config = options.vllm_config(config, role, name)
         self._positions = positions_for(self.vllm_config)
-        self.core = EngineCore(self.vllm_config, _Executor(role), log_stats=False)
+        self.core = EngineCore(self.vllm_config, options.MakeExecutor(role), log_stats=False)
         if role is Role.ENCODE:
             self.core.collective_rpc(parameters.drop_language_model)
             self.core.collective_rpc(parameters.skip_positions)

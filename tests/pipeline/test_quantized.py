@@ -61,7 +61,7 @@ def test_the_quantized_model_still_reads_the_picture(servers: tuple[Running, htt
 
 
 def test_an_option_of_one_stage_reaches_that_stage_only(model: Path) -> None:
-    from workers.engine import engine_options
+    from workers.options import engine_options
 
     settings = config()
     settings.model = str(model)
@@ -73,7 +73,7 @@ def test_an_option_of_one_stage_reaches_that_stage_only(model: Path) -> None:
 
 
 def test_what_a_stage_decides_itself_cannot_be_set(model: Path) -> None:
-    from workers.engine import engine_options
+    from workers.options import engine_options
 
     settings = config()
     settings.decode = StageConfig(engine={"kv_transfer_config": {}})

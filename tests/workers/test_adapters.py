@@ -58,7 +58,7 @@ def test_adapters_with_the_same_name_and_another_path_are_told_apart_in_one_batc
 def test_only_engines_with_a_language_model_get_adapters(role):
     from epd.config import Config, ConfigError
     from epd.messages import Role
-    from workers.engine import engine_options
+    from workers.options import engine_options
 
     config = Config(model="m", engine={"enable_lora": True, "max_loras": 4})
     assert engine_options(config, Role(role), "w")["enable_lora"] is True

@@ -87,7 +87,7 @@ def test_the_engine_core_makes_its_executor_by_one_call_before_it_shares_out_mem
 
 
 def test_deepstack_is_off_in_a_model_made_without_a_tower() -> None:
-    """Where it is not, `workers.engine` need not have a tower made, and `drop_tower` can go."""
+    """Where it is not, `workers.options` need not have a tower made, and `drop_tower` can go."""
     from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
     source = inspect.getsource(Qwen3VLForConditionalGeneration.__init__)
@@ -137,7 +137,7 @@ def test_a_finished_prefill_stays_with_the_scheduler_until_it_has_been_pushed() 
 def test_the_progress_thread_of_nixl_can_be_given_a_delay() -> None:
     from vllm.distributed import nixl_utils
 
-    from workers.engine import NIXL_PROGRESS_US, calm_nixl
+    from workers.calm import NIXL_PROGRESS_US, calm_nixl
 
     calm_nixl()
     calm_nixl()

@@ -1,0 +1,106 @@
+"""How a stage's vLLM engine (0.32) is configured and its executor made: what the stage needs around the user's options.
+
+Lives in a worker process; a part of `workers.engine`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.executor import Executor
+
+from cache import ec_connector
+from epd.config import Config, ConfigError
+from epd.messages import Role
+from workers import parameters, push_connector
+from workers.adapters import check_options
+
+DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
+# A model has a tower for each of these that its engine may be given; prefill and decode are given none.
+_MODALITIES = ("image", "video", "audio")
+
+
+def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
+    """The vLLM engine options of a stage: the user's own, over what the stage needs, under what it cannot do without.
+
+    Raises:
+        ConfigError: the user asks for something that the stage decides.
+    """
+    user = config.engine_options(role.value)
+    if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
+        raise ConfigError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
+    check_options(user)
+    options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni"}
+    if current_platform.is_cpu():
+        options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
+    if int(user.get("tensor_parallel_size", 1)) > 1 or int(user.get("pipeline_parallel_size", 1)) > 1:
+        del options["distributed_executor_backend"]
+        if role is not Role.ENCODE:
+            options["worker_extension_cls"] = "workers.beside.Beside"
+    engine_id = f"{name}-{secrets.token_hex(4)}"
+    ec = {
+        "ec_connector": ec_connector.CONNECTOR,
+        "ec_connector_module_path": ec_connector.MODULE,
+        "ec_role": "ec_producer" if role is Role.ENCODE else "ec_consumer",
+        "engine_id": engine_id,
+        "ec_connector_extra_config": {
+            "owner": secrets.token_hex(8),
+            "min_overlap_tokens": config.prefill.min_overlap_tokens if role is Role.PREFILL else 0,
+        },
+    }
+    options |= user
+    options |= {"mm_processor_cache_gb": 0, "ec_transfer_config": ec}
+    if role is Role.ENCODE:
+        options |= {"enable_prefix_caching": False, "enable_lora": False}
+    else:
+        kv = {
+            "kv_connector": push_connector.CONNECTOR,
+            "kv_connector_module_path": push_connector.MODULE,
+            # What a push that has failed leaves is never decoded; the broker decides what becomes of the request.
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {"kv_lease_duration": push_connector.LEASE_S},
+            "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
+            "engine_id": engine_id,
+            "kv_buffer_device": "cpu" if current_platform.is_cpu() else "cuda",
+        }
+        options |= {"kv_transfer_config": kv, "limit_mm_per_prompt": dict.fromkeys(_MODALITIES, 0)}
+    return options
+
+
+def vllm_config(config: Config, role: Role, name: str) -> VllmConfig:
+    """VLLM's configuration of a stage.
+
+    A model with DeepStack adds embeddings to the first layers of its language model too, and switches that off where it
+    is made without a tower: so it gets one, which `MakeExecutor` drops.
+
+    Raises:
+        ConfigError: as `engine_options`.
+    """
+    options = engine_options(config, role, name)
+    made: VllmConfig = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    vision = getattr(made.model_config.hf_config, "vision_config", None)
+    if role is Role.ENCODE or not getattr(vision, "deepstack_visual_indexes", None):
+        return made
+    limits = options["limit_mm_per_prompt"] | {"image": 1, "video": 1}
+    options |= {"limit_mm_per_prompt": limits, "skip_mm_profiling": True}
+    made = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    return made
+
+
+class MakeExecutor:
+    """Makes vLLM's executor, and drops a tower that nothing will run before memory is shared out."""
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
+
+    def __call__(self, config: VllmConfig) -> Executor:
+        """An executor whose workers have loaded the model."""
+        executor = Executor.get_class(config)(config)
+        if self._role is not Role.ENCODE:
+            executor.collective_rpc(parameters.drop_tower)
+        return executor
