@@ -122,6 +122,9 @@ class CacheIndex:
     def could_ever_fit(self, needs: Sequence[PatchNeed]) -> bool:
         """Whether `needs` fit together into the pools there are when nothing else is in them.
 
+        They are placed one after the other, the largest first: in several pools that are nearly full, a packing that
+        only another order finds does not count.
+
         Raises:
             ShapeError, ValueError: as `acquire_all`.
         """

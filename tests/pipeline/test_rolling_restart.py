@@ -34,13 +34,13 @@ class Client(threading.Thread):
     def __init__(self, url: str, expected: list[tuple[dict, list]], first: int) -> None:
         super().__init__(daemon=True)
         self._url, self._expected, self._first = url, expected, first
-        self._stop = threading.Event()
+        self._told = threading.Event()
         self.wrong: list[str] = []
         self.num_answers = 0
 
     def run(self) -> None:
         for number in itertools.count(self._first):
-            if self._stop.is_set():
+            if self._told.is_set():
                 return
             body, usual = self._expected[number % len(self._expected)]
             body = body | {"cache_salt": str(number)} if number % 4 == 3 else body  # new to the cache
@@ -57,7 +57,7 @@ class Client(threading.Thread):
 
     def stop(self) -> None:
         """Lets the last answer come."""
-        self._stop.set()
+        self._told.set()
         self.join(60)
 
 
