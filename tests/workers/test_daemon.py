@@ -35,6 +35,9 @@ class StandIn(Stage):
     def stop(self) -> None:
         pass
 
+    def held(self) -> dict[str, int]:
+        return {}
+
     def has_work(self) -> bool:
         return self.busy.is_set()
 
