@@ -225,6 +225,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestFlights = Machine.TestCase
-TestFlights.settings = settings(
-    max_examples=50, stateful_step_count=50, deadline=None, derandomize=True, database=None
-)
+TestFlights.settings = settings(max_examples=50, stateful_step_count=50, deadline=None, derandomize=True, database=None)
