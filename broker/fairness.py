@@ -65,14 +65,17 @@ class FairQueue(Generic[T]):
             line.remove(item)
             self._tidy(tenant)
 
-    def next(self, eligible: Callable[[T], bool] = lambda _: True) -> T | None:
+    def next(
+        self, eligible: Callable[[T], bool] = lambda _: True, first: Callable[[T], bool] = lambda _: False
+    ) -> T | None:
         """The item whose turn it is among those that are `eligible`; the same one until it is taken or removed.
 
         Args:
             eligible: false for what waits for something else than its turn, and may be passed by.
+            first: true for what comes first among the items that have been put back.
         """
-        if (item := next(filter(eligible, self._front), None)) is not None:
-            return item
+        if front := sorted(filter(eligible, self._front), key=lambda item: not first(item)):
+            return front[0]
         if self._chosen is not None and eligible(self._chosen):
             return self._chosen
         heads = [

@@ -119,7 +119,11 @@ class Flow:
             request = self._board.requests[request_id]
             return now >= request.not_before and not self._liveness.absent(needed(bool(request.patches)))
 
-        while (request_id := self._board.queue.next(may_start)) is not None:
+        def holds_slots(request_id: str) -> bool:
+            """What has kept its slots goes first: whoever waits for slots might be waiting for these."""
+            return self._board.patches.index.holds(self._board.requests[request_id].leg_id)
+
+        while (request_id := self._board.queue.next(may_start, holds_slots)) is not None:
             if not self._start(self._board.requests[request_id], now):
                 return
             if request_id in self._board.queue:  # else it has failed

@@ -115,6 +115,10 @@ class CacheIndex:
                 entry.holders.add(holder)
                 self._pins.setdefault(holder, {})[patch_hash] = None
 
+    def holds(self, holder: str) -> bool:
+        """Whether `holder` pins anything."""
+        return holder in self._pins
+
     def could_ever_fit(self, needs: Sequence[PatchNeed]) -> bool:
         """Whether `needs` fit together into the pools there are when nothing else is in them.
 

@@ -7,7 +7,7 @@ import pytest
 from epd import messages as m
 from epd.config import BrokerConfig
 from epd.messages import Role
-from tests.broker.world import SLOT_BYTES, World, encode_info, prefill_info
+from tests.broker.world import SLOT_BYTES, World, decode_info, encode_info, prefill_info
 
 
 @pytest.fixture
@@ -335,3 +335,28 @@ def test_patches_whose_encode_worker_is_lost_while_the_cache_is_full_wait_for_ro
     world.join(job.peer_id.partition("#")[0], Role.ENCODE, encode_info())
     world.wait(0.5)
     assert len(world.take_jobs()) == 1
+
+
+def test_requests_that_kept_their_slots_are_started_before_those_that_need_new_ones() -> None:
+    world = World()
+    world.pipeline(decode=2, pool_bytes=2 * SLOT_BYTES)
+    world.submit("r1", ["a", "b"], resumable=True)
+    world.encode_all()
+    request = world.core.board.requests["r1"]
+    world.say(request.prefill, m.Prefilled(request_id="r1"))
+    world.say(request.decode, m.Tokens(request_id="r1", token_ids=[1]), [b"x"])
+    world.submit("r2", ["c", "d"], prompt=3000)  # it takes the slots of the first, and the other decode worker
+    world.encode_all()
+    world.core.board.patches.pixels.put({"a": [b"a"], "b": [b"b"]})
+    world.sent.clear()
+    for name in ("d0", "d1"):
+        world.say(f"{name}#1", m.Goodbye(reason="the engine failed"))
+    for send in world.take_sends(m.Abort):
+        world.say(send.peer_id, m.Released(request_id=send.message.request_id))
+    world.join("d0", Role.DECODE, decode_info(kv_capacity_tokens=8192))
+    world.wait(1)
+    [second] = world.take(m.Prefill)
+    assert second.request_id.startswith("r2~"), "the first one needs slots that the second one holds"
+    world.say(world.p[0], m.Prefilled(request_id=second.request_id))
+    [first] = world.take(m.Prefill)
+    assert first.request_id.startswith("r1~")
