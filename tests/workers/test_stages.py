@@ -1,0 +1,137 @@
+"""The stages' own bookkeeping, with a stand-in for the engine: what is handed back, cut, counted and ignored."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+from epd import messages as m
+from epd.config import Config
+from workers.decode import DecodeStage
+from workers.encode import EncodeStage
+from workers.prefill import PrefillStage
+
+
+class Tensors(NamedTuple):
+    """As `vllm.v1.outputs.LogprobsTensors`: one row for each token of the prompt but the first."""
+
+    logprob_token_ids: list[int]
+    logprobs: list[float]
+    selected_token_ranks: list[int]
+    cu_num_generated_tokens: list[int] | None = None
+
+
+class StandIn:
+    """An engine that does what a test tells it."""
+
+    def __init__(self, *_: object) -> None:
+        self.added: list[tuple] = []
+        self.aborted: list[str] = []
+        self.outputs: list[SimpleNamespace] = []
+        nothing = lambda *_: None  # noqa: E731
+        self.connector = SimpleNamespace(
+            forget=nothing, forget_job=nothing, patch_ready=nothing, expect=nothing, take_needed=dict
+        )
+
+    def info(self) -> m.WorkerInfo:
+        return m.WorkerInfo()
+
+    def add_encode(self, job: m.EncodeJob, frames: list[bytes]) -> str:
+        self.added.append((job.job_id,))
+        return str(job.job_id)
+
+    def add_prefill(self, *args: object) -> None:
+        self.added.append(args)
+
+    add_decode = add_prefill
+
+    def waiting(self) -> list[str]:
+        return [str(one) for (one,) in self.added[1:]]  # the first one has been started
+
+    def abort(self, names: list[str]) -> None:
+        self.aborted += names
+
+    def step(self) -> tuple[list[SimpleNamespace], bool]:
+        outputs, self.outputs = self.outputs, []
+        return outputs, True
+
+    def take_written(self) -> SimpleNamespace:
+        return SimpleNamespace(done={"1"}, failed={})
+
+    def holds(self, request_id: str) -> bool:
+        return True
+
+    def pack(self, output: SimpleNamespace) -> list[bytes]:
+        return [b"packed"]
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[m.Message]:
+    """What a stage has sent, in order."""
+    monkeypatch.setitem(sys.modules, "workers.engine", SimpleNamespace(Engine=StandIn))
+    return []
+
+
+def make(kind: type, said: list[m.Message]) -> tuple:
+    """A stage that has been started, and its engine."""
+    stage = kind(Config(), "w", lambda message, frames: said.append(message))
+    stage.start()
+    return stage, stage.engine
+
+
+def job(number: int) -> m.EncodeJob:
+    slot = m.Slot(pool_id="p", offset=0, nbytes=1, generation=number, num_tokens=1, width=1, dtype="float32")
+    return m.EncodeJob(job_id=number, patch_hash="h", modality="image", num_tokens=1, num_frames=0, slot=slot)
+
+
+def test_a_draining_encode_worker_hands_back_what_it_has_not_started(said: list[m.Message]) -> None:
+    stage, engine = make(EncodeStage, said)
+    stage.handle(m.Encode(jobs=[job(1), job(2), job(3)]), [])
+    stage.drain()
+    assert engine.aborted == ["2", "3"]
+    assert [(one.job_id, one.dropped) for one in said] == [(2, True), (3, True)]
+    stage.handle(m.Encode(jobs=[job(4)]), [])  # it was on its way
+    assert (said[-1].job_id, said[-1].dropped) == (4, True)
+    stage.step()
+    assert [one.job_id for one in said[-1].jobs] == [1]
+
+
+def test_the_first_job_may_come_twice_and_is_encoded_once(said: list[m.Message]) -> None:
+    stage, engine = make(EncodeStage, said)
+    for _ in range(2):
+        stage.handle(m.Encode(jobs=[job(1)]), [])
+    assert engine.added == [(1,)]
+
+
+def test_prompt_log_probabilities_of_a_leg_that_goes_on_are_those_of_the_prompt_alone(said: list[m.Message]) -> None:
+    stage, engine = make(PrefillStage, said)
+    stage.handle(m.Prefill(request_id="r~1", output_token_ids=[7, 8]), [b"engine"])
+    assert engine.added == [("r~1", [b"engine"], [7, 8])]
+    output = SimpleNamespace(
+        request_id="r~1", finished=True, finish_reason="length", prefill_stats=None,
+        new_prompt_logprobs_tensors=Tensors([1, 2, 3, 7, 8], [0.1, 0.2, 0.3, 0.7, 0.8], [1, 1, 1, 2, 2]),
+    )  # fmt: skip
+    engine.outputs = [output]
+    stage.step()
+    assert output.new_prompt_logprobs_tensors == Tensors([1, 2, 3], [0.1, 0.2, 0.3], [1, 1, 1])
+    assert [type(one) for one in said] == [m.Prefilled]
+
+
+def test_a_decode_worker_says_where_its_tokens_belong(said: list[m.Message]) -> None:
+    stage, engine = make(DecodeStage, said)
+    peer = m.KvPeer(engine_id="e", host="h", port=1)
+    decode = m.Decode(request_id="r~1", prefill=peer, output_token_ids=[7, 8])
+    for _ in range(2):  # the second one is ignored
+        stage.handle(decode, [b"engine"])
+    assert engine.added == [("r~1", [b"engine"], peer, [7, 8])]
+    for ids, finished in (([1, 2], False), ([3], True)):
+        reason = "stop" if finished else None
+        engine.outputs = [SimpleNamespace(request_id="r~1", new_token_ids=ids, finished=finished, finish_reason=reason)]
+        stage.step()
+    assert [(type(one), one.num_before, one.token_ids) for one in said] == [
+        (m.Tokens, 2, [1, 2]),
+        (m.Finished, 4, [3]),
+    ]
