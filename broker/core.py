@@ -75,6 +75,7 @@ class Core:
             elif request.state is State.QUEUED and now - request.queued_at > self.board.config.max_queue_s:
                 self._endings.fail(request, ErrorCode.OVERLOADED, "no worker became free in time", now)
         self.board.patches.lift_quarantine("", now)
+        self._endings.remind(now)
         self._uploads.expire(now)
         self._flow.start_queued(now)
         self._flow.dispatch(now)

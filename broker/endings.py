@@ -13,6 +13,7 @@ from epd import messages as m
 from epd.errors import HTTP_STATUS, ErrorCode
 
 RETRY_AFTER_S = 2.0
+REMIND_EVERY_S = 10.0
 
 
 class Endings:
@@ -20,6 +21,7 @@ class Endings:
 
     def __init__(self, board: Board) -> None:
         self._board = board
+        self._reminded_at = 0.0
 
     def patch_lost(self, lost: Lost, code: ErrorCode, now: float) -> None:
         """Fails every request that waits for a patch that will not come."""
@@ -81,6 +83,15 @@ class Endings:
         if not waiting:
             del self._board.releasing[leg_id]
             self.drop_unwanted(self._board.patches.release(leg_id))
+
+    def remind(self, now: float) -> None:
+        """Says ABORT again to who has not answered it for long; who has nothing of the leg answers all the same."""
+        if now - self._reminded_at < REMIND_EVERY_S:
+            return
+        self._reminded_at = now
+        for leg_id, peers in self._board.releasing.items():
+            for peer_id in sorted(peers):
+                self._board.send(peer_id, m.Abort(request_id=leg_id))
 
     def drop_unwanted(self, jobs: list[Job]) -> None:
         """Asks encode workers to drop what nobody waits for."""

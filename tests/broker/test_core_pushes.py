@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from broker.endings import REMIND_EVERY_S
 from epd import messages as m
 from tests.broker.world import World
 
@@ -49,3 +50,15 @@ def test_a_request_whose_kv_is_refused_is_tried_again(world: World) -> None:
     world.wait(0.5)
     [again] = world.take(m.Prefill)
     assert again.request_id != "r"
+
+
+def test_a_worker_that_does_not_answer_an_abort_is_asked_again(world: World) -> None:
+    world.say(world.endpoint, m.Cancel(request_id="r"))
+    [one] = [send.peer_id for send in world.take_sends(m.Abort) if send.peer_id != world.decode]
+    world.say(one, m.Released(request_id="r"))
+    world.wait(REMIND_EVERY_S + 1.0)
+    assert {send.peer_id for send in world.take_sends(m.Abort)} == {world.decode}
+    world.say(world.decode, m.Released(request_id="r"))
+    world.wait(REMIND_EVERY_S + 1.0)
+    assert world.take_sends(m.Abort) == []
+    world.assert_idle()
