@@ -170,7 +170,8 @@ EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_t
 Each prefill and decode worker of a host needs a side channel port of its own; `epd up` chooses them.
 
 Further variables of vLLM work as always. `epd` sets `VLLM_ENABLE_V1_MULTIPROCESSING=0`, `VLLM_NO_USAGE_STATS=1`,
-`VLLM_LOGGING_LEVEL`, `TOKENIZERS_PARALLELISM`, for a model in a folder `HF_HUB_OFFLINE=1`, and without a GPU
+`VLLM_LOGGING_LEVEL`, `TOKENIZERS_PARALLELISM`, `VLLM_SSM_CONV_STATE_LAYOUT=DS`, for a model in a folder
+`HF_HUB_OFFLINE=1`, and without a GPU
 `OMP_NUM_THREADS=1` and `VLLM_CPU_OMP_THREADS_BIND=nobind`, unless they are set already.
 """
 

@@ -74,6 +74,8 @@ def set_engine_environment(model: str, log_level: str = "info") -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "DEBUG" if log_level.lower() == "debug" else "WARNING",
         "TOKENIZERS_PARALLELISM": "false",
+        # NIXL pushes the recurrent state of hybrid models (MiniCPM-V 4.6) only from this layout.
+        "VLLM_SSM_CONV_STATE_LAYOUT": "DS",
     }
     if Path(model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"

@@ -85,6 +85,9 @@ FAMILIES: dict[str, Family] = {
     "minicpmv": Family(
         "MiniCPM-V 4.6", "MiniCPMV4_6ForConditionalGeneration", tiles.minicpmv,
         {"image": "slice", "video": "frame"}, {"image": 4, "video": 1},
+        notes=dict.fromkeys(
+            ("image", "video"), "its text model has a recurrent state, which must travel to decode beside the KV"
+        ),
     ),
     "qwen2_vl": Family(
         "Qwen2-VL", "Qwen2VLForConditionalGeneration", qwen.qwen2_vl, _GRIDS, _GRID_LIMITS,

@@ -28,7 +28,6 @@ QUESTIONS: dict[str, list[Question]] = {
     "internvl": [*pictures(7, (1, 3)), ask("a film", 5, film(10, 5))],
     "gemma3": pictures(3, (1, 3)),
     "llava": pictures(1, (1, 1)),
-    "minicpmv": [*pictures(5, (1, 7)), ask("a film", 5, film(11, 5))],
     "llava_onevision": [*pictures(1, (1, 1)), ask("a film", 1, film(12, 5))],
     "mistral3": pictures(1, (1, 1)),
     "qwen2_audio": [ask("a sound", 1, sound(1, 7)), ask("two sounds", 2, sound(2, 3), sound(3, 40))],
