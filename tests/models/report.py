@@ -64,7 +64,7 @@ what an encode worker proves is cut, the rest stays whole.
 | Voxtral, Pixtral (Mistral's format) | VoxtralForConditionalGeneration, PixtralForConditionalGeneration | a Mistral \
 tokenizer | nothing |
 """
-_COLUMNS = (
+COLUMNS = (
     "family",
     "architecture in vLLM",
     "modality",
@@ -86,7 +86,7 @@ def write() -> None:
             told = {} if missing(family) else examined(family, Path(base), name)
             rows += lines(name, family, told)
             print(*rows[-len(family.units) :], sep="\n", flush=True)
-    head = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     PAGE.write_text(_HEAD + "\n".join([*head, *rows]) + "\n" + _TAIL)
 
 

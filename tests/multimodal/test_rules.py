@@ -116,3 +116,29 @@ def test_people_see_whole_items_too():
     workers = [worker({"image": "tile", "video": "frame"}), worker({"image": "tile", "video": "item"})]
     assert described(workers) == {"units": {"image": "tile", "video": "item"}, "tokens_per_patch": {"image": 4}}
     assert described([]) == {"units": {}, "tokens_per_patch": {}}
+
+
+def test_the_fields_of_families_that_are_not_tried_here_tell_pieces_too():
+    """As vLLM 0.32 declares them (internvl, ultravox and minicpmv in `vllm.model_executor.models`)."""
+    from epd.multimodal.rules import Way
+    from epd.multimodal.rules.slices import navit_slices
+    from tests.multimodal.items import BATCHED, FLAT, SHARED, item, place
+
+    three, pixels = torch.tensor(3), torch.randn(3, 3, 2, 2)
+    video = item(
+        pixel_values_flat_video=(pixels, FLAT), video_num_patches=(three, BATCHED), video_token_id=(three, SHARED)
+    )
+    assert tokens(leading().cut(video, place(4, 4, 4), 4)) == [4, 4, 4]
+    sound = item(
+        audio_features=(torch.randn(3, 8, 20), FLAT),
+        audio_token_len=(torch.tensor([6, 6, 2]), FLAT),
+        audio_lens=(torch.tensor([20, 20, 7]), FLAT),
+        audio_num_chunks=(three, BATCHED),
+    )
+    chunks = leading(has_shorter_last=True).cut(sound, place(14), 6)
+    assert tokens(chunks) == [6, 6, 2] == [int(chunk.item["audio_token_len"].data) for chunk in chunks]
+    slices = [torch.randn(3, 4, 4 * count) for count in (6, 4)]
+    picture = item(pixel_values=(slices, BATCHED), tgt_sizes=(torch.tensor([[2, 3], [2, 2]]), BATCHED))
+    first, second = Way("slice", navit_slices).cut(picture, place(64, 64), 64)
+    assert [one.shape for one in second.item["pixel_values"].data] == [(3, 4, 16)]
+    assert tokens([first, second]) == [64, 64]
