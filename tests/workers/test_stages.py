@@ -72,6 +72,8 @@ class StandIn:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[m.Message]:
     """What a stage has sent, in order."""
     monkeypatch.setitem(sys.modules, "workers.engine", SimpleNamespace(Engine=StandIn))
+    nothing_proved = SimpleNamespace(prove_units=lambda engine: [], with_units=lambda info, proofs: info)
+    monkeypatch.setitem(sys.modules, "workers.proving", nothing_proved)
     return []
 
 
