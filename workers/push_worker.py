@@ -37,11 +37,11 @@ logger = init_logger(__name__)
 
 _REFUSED = b"EPD_REFUSED:"
 # What a prefill worker says of a request: that it has been written, or that it will not be; and its world size.
-_TOLD = re.compile(rb"(?P<refused>EPD_REFUSED:)?(?!HB:)(?P<id>.+):(?P<size>[0-9]{1,6})", re.DOTALL)
+_TOLD = re.compile(r"(?P<refused>EPD_REFUSED:)?(?!HB:)(?P<id>.+):(?P<size>[0-9]{1,6})", re.DOTALL)
 _ASK_EVERY_S = 1.0
 _PROBE_S = 1.0
 _IDLE_LOOK_S = 0.25
-_MAX_GIVEN_UP = 8192
+_MAX_REMEMBERED = 8192
 
 
 class _Order(enum.Enum):
@@ -50,6 +50,7 @@ class _Order(enum.Enum):
     GIVE_UP = enum.auto()
     REFUSE = enum.auto()
     DONE = enum.auto()
+    FAILED = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +90,12 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         # Decode, writer thread: registrations that have been sent, and those that never will be.
         self._registered: dict[str, None] = {}
         self._void: dict[str, None] = {}
-        # Prefill, writer thread: requests not to be pushed, and registrations that writes were started for.
-        self._given_up: OrderedDict[str, None] = OrderedDict()
+        # Prefill, writer thread: requests not to be pushed, and whether that was said; those that were; registrations
+        # that writes were started for, and the one that is just being taken up.
+        self._given_up: OrderedDict[str, bool] = OrderedDict()
+        self._pushed: OrderedDict[str, bool] = OrderedDict()
         self._writing_for: dict[str, dict[str, Any]] = {}
+        self._starting: dict[str, Any] = {}
         # Prefill, engine thread: pushes that have failed in part, and requests that the writer thread has let go of.
         self._failed_pushes: set[str] = set()
         self._unwanted: set[str] = set()
@@ -176,15 +180,14 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
                 notification = self._pending_completion_notifs.get_nowait()
             except queue.Empty:
                 break
-            if (told := _TOLD.fullmatch(notification)) is None:
-                if notification.startswith(b"HB:"):
-                    others.append(notification)
-                else:
-                    logger.warning("a notification that is none: %d bytes", len(notification))
-            elif told["refused"]:
-                self._take_refusal(told["id"].decode(), int(told["size"]))
-            else:
+            text = notification.decode("utf-8", "replace")
+            told = _TOLD.fullmatch(text)
+            if told and told["refused"]:
+                self._take_refusal(told["id"], int(told["size"]))
+            elif "\ufffd" not in text and (told or text.startswith("HB:")):
                 others.append(notification)
+            else:
+                logger.warning("a notification that is none: %d bytes", len(notification))
         for notification in others:
             self._pending_completion_notifs.put(notification)
         done: set[str] = super()._get_new_notifs()
@@ -207,7 +210,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         if transfers is self._sending_transfers:
             self._failed_pushes |= failed
             for request_id in done:
-                self._order(request_id, _Order.GIVE_UP if request_id in self._failed_pushes else _Order.DONE, {})
+                self._order(request_id, _Order.FAILED if request_id in self._failed_pushes else _Order.DONE, {})
             self._failed_pushes -= done
         return done, failed
 
@@ -244,8 +247,8 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         self._registered[req_id] = None
         super()._do_send_reg_notif(req_id, reg_data)
 
-    def _notify(self, engine_id: str, notification: bytes) -> None:
-        """Sends to all ranks of an engine; whoever asks, asks again."""
+    def _notify(self, engine_id: str, notification: bytes) -> bool:
+        """Sends to all ranks of an engine; whether NIXL has taken it. Who asks, asks again."""
         with self._handshake_lock:
             agents = list((self._remote_agents.get(engine_id) or {}).values())
         for agent in agents:
@@ -253,6 +256,8 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
                 self.nixl_wrapper.send_notif(agent, notif_msg=notification)
             except Exception as error:  # NIXL's own, which differ by transport
                 logger.debug("not sent to %s: %r", engine_id, error)
+                return False
+        return bool(agents)
 
     # ---- writer thread, prefill ------------------------------------------------------------------------------------
 
@@ -284,33 +289,42 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         """Starts a write, or does what the engine thread has asked for instead."""
         if local_block_ids is _Order.DONE:
             self._writing_for.pop(request_id, None)
-        elif local_block_ids is _Order.GIVE_UP:
+            _remember(self._pushed, request_id, True)
+        elif local_block_ids is _Order.FAILED:
             self._give_up(request_id, self._writing_for.pop(request_id, None))
+        elif local_block_ids is _Order.GIVE_UP:
+            self._give_up(request_id, None)
         elif local_block_ids is _Order.REFUSE or request_id in self._given_up:
             self._refuse(request_id, registration_data)
         else:
-            self._writing_for[request_id] = registration_data
-            try:
-                super()._do_start_push_kv(request_id, local_block_ids, registration_data)
-            except Exception:
-                self._give_up(request_id, registration_data)
-                raise
-            with self._sending_transfers_lock:
-                failed = request_id in self._send_failures and request_id not in self._sending_transfers
-                if failed:
-                    self._send_failures.discard(request_id)
+            self._start_write(request_id, local_block_ids, registration_data)
+
+    def _start_write(self, request_id: str, block_ids: BlockIds, registration: dict[str, Any]) -> None:
+        self._starting = registration
+        try:
+            super()._do_start_push_kv(request_id, block_ids, registration)
+        except Exception:
+            self._give_up(request_id, self._writing_for.pop(request_id, registration))
+            raise
+        with self._sending_transfers_lock:
+            failed = request_id in self._send_failures and request_id not in self._sending_transfers
             if failed:
-                self._give_up(request_id, registration_data)
+                self._send_failures.discard(request_id)
+        if failed:
+            self._give_up(request_id, self._writing_for.pop(request_id, registration))
+
+    def _xfer_blocks_for_req(self, req_id: str, meta: Any) -> None:
+        """Really starts a write: its decode worker has been shaken hands with."""
+        self._writing_for[req_id] = self._starting
+        super()._xfer_blocks_for_req(req_id, meta)
 
     def _give_up(self, request_id: str, registration: dict[str, Any] | None) -> None:
-        """From now on this request is not pushed; if a write is under way, that one ends by itself and tells."""
-        self._given_up[request_id] = None
-        if len(self._given_up) > _MAX_GIVEN_UP:
-            self._given_up.popitem(last=False)
-        with self._sending_transfers_lock:
-            if request_id in self._sending_transfers:
-                return
-        self._writing_for.pop(request_id, None)
+        """From now on this request is not pushed; a write that has been started ends by itself and tells."""
+        if request_id in self._pushed:
+            return
+        _remember(self._given_up, request_id, self._given_up.get(request_id, False))
+        if request_id in self._writing_for:
+            return
         waiting = self._pending_d_registrations.pop(request_id, None)
         self._push_finished_blocks.pop(request_id, None)
         self._let_go.put(request_id)
@@ -329,7 +343,16 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
 
             handshake.add_done_callback(again)
             return
-        self._notify(engine_id, _REFUSED + f"{request_id}:{self.world_size}".encode())
+        # Once: where several prefill ranks write to one decode rank, that one counts the answers.
+        if not self._given_up.get(request_id):
+            sent = self._notify(engine_id, _REFUSED + f"{request_id}:{self.world_size}".encode())
+            _remember(self._given_up, request_id, sent)
+
+
+def _remember(table: OrderedDict[str, bool], request_id: str, value: bool) -> None:
+    table[request_id] = value
+    if len(table) > _MAX_REMEMBERED:
+        table.popitem(last=False)
 
 
 def may_exist(peer: Peer, timeout_s: float = _PROBE_S) -> bool:
