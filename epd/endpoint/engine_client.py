@@ -63,6 +63,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
     engine_ranks_managed = (0,)
 
     def __init__(self, config: Config, vllm_config: VllmConfig, name: str) -> None:
+        self._vllm_config = vllm_config
         self.splitter = Splitter(vllm_config, _split_bytes(vllm_config))
         self.beliefs = Beliefs()
         self.uploads = Uploads(config.endpoint, self.beliefs, self._send)

@@ -94,7 +94,7 @@ class Bench:
             sampling_params=SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1), pooling_params=None,
             arrival_time=time.time(), lora_request=None, cache_salt=None, data_parallel_rank=None,
         )  # fmt: skip
-        self.engine.add_prefill([bytes(frame) for frame in MsgpackEncoder().encode(made)])
+        self.engine.add_prefill(request_id, [bytes(frame) for frame in MsgpackEncoder().encode(made)])
 
     def whole(self, request_id: str, data: Any) -> None:
         """Queues a request with the video as one item."""
