@@ -15,8 +15,8 @@ from tests.pipeline.test_disaggregation import of, story
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
-NUM_REQUESTS, MAX_TOKENS = 4, 100
-KV_BYTES = 10 << 16  # nine blocks of 128 tokens and one for vLLM; the answers grow to three each
+NUM_REQUESTS, MAX_TOKENS = 4, 300
+KV_BYTES = 10 << 16  # nine blocks of 128 tokens and one for vLLM; the answers grow to five each
 
 
 @pytest.fixture(scope="module")
