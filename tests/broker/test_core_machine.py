@@ -79,6 +79,25 @@ class CoreMachine(UnluckyPeers):
         assert len(self.world.core.board.requests) == before
         self.deliver()
 
+    @precondition(lambda self: "ep" in self.live)
+    @rule(
+        hashes=st.lists(st.sampled_from(HASHES), min_size=1, max_size=2, unique=True),
+        pixels=st.sampled_from([True, True, False]),
+        ttl_s=st.sampled_from([2.0, 8.0]),
+    )
+    def upload(self, hashes: list[str], pixels: bool, ttl_s: float) -> None:
+        upload_id = f"u{len(self.uploaded)}"
+        self.uploaded[upload_id] = False
+        patches = [m.Patch(patch_hash=h, modality="image", num_tokens=4, num_frames=int(pixels)) for h in hashes]
+        frames = [h.encode() for h in hashes if pixels]
+        self.say(self.live["ep"], m.Upload(upload_id=upload_id, patches=patches, ttl_s=ttl_s), frames)
+
+    @precondition(lambda self: "ep" in self.live and self.uploaded)
+    @rule(data=st.data())
+    def drop_upload(self, data: st.DataObject) -> None:
+        upload_id = data.draw(st.sampled_from(sorted(self.uploaded)))
+        self.say(self.live["ep"], m.DropUpload(upload_id=upload_id))
+
     @rule()
     def endpoint_returns(self) -> None:
         """It registers anew, and submits again what its clients still wait for and what can go on."""
@@ -196,7 +215,7 @@ class CoreMachine(UnluckyPeers):
         requests = list(board.requests.values())
         assert board.legs == {one.leg_id: one for one in requests}
         assert {one for one in board.queue} == {one.request_id for one in requests if one.state is State.QUEUED}
-        assert board.frames_bytes == sum(one.frames_bytes for one in requests)
+        assert board.frames_bytes == sum(one.frames_bytes for one in [*requests, *board.uploads.values()])
         assert set(board.requests) == {one.submit.request_id for one in self.open()}, "each open request is in flight"
         for peer in board.registry.of(Role.DECODE):
             mine = [one for one in requests if one.decode == peer.peer_id]
@@ -217,7 +236,11 @@ class CoreMachine(UnluckyPeers):
     def pins_match_their_holders(self) -> None:
         board, index = self.world.core.board, self.world.core.board.patches.index
         holders = {holder for patch_hash in HASHES for holder in index.holders(patch_hash)}
-        assert holders <= board.legs.keys() | board.releasing.keys()
+        uploads = {f"upload:{upload_id}": one for upload_id, one in board.uploads.items()}
+        assert holders <= board.legs.keys() | board.releasing.keys() | uploads.keys()
+        for holder, one in uploads.items():
+            assert index.holds(holder) == (not one.frames), "it waits with its pixels, or is pinned without them"
+            assert one.endpoint == self.live["ep"]
         for one in board.requests.values():
             if one.state is State.PREFILLING and not one.prefilled:
                 for patch_hash in one.patches:

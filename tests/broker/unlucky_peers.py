@@ -69,6 +69,7 @@ class UnluckyPeers(RuleBasedStateMachine):
         self.asked: dict[str, Asked] = {}
         self.draining: set[str] = set()
         self.said: list[tuple[str, m.Message, list[bytes]]] = []
+        self.uploaded: dict[str, bool] = {}  # by id: whether the endpoint was told that it can be read
         self.num_asked = self.num_pools = 0
         for name in ROLE_OF:
             self.come(name)
@@ -105,6 +106,9 @@ class UnluckyPeers(RuleBasedStateMachine):
                     self.legs[peer_id].setdefault(message.request_id, Leg(message.request_id)).aborted = True
                 case m.Tokens() | m.Finished() | m.Failed():
                     self.take_answer(message, frames)
+                case m.Uploaded(upload_id=upload_id, code=code):
+                    assert code or not self.uploaded[upload_id], "it is said once"
+                    self.uploaded[upload_id] |= not code
 
     def take_leg(self, peer_id: str, message: m.Prefill | m.Decode, frames: list[bytes]) -> None:
         legs = self.legs.setdefault(peer_id, {})
