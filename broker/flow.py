@@ -86,7 +86,7 @@ class Flow:
         if is_full or len(self._board.requests) >= config.max_in_flight:
             return ErrorCode.OVERLOADED, f"{len(self._board.requests)} requests are in flight"
         if self._board.frames_bytes + request.frames_bytes > config.max_frames_bytes:
-            return ErrorCode.OVERLOADED, f"{self._board.frames_bytes} bytes of pictures are in flight"
+            return ErrorCode.OVERLOADED, f"{self._board.frames_bytes} bytes of media are in flight"
         prefills, decodes = self._board.registry.of(Role.PREFILL), self._board.registry.of(Role.DECODE)
         if reason := placement.too_large(request.num_tokens, prefills, decodes):
             return ErrorCode.TOO_LARGE, reason

@@ -41,7 +41,7 @@ class Uploads:
         elif gone := self._liveness.gone(_NEEDED, now):
             self._refuse(one, ErrorCode.NOT_READY, f"{named(gone, 'no')} is registered")
         elif board.frames_bytes + one.frames_bytes > board.config.max_frames_bytes:
-            self._refuse(one, ErrorCode.OVERLOADED, f"{board.frames_bytes} bytes of pictures are in flight")
+            self._refuse(one, ErrorCode.OVERLOADED, f"{board.frames_bytes} bytes of media are in flight")
         else:
             board.uploads[one.upload_id] = self._waiting[one.upload_id] = one
             board.frames_bytes += one.frames_bytes
