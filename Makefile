@@ -32,9 +32,10 @@ format: setup ## let ruff format and fix what it can
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-docs: setup ## regenerate the generated pages of docs/
+docs: setup ## regenerate the generated pages of docs/ (models.md: python -m tests.models report)
 	$(PY) -m epd.docs
 	$(PY) -m epd.planning.page
+	$(PY) -m tests.faults
 
 bench: setup ## run the benchmarks
 	$(PY) -m benchmarks $(ARGS)

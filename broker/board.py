@@ -12,7 +12,7 @@ from broker.registry import Registry
 from broker.request import Request
 from epd import messages as m
 from epd.config import BrokerConfig
-from epd.messages import Message, Role
+from epd.messages import Message, Patch, Role
 
 
 class Send(NamedTuple):
@@ -25,14 +25,24 @@ class Send(NamedTuple):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Upload:
-    """A picture that is kept in the cache for its endpoint until `expires_at`; `missing` are not encoded yet."""
+    """A picture that is kept in the cache for its endpoint until `expires_at`; `missing` are not encoded yet.
+
+    Until it is pinned it has its `frames` (pixels by patch), and `nbytes` and `num_pins` are 0.
+    """
 
     upload_id: str
     endpoint: str
     expires_at: float
-    nbytes: int
-    num_pins: int
-    missing: set[str]
+    patches: dict[str, Patch]
+    frames: dict[str, list[bytes]]
+    nbytes: int = 0
+    num_pins: int = 0
+    missing: set[str] = dataclasses.field(default_factory=set)
+
+    @property
+    def frames_bytes(self) -> int:
+        """The size of the pixels that it has."""
+        return sum(len(frame) for frames in self.frames.values() for frame in frames)
 
 
 class Board:
@@ -40,8 +50,8 @@ class Board:
 
     `requests` has them by their ids, `legs` by the ids of their present legs. `queue` holds the ids of requests that
     wait for a place; `releasing` the ended legs whose slots a peer may still be reading, with those peers;
-    `frames_bytes` counts the opaque frames held for requests. `encode_info` is what the last encode worker that came
-    said of itself, `process_held` what the daemon's process holds, as it last said.
+    `frames_bytes` counts the opaque frames held for requests and waiting uploads. `encode_info` is what the last
+    encode worker that came said of itself, `process_held` what the daemon's process holds, as it last said.
     """
 
     def __init__(self, config: BrokerConfig, first_generation: int) -> None:

@@ -12,7 +12,7 @@ from broker.board import Board, Send
 from broker.endings import Endings
 from broker.fill import fills
 from broker.flow import Flow
-from broker.liveness import Liveness, needed
+from broker.liveness import Liveness, named, needed
 from broker.patches import Lost
 from broker.registry import Peer
 from broker.request import Event, Request, State
@@ -36,9 +36,9 @@ class Core:
     def __init__(self, config: BrokerConfig, first_generation: int = 1) -> None:
         self.board = Board(config, first_generation)
         self._endings = Endings(self.board)
-        self._uploads = Uploads(self.board, self._endings)
-        self._retries = Retries(self.board, self._endings)
         self._liveness = Liveness(self.board)
+        self._uploads = Uploads(self.board, self._endings, self._liveness)
+        self._retries = Retries(self.board, self._endings)
         self._flow = Flow(self.board, self._endings, self._uploads, self._retries, self._liveness)
         self._started = False
 
@@ -57,6 +57,7 @@ class Core:
             self.board.count("num_fenced")
         else:
             self._from_peer(peer, message, frames, now)
+        self._uploads.start()
         self._flow.start_queued(now)
         self._flow.dispatch(now)
         return self.board.take()
@@ -77,6 +78,7 @@ class Core:
         self.board.patches.lift_quarantine("", now)
         self._endings.remind(now)
         self._uploads.expire(now)
+        self._uploads.start()
         self._flow.start_queued(now)
         self._flow.dispatch(now)
         return self.board.take()
@@ -166,7 +168,7 @@ class Core:
             elif request.missing and nobody_encodes:
                 gone = [encode]
             if gone:
-                text = f"the last {' and the last '.join(gone)} worker was lost, and none came in time"
+                text = f"{named(gone, 'the last')} was lost, and none came in time"
                 self._endings.fail(request, ErrorCode.WORKER_LOST, text, now)
 
     # ---- messages of registered peers ------------------------------------------------------------------------------

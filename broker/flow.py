@@ -11,7 +11,7 @@ from broker import placement
 from broker.board import Board
 from broker.encoding import Job
 from broker.endings import Endings, failed
-from broker.liveness import Liveness, needed
+from broker.liveness import Liveness, named, needed
 from broker.patches import Lost, PixelsNeededError
 from broker.registry import Peer
 from broker.request import Event, Request, State
@@ -81,12 +81,12 @@ class Flow:
         if submit.request_id in self._board.requests:
             return ErrorCode.DUPLICATE, "a request with this id is in flight"
         if gone := self._liveness.gone(needed(bool(submit.patches)), now):
-            return ErrorCode.NOT_READY, f"no {' and no '.join(gone)} worker is registered"
+            return ErrorCode.NOT_READY, f"{named(gone, 'no')} is registered"
         is_full = self._is_queue_full(submit) and self._gives_way(submit.tenant) is None
         if is_full or len(self._board.requests) >= config.max_in_flight:
             return ErrorCode.OVERLOADED, f"{len(self._board.requests)} requests are in flight"
         if self._board.frames_bytes + request.frames_bytes > config.max_frames_bytes:
-            return ErrorCode.OVERLOADED, f"{self._board.frames_bytes} bytes of pictures are in flight"
+            return ErrorCode.OVERLOADED, f"{self._board.frames_bytes} bytes of media are in flight"
         prefills, decodes = self._board.registry.of(Role.PREFILL), self._board.registry.of(Role.DECODE)
         if reason := placement.too_large(request.num_tokens, prefills, decodes):
             return ErrorCode.TOO_LARGE, reason

@@ -53,6 +53,11 @@ class Liveness:
             peer.num_steps, peer.stepped_at = num_steps, now
 
 
+def named(names: list[str], article: str) -> str:
+    """What people call those of `names`, as in "no encode worker and no cache"."""
+    return " and ".join(f"{article} {name}" if name == POOL else f"{article} {name} worker" for name in names)
+
+
 def needed(has_patches: bool) -> list[str]:
     """What a request cannot start without."""
     stages = [str(Role.PREFILL), str(Role.DECODE)]

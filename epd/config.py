@@ -30,7 +30,7 @@ class BrokerConfig(_Section):
     for a place, beyond that the answer is 503.
 
     A request that loses a worker is tried `max_attempts` times in all. While a stage (or the cache) has been absent for
-    less than `absence_grace_s`, requests wait for it in the queue; 0 refuses them at once. A worker that holds
+    less than `absence_grace_s`, requests and uploads wait for it; 0 refuses them at once. A worker that holds
     something and whose engine makes no step for `hung_after_s` is taken for lost, and ends itself.
     """
 

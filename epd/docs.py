@@ -34,7 +34,7 @@ of their own. The words MUST, MUST NOT, SHOULD and MAY are those of RFC 2119.
 
 ## Goals
 - One broker joins any number of endpoints, cache daemons and workers; all decisions are made in one place.
-- The broker reads headers only. Pictures, engine requests and engine outputs are opaque frames that it forwards.
+- The broker reads headers only. Media, engine requests and engine outputs are opaque frames that it forwards.
 - Every accepted request ends with exactly one FINISHED or FAILED; if its endpoint cancelled it or is gone, with none.
 - A peer that has restarted is never taken for its earlier self, and a message that comes too late changes nothing.
 - A malformed message costs its sender only. Everything is bounded; nothing is pickled.
@@ -133,6 +133,8 @@ sequenceDiagram
 - A worker MUST answer ABORT with RELEASED, or with the PREFILLED, FINISHED or FAILED that was already on its way. Until
   then the broker keeps the request's slots pinned.
 - A worker MUST answer each job of an ENCODE once, in an ENCODED or by ENCODE_FAILED, also after DROP_ENCODE.
+- UPLOAD is answered by UPLOADED when all its patches can be read, or with a code. The broker holds it while encode
+  workers or pools are away, as it holds requests.
 - CANCEL has no answer. TOKENS of that request MAY still arrive and MUST be ignored.
 """
 
@@ -154,15 +156,18 @@ Single values can be given on the command line, and win over the file: `--set SE
 `[decode.engine]` those of one stage; the stage's own win. The names are those of `vllm serve --help` with underscores.
 `[endpoint.serve]` takes further options of `vllm serve` for the HTTP server (tool parsers, TLS, CORS and the like).
 
-EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_transfer_config`, `mm_encoder_only`,
-`mm_processor_cache_gb` of the workers, and for the endpoint `mm_processor_cache_type`, `model`, `host`, `port`, `uds`,
-`headless`, `grpc`, `api_server_count` and `data_parallel_size`.
+EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_transfer_config`, `mm_encoder_only` and
+`mm_processor_cache_gb` of the workers, `enable_prefix_caching` and `enable_lora` of encode workers,
+`limit_mm_per_prompt` of prefill and decode workers, and for the endpoint `mm_processor_cache_type`, `model`, `host`,
+`port`, `uds`, `headless`, `grpc`, `api_server_count` and `data_parallel_size`. On CPUs a worker's KV cache has 256 MiB
+unless `kv_cache_memory_bytes` says otherwise.
 
 ## Environment variables
 | variable | read by | meaning |
 |---|---|---|
-| `EPD_API_KEY` | `epd ask` | the key it sends |
+| `EPD_API_KEY` | `epd ask`, `epd cache ls` | the key they send |
 | `LISTEN_PID`, `LISTEN_FDS` | endpoint | a listening socket from systemd, in place of host and port |
+| `NOTIFY_SOCKET` | all daemons | where systemd hears that they are ready |
 | `EPD_PORT_FILE` | endpoint | a file that the port is written to once it listens |
 | `VLLM_NIXL_SIDE_CHANNEL_HOST` | prefill, decode worker | vLLM's: where its NIXL connector listens |
 | `VLLM_NIXL_SIDE_CHANNEL_PORT` | prefill, decode worker | vLLM's: the port for that |
@@ -171,8 +176,9 @@ Each prefill and decode worker of a host needs a side channel port of its own; `
 
 Further variables of vLLM work as always. `epd` sets `VLLM_ENABLE_V1_MULTIPROCESSING=0`, `VLLM_NO_USAGE_STATS=1`,
 `VLLM_LOGGING_LEVEL`, `TOKENIZERS_PARALLELISM`, `VLLM_SSM_CONV_STATE_LAYOUT=DS`, for a model in a folder
-`HF_HUB_OFFLINE=1`, and without a GPU
-`OMP_NUM_THREADS=1` and `VLLM_CPU_OMP_THREADS_BIND=nobind`, unless they are set already.
+`HF_HUB_OFFLINE=1`, without a GPU `OMP_NUM_THREADS=1` and `VLLM_CPU_OMP_THREADS_BIND=nobind`, and in the endpoint
+`VLLM_MAX_IMAGE_PIXELS`, `VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB` and `VLLM_MEDIA_URL_ALLOW_REDIRECTS=0`, unless they are set
+already.
 """
 
 

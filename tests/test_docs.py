@@ -114,3 +114,26 @@ def test_the_picture_of_a_request_s_states_is_the_table():
 def test_pictures_are_well_formed():
     for path in (ROOT / "docs" / "pictures").glob("*.svg"):
         ElementTree.parse(path)
+
+
+def test_architecture_names_every_module_in_one_row():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    table = text.partition("| folder or module | what |")[2].partition("\n\n")[0]
+    named: list[str] = []
+    for row in table.splitlines()[2:]:
+        folder = ""
+        for name in re.findall(r"`([\w./]+)`", row.split("|")[1]):
+            path = name if "/" in name else folder + name
+            folder = path[: path.rindex("/") + 1]
+            assert (ROOT / path).exists(), path
+            named += (
+                [file.as_posix() for file in (ROOT / path).rglob("*.py")] if path.endswith("/") else [str(ROOT / path)]
+            )
+    modules = {
+        path.as_posix()
+        for package in ("epd", "broker", "cache", "workers")
+        for path in (ROOT / package).rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    named = [name for name in named if Path(name).name not in ("__init__.py", "__main__.py")]
+    assert sorted(named) == sorted(modules), set(named) ^ modules

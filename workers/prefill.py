@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 from cache.slot import StaleSlotError
@@ -15,12 +14,6 @@ _PUSH_POLL_S = (0.0005, 0.02)
 _PATCH_POLL_S = 1.0
 
 
-@dataclasses.dataclass(slots=True)
-class _Leg:
-    received_at: float
-    num_kept_outputs: int
-
-
 class PrefillStage(Stage):
     """Runs each request for one token, which is thrown away: the decode worker samples the first one itself."""
 
@@ -29,7 +22,7 @@ class PrefillStage(Stage):
     def start(self) -> None:
         """Builds the engine."""
         super().start()
-        self._legs: dict[str, _Leg] = {}
+        self._legs: dict[str, int] = {}  # how many output tokens of earlier legs follow the prompt
         self._pushing: set[str] = set()
         self._leaks = LeakWatch()
 
@@ -43,7 +36,7 @@ class PrefillStage(Stage):
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
                     return
-                self._legs[message.request_id] = _Leg(time.monotonic(), len(message.output_token_ids))
+                self._legs[message.request_id] = len(message.output_token_ids)
                 self._ready(message.request_id, message.ready)
             case Ready():
                 self._ready(message.request_id, message.ready)
@@ -71,8 +64,8 @@ class PrefillStage(Stage):
         started = time.monotonic()
         outputs, executed = self.engine.step()
         for output in outputs:
-            leg = self._legs.get(output.request_id)
-            if leg is None or not output.finished:
+            num_kept = self._legs.get(output.request_id)
+            if num_kept is None or not output.finished:
                 continue
             del self._legs[output.request_id]
             self.engine.connector.forget(output.request_id)
@@ -85,14 +78,13 @@ class PrefillStage(Stage):
             done = Prefilled(
                 request_id=output.request_id,
                 num_cached_tokens=stats.num_local_cached_tokens if stats else 0,
-                queued_s=started - leg.received_at,
                 took_s=time.monotonic() - started,
             )
             frames: Frames = ()
             if output.new_prompt_logprobs_tensors is not None:
-                if leg.num_kept_outputs:  # their rows come last
+                if num_kept:  # their rows come last
                     output.new_prompt_logprobs_tensors = type(output.new_prompt_logprobs_tensors)(
-                        *(rows[: -leg.num_kept_outputs] for rows in output.new_prompt_logprobs_tensors[:3])
+                        *(rows[:-num_kept] for rows in output.new_prompt_logprobs_tensors[:3])
                     )
                 output.new_token_ids, output.new_logprobs, output.finish_reason = [], None, None
                 output.kv_transfer_params = None

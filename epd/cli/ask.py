@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Ask a running endpoint a question and print the answer as it comes. "
         "An API key is read from EPD_API_KEY.",
     )
-    parser.add_argument("question")
+    parser.add_argument("question", help="what to ask")
     parser.add_argument("--url", default="http://127.0.0.1:8400", help="the endpoint (default: %(default)s)")
     parser.add_argument("--model", help="default: the first one that the endpoint offers")
     parser.add_argument(
@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
             f"--{modality}", action="append", default=[], metavar="FILE", help=f"{what}, in the same way"
         )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
-    parser.add_argument("--temperature", type=float, help="0 always takes the likeliest token")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
     parser.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
     parser.set_defaults(run=run)
 

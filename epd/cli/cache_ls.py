@@ -26,7 +26,7 @@ _LOOKS: dict[str, tuple[str, str, str]] = {
 }
 _STATES = {
     "p": ("pinned", "in use by requests or uploads"),
-    "r": ("ready", "kept for the next request that has the same picture"),
+    "r": ("ready", "kept for the next request that has the same patch"),
     "a": ("allocated", "being encoded"),
     "q": ("quarantined", "a lost encode worker might still write there"),
     ".": ("free", ""),

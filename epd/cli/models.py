@@ -28,7 +28,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     text = "say what a model's pictures, videos and sounds are spread by"
     parser = subparsers.add_parser("models", help=text, description=line)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    check = actions.add_parser("check", help="prove on an encode engine what a model's items can be spread by")
+    check = actions.add_parser(
+        "check",
+        help="prove on an encode engine what a model's items can be spread by",
+        description="Build an encode engine and prove what the model's pictures, videos and sounds can be spread over "
+        "encode workers by: tiles, frames, chunks, or nothing smaller than the item. Ends with 1 where EPD refuses "
+        "the model.",
+    )
     check.add_argument("model", metavar="NAME_OR_DIR", help="a folder, a name on the Hugging Face Hub, or `builtin`")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     check.add_argument(

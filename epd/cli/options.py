@@ -20,8 +20,8 @@ def add_common(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
     group.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated"
     )
-    group.add_argument("--log-level", choices=LEVELS)
-    group.add_argument("--log-format", choices=("console", "json"))
+    group.add_argument("--log-level", choices=LEVELS, help="how much is logged (default: info)")
+    group.add_argument("--log-format", choices=("console", "json"), help="for people (default) or programs")
     if model:
         group.add_argument(
             "--model",
@@ -39,7 +39,7 @@ def add_common(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
 
 def add_daemon(parser: argparse.ArgumentParser) -> None:
     """Adds what only single daemons take: --name and --broker."""
-    parser.add_argument("--name", help="stable name of this daemon (default: its role)")
+    parser.add_argument("--name", help="stable name of this daemon (default: its role or stage)")
     parser.add_argument("--broker", metavar="ADDRESS", help="the broker's ZeroMQ address, e.g. tcp://10.0.0.1:5840")
 
 

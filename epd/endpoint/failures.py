@@ -144,7 +144,7 @@ class _Answer:
     def __init__(self, path: str, send: Send, exchange: Exchange) -> None:
         self.path, self._send, self.exchange = path, send, exchange
         self._held: Message | None = None
-        self._is_stream = self._begun = self._ended = self._replaced = False
+        self._is_stream = self._ended = self._replaced = False
 
     async def send(self, message: Message) -> None:
         if self._replaced:
@@ -176,7 +176,7 @@ class _Answer:
             if failure is not None:
                 await self._replace(failure, self._held)
                 return
-            start, self._held, self._begun = self._held, None, True
+            start, self._held = self._held, None
             await self._send(start)
         elif self._is_stream and self.exchange.failure is not None and body.startswith(_ERROR_EVENTS):
             body = self.exchange.failure.event(self.path)

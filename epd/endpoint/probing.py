@@ -47,14 +47,15 @@ def check_image(content: bytes, config: EndpointConfig) -> None:
     except Exception:  # a decoder may raise anything on hostile bytes
         known = ", ".join(IMAGE_FORMATS)
         raise RefusedError(400, "invalid_image", f"the image is not one of {known}, or is damaged") from None
+    _check_size("image", width, height, config.max_pixels)
+
+
+def _check_size(what: str, width: int, height: int, most: int) -> None:
+    size = f"the {what} has {width} x {height} pixels"
     if width < 1 or height < 1:
-        raise RefusedError(400, "invalid_image", f"the image has {width} x {height} pixels")
-    if width * height > config.max_pixels:
-        raise RefusedError(
-            400,
-            "image_too_large",
-            f"the image has {width} x {height} pixels; at most {config.max_pixels} are accepted",
-        )
+        raise RefusedError(400, f"invalid_{what}", size)
+    if width * height > most:
+        raise RefusedError(400, f"{what}_too_large", f"{size}; at most {most} are accepted")
 
 
 def check_video(content: bytes, config: EndpointConfig) -> None:
@@ -109,14 +110,7 @@ def check_sampled(width: int, height: int, num_frames: int, config: EndpointConf
     Raises:
         RefusedError: nothing, or too much.
     """
-    if width < 1 or height < 1:
-        raise RefusedError(400, "invalid_video", f"the video has {width} x {height} pixels")
-    if width * height > config.max_video_pixels:
-        raise RefusedError(
-            400,
-            "video_too_large",
-            f"the video has {width} x {height} pixels; at most {config.max_video_pixels} are accepted",
-        )
+    _check_size("video", width, height, config.max_video_pixels)
     if num_frames < 1:
         raise RefusedError(400, "invalid_video", "there are no frames in the video")
     if num_frames > config.max_video_frames:

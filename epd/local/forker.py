@@ -158,15 +158,6 @@ class Forker:
                 future.exception()  # asked for, so that nobody waiting is no complaint
 
 
-def is_running(pid: int) -> bool:
-    """Whether there is a process `pid` that is no zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
-
-
 def signal_quietly(pid: int, number: int) -> None:
     """Sends a signal to a process that may be gone."""
     with contextlib.suppress(ProcessLookupError):

@@ -103,7 +103,6 @@ class Prefilled(Struct, frozen=True):
 
     request_id: str
     num_cached_tokens: int = 0
-    queued_s: float = 0.0
     took_s: float = 0.0
 
 

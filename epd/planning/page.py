@@ -126,7 +126,7 @@ def page() -> str:
 def _weights(counted: dict[str, Parameters]) -> str:
     lines = [
         "Weights that a worker has less than a whole model, with the projector on the side of the language model (as"
-        " the paper), and what our workers hold:\n",
+        " the paper),\nand what our workers hold:\n",
         _line("model", "encode", "prefill", "encode worker, GiB", "prefill worker, GiB"),
         _line("---", "--:", "--:", "--:", "--:"),
     ]

@@ -6,7 +6,8 @@ import pytest
 
 from epd import messages as m
 from epd.config import BrokerConfig
-from tests.broker.world import SLOT_BYTES, World
+from epd.messages import Role
+from tests.broker.world import POOL_BYTES, SLOT_BYTES, World, decode_info, encode_info, prefill_info
 
 
 @pytest.fixture
@@ -28,6 +29,18 @@ def submit_without_pixels(world: World, request_id: str, patches: list[str]) -> 
         request_id=request_id, num_prompt_tokens=32, max_tokens=4, num_engine_frames=1, patches=items
     )  # fmt: skip
     world.say(world.endpoint, message, [b"engine"])
+
+
+def started_anew(config: BrokerConfig | None = None) -> World:
+    """A broker that has just started: only an endpoint has registered again."""
+    world = World(config or BrokerConfig())
+    world.endpoint = world.join("ep", Role.ENDPOINT)
+    return world
+
+
+def cache_comes(world: World, pool_bytes: int = POOL_BYTES) -> None:
+    pool = m.Pool(pool_id="pool", kind="shared_memory", name="pool", nbytes=pool_bytes, host="h")
+    world.join("cache", Role.CACHE, pools=[pool])
 
 
 def test_an_upload_is_encoded_by_all_workers_and_announced_once_it_can_be_read(world: World) -> None:
@@ -101,14 +114,95 @@ def test_an_upload_whose_patch_cannot_be_encoded_says_so(world: World) -> None:
     assert world.core.board.counters().held_uploads == 0
 
 
-def test_an_upload_is_refused_without_encode_workers_and_under_an_id_that_is_taken(world: World) -> None:
+def test_an_upload_is_refused_under_an_id_that_is_taken(world: World) -> None:
     upload(world, "u", ["a"])
     upload(world, "u", ["b"])
     assert [one.code for one in world.take(m.Uploaded)] == ["duplicate_request"]
-    empty = World()
-    empty.pipeline(encode=0)
-    upload(empty, "u", ["a"])
-    assert [one.code for one in empty.take(m.Uploaded)] == ["not_ready"]
+
+
+def test_an_upload_that_comes_to_a_new_broker_before_cache_and_workers_waits_for_them() -> None:
+    world = started_anew()
+    upload(world, "u", ["a"])
+    cache_comes(world)
+    world.wait(2.0)
+    assert world.take(m.Uploaded) == world.take_jobs() == []
+    worker = world.join("e0", Role.ENCODE, encode_info())
+    [(peer_id, job, frames)] = world.take_jobs()
+    assert (peer_id, frames) == (worker, [b"pixels of a"])
+    world.say_encoded(worker, job)
+    assert world.take(m.Uploaded) == [m.Uploaded(upload_id="u")]
+    assert world.core.board.frames_bytes == 0, "the pixels are not held twice"
+
+
+def test_an_upload_waits_for_the_last_encode_worker_to_come_back() -> None:
+    world = World()
+    world.pipeline(encode=1)
+    world.say(world.e[0], m.Goodbye())
+    upload(world, "u", ["a"])
+    assert world.take(m.Uploaded) == []
+    world.join("e0", Role.ENCODE, encode_info())
+    world.encode_all()
+    assert world.take(m.Uploaded) == [m.Uploaded(upload_id="u")]
+
+
+def test_a_request_about_an_upload_that_waits_brings_no_pixels_either() -> None:
+    world = started_anew()
+    upload(world, "u", ["a"])
+    submit_without_pixels(world, "r", ["a"])
+    cache_comes(world)
+    world.join("p0", Role.PREFILL, prefill_info("p0"))
+    world.join("d0", Role.DECODE, decode_info())
+    world.join("e0", Role.ENCODE, encode_info())
+    assert [job.patch_hash for _, job in world.encode_all()] == ["a"]
+    assert [one.request_id for one in world.take(m.Ready)] == ["r"]
+    assert world.take(m.Failed) == []
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 5.0])
+def test_an_upload_is_refused_when_what_it_needs_has_been_away_for_too_long(grace_s: float) -> None:
+    world = started_anew(BrokerConfig(absence_grace_s=grace_s))
+    upload(world, "u", ["a"])
+    world.wait(grace_s)
+    [refused] = world.take(m.Uploaded)
+    assert (refused.code, refused.message) == ("not_ready", "no encode worker and no cache is registered")
+    world.assert_idle()
+    cache_comes(world)
+    upload(world, "v", ["a"])
+    [refused] = world.take(m.Uploaded)
+    assert (refused.upload_id, refused.message) == ("v", "no encode worker is registered")
+
+
+@pytest.mark.parametrize("end", ["expired", "dropped", "endpoint lost"])
+def test_an_upload_that_ends_while_it_waits_leaves_nothing(end: str) -> None:
+    world = started_anew()
+    cache_comes(world)
+    upload(world, "u", ["a"], ttl_s=2.0)
+    assert world.core.board.frames_bytes > 0
+    if end == "expired":
+        world.wait(2.5)
+    else:
+        world.say(world.endpoint, m.DropUpload(upload_id="u") if end == "dropped" else m.Goodbye())
+    world.assert_idle()
+    world.join("e0", Role.ENCODE, encode_info())
+    assert world.take_jobs() == world.take(m.Uploaded) == []
+
+
+def test_the_pixels_of_uploads_that_wait_are_bounded_with_those_of_requests() -> None:
+    world = started_anew(BrokerConfig(max_frames_bytes=len(b"pixels of a") + 1))
+    upload(world, "u", ["a"])
+    upload(world, "v", ["b"])
+    [refused] = world.take(m.Uploaded)
+    assert (refused.upload_id, refused.code) == ("v", "overloaded")
+
+
+def test_uploads_that_have_waited_may_still_pin_their_share_of_the_cache_only() -> None:
+    world = started_anew()
+    for upload_id in ("u", "v"):
+        upload(world, upload_id, [upload_id])
+    cache_comes(world, 2 * SLOT_BYTES)
+    world.join("e0", Role.ENCODE, encode_info())
+    assert [(one.upload_id, one.code) for one in world.take(m.Uploaded)] == [("v", "overloaded")]
+    assert [job.message.patch_hash for job in world.take_jobs()] == ["u"]
 
 
 def test_a_request_without_pixels_for_a_patch_that_nobody_has_is_told_to_bring_them(world: World) -> None:

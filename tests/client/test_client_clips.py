@@ -66,7 +66,7 @@ def test_clips_of_a_call_come_before_the_text(endpoint: FakeEndpoint) -> None:
     assert "videos" not in body and "audios" not in body
 
 
-def test_clips_in_messages(endpoint: FakeEndpoint) -> None:
+def test_clips_may_stand_in_messages(endpoint: FakeEndpoint) -> None:
     content = [
         {"type": "audio", "audio": WAV, "uuid": "x"},
         {"type": "video", "video": MP4},

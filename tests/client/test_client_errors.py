@@ -43,7 +43,7 @@ def classes() -> dict[str, type[Exception]]:
     }
 
 
-def test_all_is_complete() -> None:
+def test_all_names_everything_public() -> None:
     assert set(errors.__all__) == set(classes())
     assert set(errors.__all__) < set(epd.client.__all__)
     public = {name for name, value in vars(epd.client).items() if not name.startswith("_")}

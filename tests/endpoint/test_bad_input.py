@@ -69,11 +69,11 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("which", PICTURES)
-async def test_bad_pictures(served, which):
+async def test_bad_pictures_are_refused(served, which):
     await refused(served, "/v1/chat/completions", chat_body(with_picture(url=PICTURES[which])), 400)
 
 
-async def test_too_many_pictures(served):
+async def test_too_many_pictures_are_refused(served):
     content = [*with_picture(""), *with_picture(""), *with_picture()]
     assert "2 images" in await refused(served, "/v1/chat/completions", chat_body(content), 400)
 

@@ -78,7 +78,7 @@ BAD_FILMS = {
 
 
 @SEES
-async def test_bad_films(served):
+async def test_bad_films_are_refused(served):
     for name, (content, words) in BAD_FILMS.items():
         assert await refused(served, video_part(content), words=words) == "invalid_video", name
     long = files.video(count=21, fps=1)
@@ -112,7 +112,7 @@ async def test_a_film_that_turns_out_damaged_is_answered_or_refused(served):
 
 
 @HEARS
-async def test_bad_sounds(served):
+async def test_bad_sounds_are_refused(served):
     bad = {
         "zero": (files.sound_file(np.zeros(0, np.float32), "WAV", "PCM_16"), "zero"),
         "claims hours": (files.wav_header(5 * 3600), "truncated"),

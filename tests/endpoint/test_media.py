@@ -178,7 +178,7 @@ async def test_without_a_key_nothing_is_taken(served):
     ],
 )
 @pytest.mark.parametrize("content_type", ["image/png", "application/json", "text/plain"])
-async def test_bad_pictures(served, file, status, code, content_type):
+async def test_bad_pictures_are_refused_and_not_sent_on(served, file, status, code, content_type):
     _, error = await upload(served, file, status, headers={"Content-Type": content_type} | key(0)["headers"])
     assert error["type"] == code and error["message"]
     assert not served.broker.uploads
@@ -248,7 +248,7 @@ async def test_the_broker_comes_back_and_gets_the_uploads_again(served):
     await state(served, told["id"], "ready")
 
 
-async def test_uploads_at_once(served):
+async def test_uploads_at_the_same_time_can_all_be_asked_about(served):
     told = await asyncio.gather(*(upload(served, picture()) for _ in range(4)))
     assert len({each["id"] for each in told}) == 4
     answers = await asyncio.gather(*(served.chat(content=media(each["id"])) for each in told))

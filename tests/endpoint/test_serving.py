@@ -103,7 +103,7 @@ async def test_completions_stream(served, tokenizer):
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == tokenizer.decode(TEXT_TOKENS)
 
 
-async def test_responses(served, tokenizer):
+async def test_the_responses_api_answers_and_has_a_story(served, tokenizer):
     answer, text = await served.post("/v1/responses", {"model": "digits", "input": "hi", "max_output_tokens": 4})
     body = json.loads(text)
     assert answer.status == 200, text
@@ -123,7 +123,7 @@ async def test_responses_stream_with_a_picture(served):
     assert len(served.broker.submits[0].patches) == 9
 
 
-async def test_messages(served, tokenizer):
+async def test_the_messages_api_answers_and_streams(served, tokenizer):
     asked = {"model": "digits", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
     answer, text = await served.post("/v1/messages", asked)
     assert answer.status == 200, text
@@ -132,7 +132,7 @@ async def test_messages(served, tokenizer):
     assert answer.status == 200 and events(text)[-1]["type"] == "message_stop"
 
 
-async def test_models_tokenize_and_detokenize(served):
+async def test_models_are_listed_and_tokens_are_made_and_undone(served):
     _, text = await served.get("/v1/models")
     (model,) = json.loads(text)["data"]
     assert model["id"] == "digits" and model["max_model_len"] == 1024
@@ -190,7 +190,7 @@ async def test_a_client_that_goes_away_cancels_its_request_within_a_second(serve
     await asyncio.wait_for(served.idle(), 1)
 
 
-async def test_logprobs_of_tokens(served):
+async def test_logprobs_of_tokens_reach_the_client(served):
     import numpy
     from vllm.v1.outputs import LogprobsLists
 

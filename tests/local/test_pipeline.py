@@ -15,7 +15,7 @@ import pytest
 from epd.config import Config, ConfigError
 from epd.local import LocalPipeline, StartError, State
 from epd.local.environment import free_ports, listen, make_run_directory, resolve_model, sweep
-from epd.local.forker import is_running
+from tests.local.process_state import is_running
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -14,7 +14,8 @@ import pytest
 
 from epd.local import Spec, State, Supervisor
 from epd.local.environment import make_run_directory
-from epd.local.forker import ZygoteError, is_running
+from epd.local.forker import ZygoteError
+from tests.local.process_state import is_running
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -6,9 +6,6 @@ import base64
 import importlib.util
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from benchmarks.servers import Running
 from epd.config import Config, EndpointConfig
 from tests import media_files as files
 from tests.media_files import audio_part, image_part, input_audio, text_part, video_part
+from tests.models.processes import python
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -29,13 +27,6 @@ ENGINE = {
     "max_model_len": 6144,
     "dtype": "bfloat16",
     "media_io_kwargs": {"video": {"num_frames": NUM_FRAMES}},
-}
-ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
 }
 # Stands for the folder with the local files.
 FOLDER = "FOLDER"
@@ -144,20 +135,6 @@ def _resampled(part: dict[str, Any]) -> dict[str, Any]:
     if rate == files.RATE:
         return part
     return audio_part(files.sound_file(soxr.resample(samples, rate, files.RATE), "WAV", "FLOAT"))
-
-
-def python(*arguments: str, stdin: str = "") -> str:
-    """Runs a module of the tests in a process of its own; returns what it printed last."""
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        input=stdin,
-        env=os.environ | ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip().rpartition("\n")[2]
 
 
 class Both:

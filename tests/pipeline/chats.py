@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -63,8 +64,13 @@ def tokens(answer: dict[str, Any]) -> list[tuple[list[int], str, str]]:
     return [(one["token_ids"], one["message"]["content"], one["finish_reason"]) for one in answer["choices"]]
 
 
-def stream(client: httpx.Client, body: dict[str, Any]) -> tuple[str, list[int], list[str]]:
-    """The text, the token ids and the finish reasons of a streamed chat of one choice."""
+def stream(
+    client: httpx.Client, body: dict[str, Any], seen: Callable[[int], object] = lambda count: None
+) -> tuple[str, list[int], list[str]]:
+    """The text, the token ids and the finish reasons of a streamed chat of one choice.
+
+    `seen` is told how many tokens there are after each chunk.
+    """
     text, ids, reasons = "", [], []
     with client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
         assert reply.status_code == 200, reply.read()
@@ -77,4 +83,5 @@ def stream(client: httpx.Client, body: dict[str, Any]) -> tuple[str, list[int], 
                 text += choice["delta"].get("content") or ""
                 ids += choice.get("token_ids") or []
                 reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+            seen(len(ids))
     return text, ids, reasons

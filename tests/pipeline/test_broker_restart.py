@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.servers import Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION
-from tests.pipeline.chats import ask, chat, demo, scribble, tokens
+from tests.pipeline.chats import ask, chat, demo, scribble, stream, tokens
 from tests.pipeline.conftest import config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
@@ -59,21 +59,9 @@ def wait(running: Running, *, ready: bool) -> None:
         time.sleep(0.05)
 
 
-def stream(running: Running, body: dict, begun: threading.Event) -> tuple[list[int], str]:
+def stream_until_it_ends(running: Running, body: dict, begun: threading.Event) -> tuple[list[int], str]:
     """The tokens and the text of a stream; `begun` is set when it has some."""
-    text, ids = "", list[int]()
-    with running.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
-        assert reply.status_code == 200, reply.read()
-        for line in reply.iter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line[6:])
-            assert "error" not in chunk, chunk
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content") or ""
-                ids += choice.get("token_ids") or []
-            if len(ids) >= 8:
-                begun.set()
+    text, ids, _ = stream(running.http, body, lambda count: begun.set() if count >= 8 else None)
     return ids, text
 
 
@@ -83,7 +71,9 @@ def test_streams_go_on_with_the_next_broker_with_the_tokens_of_an_undisturbed_ru
 ) -> None:
     begun = [threading.Event() for _ in BODIES]
     with concurrent.futures.ThreadPoolExecutor(2 * len(BODIES)) as pool:
-        streams = [pool.submit(stream, running, body, event) for body, event in zip(BODIES, begun, strict=True)]
+        streams = [
+            pool.submit(stream_until_it_ends, running, body, event) for body, event in zip(BODIES, begun, strict=True)
+        ]
         plain = pool.submit(ask, running.http, BODIES[0])
         for event in begun:
             assert event.wait(60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 
 from benchmarks.servers import Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION
-from tests.pipeline.chats import ask, chat, demo, scribble, tokens
+from tests.pipeline.chats import ask, chat, demo, scribble, stream, tokens
 from tests.pipeline.conftest import config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
@@ -78,20 +77,14 @@ def retries(running: Running, answer: dict) -> list[str]:
 
 def stream_and_kill(running: Running, body: dict, stage: str, number: int = signal.SIGKILL) -> tuple[str, list[int]]:
     """The text and tokens of a stream whose worker of `stage` is killed after its first few tokens."""
-    text, ids, killed = "", list[int](), False
-    with running.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as reply:
-        assert reply.status_code == 200, reply.read()
-        for line in reply.iter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line[6:])
-            assert "error" not in chunk, chunk
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content") or ""
-                ids += choice.get("token_ids") or []
-            if len(ids) >= 5 and not killed:
-                running.signal(busy_worker(running, stage), number)
-                killed = True
+    killed = []
+
+    def kill(count: int) -> None:
+        if count >= 5 and not killed:
+            killed.append(busy_worker(running, stage))
+            running.signal(killed[0], number)
+
+    text, ids, _ = stream(running.http, body, kill)
     assert killed
     return text, ids
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +10,7 @@ from epd.builtin import model_path
 from epd.planning.activations import kv_bytes, layer_bytes
 from epd.planning.configs import find_config
 from epd.planning.shapes import Stack, shape_of
+from tests.engine_process import run_module
 from tests.planning.stage_engine import KV_BYTES
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
@@ -24,24 +20,7 @@ NUM_PATCHES = 8
 
 def run(*arguments: str) -> dict[str, Any]:
     """What a module of the tests prints last."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    env = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], env=env, capture_output=True, text=True, timeout=150, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[-1])
+    return run_module(*arguments, timeout_s=150)
 
 
 @pytest.fixture(scope="module")

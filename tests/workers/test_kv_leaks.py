@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,16 +20,12 @@ from typing import Any
 
 import pytest
 
+from tests.engine_process import environment, free_port
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 WITHIN_S = 8.0
 _ids = itertools.count()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class RemoteEngine:
@@ -38,19 +33,10 @@ class RemoteEngine:
 
     def __init__(self, role: str, log: Path, port: int) -> None:
         self.role, self.log, self.port = role, log, port
-        env = os.environ | {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
-        }
         with log.open("a") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.workers.kv_engine", role],
-                env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True,
+                env=environment(port), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True,
             )  # fmt: skip
 
     def answer(self) -> dict[str, Any]:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
+
+from tests.engine_process import run_module
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
@@ -16,23 +12,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 @pytest.fixture(scope="module")
 def told() -> dict[str, list]:
     """What the engine's process says."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    env = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
-    }
-    command = [sys.executable, "-m", "tests.workers.prefill_engine"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[-1])
+    return run_module("tests.workers.prefill_engine")
 
 
 def test_nothing_runs_while_too_little_is_ready_to_be_worth_a_step(told: dict[str, list]) -> None:
