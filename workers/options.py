@@ -17,6 +17,7 @@ from vllm.v1.executor import Executor
 from cache import ec_connector
 from epd.config import Config, ConfigError
 from epd.messages import Role
+from epd.multimodal.recurrent import has_recurrent_state
 from workers import parameters, push_connector
 from workers.adapters import check_options
 
@@ -79,10 +80,15 @@ def vllm_config(config: Config, role: Role, name: str) -> VllmConfig:
     is made without a tower: so it gets one, which `MakeExecutor` drops.
 
     Raises:
-        ConfigError: as `engine_options`.
+        ConfigError: as `engine_options`, or speculative decoding of a model with a recurrent state.
     """
     options = engine_options(config, role, name)
     made: VllmConfig = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if made.speculative_config is not None and has_recurrent_state(made):
+        raise ConfigError(
+            f"{config.model}: it has a recurrent state, and how much of a prompt prefill may compute then depends on"
+            " speculative decoding, which prefill does not know of: switch it off"
+        )
     vision = getattr(made.model_config.hf_config, "vision_config", None)
     if role is Role.ENCODE or not getattr(vision, "deepstack_visual_indexes", None):
         return made

@@ -46,6 +46,7 @@ from epd.messages import (
     Uploaded,
     Welcome,
 )
+from epd.multimodal.recurrent import has_recurrent_state
 from epd.multimodal.splitter import Split, Splitter
 from epd.multimodal.units import agreed_units
 
@@ -65,6 +66,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
     def __init__(self, config: Config, vllm_config: VllmConfig, name: str) -> None:
         self._vllm_config = vllm_config
         self.splitter = Splitter(vllm_config, _split_bytes(vllm_config))
+        self._recurrent = has_recurrent_state(vllm_config)
         self.beliefs = Beliefs()
         self.uploads = Uploads(config.endpoint, self.beliefs, self._send)
         self.stories = Stories(config.broker.story_keep)
@@ -261,7 +263,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         if self.draining:
             raise PipelineError(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
         self.flights.check_room()
-        check_request(request)
+        check_request(request, self._recurrent)
 
     async def _split(self, request: EngineCoreRequest) -> Split:
         """The request's patches."""

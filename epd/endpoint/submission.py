@@ -18,6 +18,8 @@ from epd.endpoint.failures import Failure
 from epd.messages import Submit
 from epd.multimodal.splitter import Split
 
+# vLLM's convolution on a CPU ends the engine where a prompt begins with a step of one token.
+_MIN_RECURRENT_TOKENS = 3
 _FORBIDDEN_EXTRA_ARGS = ("kv_transfer_params", "ec_transfer_params")
 
 
@@ -32,8 +34,12 @@ class PipelineError(GracefulHTTPError):
         self.failure = failure
 
 
-def check_request(request: EngineCoreRequest) -> None:
+def check_request(request: EngineCoreRequest, recurrent: bool = False) -> None:
     """Refuses what the pipeline would get wrong.
+
+    Args:
+        request: the request.
+        recurrent: whether the model has a recurrent state (`epd.multimodal.recurrent`).
 
     Raises:
         VLLMValidationError: with the reason; HTTP 400.
@@ -48,12 +54,29 @@ def check_request(request: EngineCoreRequest) -> None:
     for name in _FORBIDDEN_EXTRA_ARGS:
         if (params.extra_args or {}).get(name):
             raise VLLMValidationError(f"{name} are set by the pipeline, not by clients", parameter=name)
+    if recurrent:
+        _check_recurrent(request)
     # The last token's logits are the first output's: it must be computed from a token, not from an embedding that
     # may still be on its way.
     last = len(request.prompt_token_ids) - 1
     for feature in request.mm_features or ():
         if feature.mm_position.offset <= last < feature.mm_position.offset + feature.mm_position.length:
             raise VLLMValidationError("the prompt must not end inside a multimodal item; add text after it")
+
+
+def _check_recurrent(request: EngineCoreRequest) -> None:
+    """Prefill leaves out the last token: its state must reach decode without it (`epd.multimodal.recurrent`)."""
+    if wants_prompt_logprobs(request):
+        # vLLM's connector does not leave it out then.
+        raise VLLMValidationError(
+            "prompt_logprobs are not supported with this model: it has a recurrent state, which decode needs as it is"
+            " before the prompt's last token",
+            parameter="prompt_logprobs",
+        )
+    if len(request.prompt_token_ids or ()) < _MIN_RECURRENT_TOKENS:
+        raise VLLMValidationError(
+            f"this model has a recurrent state, and needs a prompt of at least {_MIN_RECURRENT_TOKENS} tokens"
+        )
 
 
 def without_pixels(request: EngineCoreRequest, parts: Split) -> EngineCoreRequest:

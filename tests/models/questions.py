@@ -30,8 +30,13 @@ class Question(NamedTuple):
 
 def ask(name: str, num_patches: int, *parts: dict[str, Any]) -> Question:
     """A question about what is in `parts`."""
-    text = {"type": "text", "text": "What is in the picture?"}
-    return Question(name, [{"role": "user", "content": [*parts, text]}], num_patches)
+    last = {"type": "text", "text": "What is in the picture?"}
+    return Question(name, [{"role": "user", "content": [*parts, last]}], num_patches)
+
+
+def text(num_times: int) -> dict[str, Any]:
+    """The same words so many times; six tokens each time."""
+    return {"type": "text", "text": "What is in the picture? " * num_times}
 
 
 def picture(seed: int, width: int, height: int) -> dict[str, Any]:

@@ -37,7 +37,6 @@ class Family:
         limits: vLLM's `limit_mm_per_prompt`.
         engine: further engine options that it needs.
         notes: modality -> what to know of it.
-        packages: what its processor imports and set-up does not install; without it nothing is tried.
         tested_by: modality -> the test that compares it with plain vLLM, where that is not test_families.py.
         not_served: why the pipeline does not serve it, if so.
     """
@@ -49,7 +48,6 @@ class Family:
     limits: dict[str, int]
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
-    packages: tuple[str, ...] = ()
     tested_by: dict[str, str] = dataclasses.field(default_factory=dict)
     not_served: str = ""
 
@@ -71,7 +69,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "smolvlm": Family(
         "SmolVLM", "SmolVLMForConditionalGeneration", tiles.smolvlm, {"image": "tile"}, {"image": 4},
-        packages=("num2words",), notes={"image": "vLLM runs it with the code of Idefics3"},
+        notes={"image": "vLLM runs it with the code of Idefics3"},
     ),
     "internvl": Family(
         "InternVL, InternS1", "InternVLForConditionalGeneration", tiles.internvl,
@@ -86,7 +84,9 @@ FAMILIES: dict[str, Family] = {
         "MiniCPM-V 4.6", "MiniCPMV4_6ForConditionalGeneration", tiles.minicpmv,
         {"image": "slice", "video": "frame"}, {"image": 4, "video": 1},
         notes=dict.fromkeys(
-            ("image", "video"), "its text model has a recurrent state, which must travel to decode beside the KV"
+            ("image", "video"),
+            "its text model has a recurrent state: no `prompt_logprobs`, prompts of 3 tokens or more, no speculative"
+            " decoding",
         ),
     ),
     "qwen2_vl": Family(

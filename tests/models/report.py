@@ -5,7 +5,6 @@ Makes the tiny model of each family and examines it in a child of its own, forke
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import tempfile
@@ -83,17 +82,10 @@ def write() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as base:
         for name, family in FAMILIES.items():
-            told = {} if missing(family) else examined(family, Path(base), name)
-            rows += lines(name, family, told)
+            rows += lines(name, family, examined(family, Path(base), name))
             print(*rows[-len(family.units) :], sep="\n", flush=True)
     head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     PAGE.write_text(_HEAD + "\n".join([*head, *rows]) + "\n" + _TAIL)
-
-
-def missing(family: Family) -> str:
-    """What is not installed here and the family needs."""
-    absent = [name for name in family.packages if importlib.util.find_spec(name) is None]
-    return f"needs the package {', '.join(absent)}" if absent else ""
 
 
 def examined(family: Family, base: Path, name: str) -> dict[str, Any]:
@@ -130,7 +122,7 @@ def lines(name: str, family: Family, told: dict[str, Any]) -> list[str]:
     rows = []
     for modality, unit in family.units.items():
         one = proved.get(modality)
-        notes = [family.notes.get(modality, ""), family.not_served, missing(family)]
+        notes = [family.notes.get(modality, ""), family.not_served]
         if one is not None:
             unit = one["unit"]
             notes.append(told["refused"] if not family.not_served else "")

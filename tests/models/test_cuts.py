@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.models.registry import FAMILIES, ITEM
-from tests.models.report import COLUMNS, PAGE, missing
+from tests.models.report import COLUMNS, PAGE
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
@@ -29,8 +29,6 @@ def dummies(tmp_path_factory: pytest.TempPathFactory) -> Any:
             from epd.multimodal.dummies import Dummies
 
             family = FAMILIES[name]
-            if missing(family):
-                pytest.skip(missing(family))
             folder: Path = family.folder(tmp_path_factory.mktemp("models"), name)
             args = EngineArgs(
                 model=str(folder), max_model_len=2048, enforce_eager=True, limit_mm_per_prompt=family.limits,

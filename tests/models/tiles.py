@@ -19,7 +19,7 @@ GEMMA3_CROPS: dict[str, Any] = {
 
 
 def smolvlm(folder: Path) -> None:
-    """SmolVLM: the tiles of a picture and an overview, a run of tokens for each. Its processor needs num2words."""
+    """SmolVLM: the tiles of a picture and an overview, a run of tokens for each."""
     from transformers.models.smolvlm import image_processing_pil_smolvlm as images
     from transformers.models.smolvlm import video_processing_smolvlm as videos
 
@@ -163,6 +163,9 @@ def minicpmv(folder: Path) -> None:
         tie_word_embeddings=False,
         vision_config=VISION,
         text_config=text,
+        # The kernels of its text model take bfloat16 only, and in that random logits tie: which token is chosen then
+        # depends on the last bit. vLLM computes the logits in this type.
+        head_dtype="float32",
     )
     sizes = {"scale_resolution": 64, "patch_size": 8}
     frames = videos.MiniCPMV4_6VideoProcessor(**sizes, max_slice_nums=1)
