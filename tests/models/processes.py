@@ -17,6 +17,13 @@ ENV = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# What pipelines in this process have set for their own daemons, and plain vLLM does not have.
+PIPELINES_OWN = ("VLLM_SSM_CONV_STATE_LAYOUT",)
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that is no part of a pipeline."""
+    return {name: value for name, value in os.environ.items() if name not in PIPELINES_OWN} | ENV
 
 
 def python(*arguments: str, stdin: str = "") -> str:
@@ -24,7 +31,7 @@ def python(*arguments: str, stdin: str = "") -> str:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         input=stdin,
-        env=os.environ | ENV,
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -39,7 +46,7 @@ class PlainVllm:
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.models.plain"],
-            env=os.environ | ENV,
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
