@@ -68,14 +68,12 @@ def has_cuda() -> bool:
 
 
 def set_engine_environment(model: str, log_level: str = "info") -> None:
-    """Sets what vLLM reads from the environment when it is imported; variables that are set already win."""
+    """Sets what vLLM reads from the environment when it is imported; variables that are set already win, but for one."""
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "DEBUG" if log_level.lower() == "debug" else "WARNING",
         "TOKENIZERS_PARALLELISM": "false",
-        # NIXL pushes the recurrent state of hybrid models (MiniCPM-V 4.6) only from this layout.
-        "VLLM_SSM_CONV_STATE_LAYOUT": "DS",
     }
     if Path(model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
@@ -84,6 +82,9 @@ def set_engine_environment(model: str, log_level: str = "info") -> None:
         defaults |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # NIXL pushes the recurrent state of hybrid models (MiniCPM-V 4.6) from this layout only; a process that has made a
+    # vLLM configuration before may have got another one from it.
+    os.environ["VLLM_SSM_CONV_STATE_LAYOUT"] = "DS"
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
