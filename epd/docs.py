@@ -175,9 +175,10 @@ unless `kv_cache_memory_bytes` says otherwise.
 Each prefill and decode worker of a host needs a side channel port of its own; `epd up` chooses them.
 
 Further variables of vLLM work as always. `epd` sets `VLLM_ENABLE_V1_MULTIPROCESSING=0`, `VLLM_NO_USAGE_STATS=1`,
-`VLLM_LOGGING_LEVEL`, `TOKENIZERS_PARALLELISM`, for a model in a folder `HF_HUB_OFFLINE=1`, without a GPU `OMP_NUM_THREADS=1` and `VLLM_CPU_OMP_THREADS_BIND=nobind`, and in the endpoint
-`VLLM_MAX_IMAGE_PIXELS`, `VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB` and `VLLM_MEDIA_URL_ALLOW_REDIRECTS=0`, unless they are set
-already; and `VLLM_SSM_CONV_STATE_LAYOUT=DS` always, which KV pushes of models with a recurrent state need.
+`VLLM_LOGGING_LEVEL`, `TOKENIZERS_PARALLELISM`, for a model in a folder `HF_HUB_OFFLINE=1`, without a GPU
+`OMP_NUM_THREADS=1` and `VLLM_CPU_OMP_THREADS_BIND=nobind`, and in the endpoint `VLLM_MAX_IMAGE_PIXELS`,
+`VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB` and `VLLM_MEDIA_URL_ALLOW_REDIRECTS=0`, unless they are set already; and
+`VLLM_SSM_CONV_STATE_LAYOUT=DS` always, which KV pushes of models with a recurrent state need.
 """
 
 
