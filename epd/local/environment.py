@@ -68,7 +68,7 @@ def has_cuda() -> bool:
 
 
 def set_engine_environment(model: str, log_level: str = "info") -> None:
-    """Sets what vLLM reads from the environment when it is imported; variables that are set already win, but for one."""
+    """Sets what vLLM reads from the environment when it is imported; what is set already wins, but for one variable."""
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
