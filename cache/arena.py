@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from cache.eviction import Clock, EvictionQueue, Rank
 from cache.extents import Extents, align
+from cache.packing import pack
 from epd.messages import Pool
 
 
@@ -136,8 +137,8 @@ class Arena:
 
         For when nothing is in the pools but what may be evicted: then it gives None only where `fits_empty` is false.
         """
-        plan = Arena(self.pools).place(sizes)
-        if plan is None or self.used_bytes > self._evictable_bytes:
+        plan = None if self.used_bytes > self._evictable_bytes else self._plan_empty(sizes)
+        if plan is None:
             return None
         victims = []
         for key in list(self._evictable):
@@ -145,17 +146,30 @@ class Arena:
             self.free(extent)
             victims.append((key, extent, rank))
         victims.sort(key=lambda victim: victim[2])
-        for extent in plan.extents.values():
+        for extent in plan.values():
             taken = self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes)
             assert taken, f"{extent} is not free in empty pools"
         moved = [victim for victim in victims if victim[0] in sizes]
         left = [victim for victim in victims if victim[0] not in sizes]
         self._spare(left)
-        return Placement(plan.extents, [key for key, _, _ in moved + left])
+        return Placement(plan, [key for key, _, _ in moved + left])
 
     def fits_empty(self, sizes: Mapping[str, int]) -> bool:
         """Whether `sizes` fit together into these pools when they are empty."""
-        return Arena(self.pools).place(sizes) is not None
+        return self._plan_empty(sizes) is not None
+
+    def _plan_empty(self, sizes: Mapping[str, int]) -> dict[str, Extent] | None:
+        """Where `sizes` go in these pools when they are empty: as `place` has it, else by any packing."""
+        if placement := Arena(self.pools).place(sizes):
+            return placement.extents
+        rooms = {pool_id: memory.extents.capacity_bytes for pool_id, memory in self._memories.items()}
+        packing = pack({key: align(nbytes) for key, nbytes in sizes.items()}, rooms)
+        if packing is None:
+            return None
+        empty = Arena(self.pools)
+        extents = {key: _allocate(empty._memories[pool_id], sizes[key]) for key, pool_id in packing.items()}
+        assert all(extents.values()), "a packing does not fit"
+        return {key: extent for key, extent in extents.items() if extent is not None}
 
     def _find(self, nbytes: int, prefer: str | None, victims: list[_Victim]) -> Extent | None:
         everywhere = [m for m in self._memories.values() if m.extents.capacity_bytes >= nbytes]

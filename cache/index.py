@@ -122,8 +122,8 @@ class CacheIndex:
     def could_ever_fit(self, needs: Sequence[PatchNeed]) -> bool:
         """Whether `needs` fit together into the pools there are when nothing else is in them.
 
-        They are placed one after the other, the largest first: in several pools that are nearly full, a packing that
-        only another order finds does not count.
+        Several pools of which many different sizes would nearly fill each may be too hard a puzzle (`cache.packing`);
+        then it is False.
 
         Raises:
             ShapeError, ValueError: as `acquire_all`.

@@ -78,7 +78,7 @@ class IndexMachine(RuleBasedStateMachine):
             idle = all(m.state is State.READY and not m.holders for m in self.model.values()) and not self.quarantined
             assert not (idle and self.index.could_ever_fit(needs)), "waiting would never help"
             return
-        assert self.index.could_ever_fit(needs) or len(self.pool_ids()) > 1
+        assert self.index.could_ever_fit(needs)
         assert [item.patch_hash for item in acquired] == wanted
         idle = all(m.state is State.READY and not m.holders for m in self.model.values())
         for item in acquired:
