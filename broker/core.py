@@ -2,12 +2,14 @@
 
 `Core.handle` takes one message from one peer, and `Core.tick` the time; both return what to send. The daemon performs
 it, tests and the simulator call it directly. Every accepted request ends in exactly one FINISHED or FAILED, or in
-silence when its endpoint cancelled it or is gone. Peers come and go here; `broker.flow` moves requests, `broker.retry`
-tries them again, `broker.endings` ends them, `broker.liveness` knows who is away, `broker.board` holds what they share.
+silence when its endpoint cancelled it or is gone. Peers come and go here; `broker.flow` moves requests,
+`broker.answers` passes their tokens on, `broker.retry` tries them again, `broker.endings` ends them, `broker.liveness`
+knows who is away, `broker.board` holds what they share.
 """
 
 from __future__ import annotations
 
+from broker.answers import Answers
 from broker.board import Board, Send
 from broker.endings import Endings
 from broker.fill import fills
@@ -39,7 +41,10 @@ class Core:
         self._liveness = Liveness(self.board)
         self._uploads = Uploads(self.board, self._endings, self._liveness)
         self._retries = Retries(self.board, self._endings)
-        self._flow = Flow(self.board, self._endings, self._uploads, self._retries, self._liveness)
+        self._answers = Answers(self.board, self._endings, self._retries)
+        self._flow = Flow(
+            self.board, self._endings, self._uploads, self._retries, self._liveness, self._answers
+        )  # fmt: skip
         self._started = False
 
     def handle(self, peer_id: str, message: Message, frames: list[bytes], now: float) -> list[Send]:
@@ -145,7 +150,7 @@ class Core:
         text = f"{peer.role} worker {peer.name} was lost ({reason})"
         if request.early_finish:
             if request.prefill == peer.peer_id:  # else PREFILLED is still to come
-                self._flow.finish(request, *request.early_finish, now)
+                self._answers.finish(request, *request.early_finish, now)
         elif request.decode == peer.peer_id:
             self._retries.again(request, ErrorCode.WORKER_LOST, text, now, blame=blame)
         elif not request.pushed and request.state is State.DECODING:

@@ -37,14 +37,15 @@ class Endings:
 
     def end(self, request: Request, event: Event, now: float, *, left: str = "") -> None:
         """Ends a request and its leg; `left` is the peer that ended it and has already let go of it."""
-        awaits_kv = request.state is State.PREFILLING and event is not Event.FINISH
+        is_decoded = event is Event.FINISH and left == request.decode
+        awaits_kv = request.state is State.PREFILLING and not is_decoded
         request.move(event)
         self._board.queue.remove(request.request_id)
         self._board.frames_bytes -= request.frames_bytes
         del self._board.requests[request.request_id]
         self._board.count({Event.FINISH: "num_finished", Event.FAIL: "num_failed"}.get(event, "num_cancelled"))
         self._board.remember(request)
-        self.end_leg(request, left=request.decode if event is Event.FINISH else left, awaits_kv=awaits_kv)
+        self.end_leg(request, left=left, awaits_kv=awaits_kv)
 
     def end_leg(self, request: Request, *, left: str = "", awaits_kv: bool = False) -> None:
         """Ends a request's present leg: aborts it where it still runs, and unpins its slots once nobody reads them.

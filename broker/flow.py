@@ -5,16 +5,15 @@ Part of the decision core: takes in what endpoints and workers say of requests a
 
 from __future__ import annotations
 
-import msgspec
-
 from broker import placement
+from broker.answers import Answers
 from broker.board import Board
 from broker.encoding import Job
 from broker.endings import Endings, failed
 from broker.liveness import Liveness, named, needed
 from broker.patches import Lost, PixelsNeededError
 from broker.registry import Peer
-from broker.request import Event, Request, State
+from broker.request import Event, Request
 from broker.retry import Retries
 from broker.uploads import Uploads
 from cache.index import Outcome, PatchNeed
@@ -26,9 +25,17 @@ from epd.messages import Message, Role
 class Flow:
     """Moves requests on the board."""
 
-    def __init__(self, board: Board, endings: Endings, uploads: Uploads, retries: Retries, liveness: Liveness) -> None:
+    def __init__(
+        self,
+        board: Board,
+        endings: Endings,
+        uploads: Uploads,
+        retries: Retries,
+        liveness: Liveness,
+        answers: Answers,
+    ) -> None:
         self._board, self._endings, self._uploads = board, endings, uploads
-        self._retries, self._liveness = retries, liveness
+        self._retries, self._liveness, self._answers = retries, liveness, answers
 
     def submit(self, peer: Peer, submit: m.Submit, frames: list[bytes], now: float) -> None:
         """Admits a request to the queue, or refuses it; what has come already changes nothing."""
@@ -182,10 +189,12 @@ class Flow:
         request.tell(now, "started", detail=f"prefill on {prefill.name}, decode on {decode.name}")
         ready = self._board.patches.readable(one for one in request.patches if one not in request.missing)
         leg_id, frames, outputs = request.leg_id, request.engine_frames, list(request.output_token_ids)
-        to_prefill = m.Prefill(request_id=leg_id, ready=ready, output_token_ids=outputs)
+        samples = request.submit.prefill_samples
+        to_prefill = m.Prefill(request_id=leg_id, ready=ready, output_token_ids=outputs, samples=samples)
         self._board.send(prefill.peer_id, to_prefill, frames)
         assert prefill.info.kv is not None
-        to_decode = m.Decode(request_id=leg_id, prefill=prefill.info.kv, output_token_ids=outputs)
+        kv = prefill.info.kv
+        to_decode = m.Decode(request_id=leg_id, prefill=kv, output_token_ids=outputs, awaits_token=samples)
         self._board.send(decode.peer_id, to_decode, frames)
         return True
 
@@ -245,15 +254,17 @@ class Flow:
         request.num_cached_tokens = message.num_cached_tokens
         detail = f"{message.num_cached_tokens} of {request.prompt_tokens} tokens were cached"
         request.tell(now, "prefilled", worker=peer.name, took_s=message.took_s, detail=detail)
-        if self._board.registry.get(request.decode):
-            self._board.send(request.decode, message)
         peer.num_done += 1
         self.leave_patches(request)
-        if frames and not request.has_prompt_output:
+        if message.token_ids or message.finish_reason:
+            self._answers.sampled(peer, request, message, frames, now)
+        if self._board.registry.get(request.decode) and not message.finish_reason:
+            self._board.send(request.decode, message)
+        if frames and not message.token_ids and not request.has_prompt_output:
             request.has_prompt_output = True
             self._board.send(request.endpoint, m.Tokens(request_id=request.request_id, token_ids=[]), frames)
         if request.early_finish:
-            self.finish(request, *request.early_finish, now)
+            self._answers.finish(request, *request.early_finish, now)
 
     def leave_patches(self, request: Request) -> None:
         """The prompt is computed, and nobody reads the patches any more; the engine request is kept for another leg."""
@@ -286,7 +297,7 @@ class Flow:
             else:
                 self._board.count("num_fenced")
             return
-        if isinstance(message, m.Tokens | m.Finished) and not self._follows(request, message, now):
+        if isinstance(message, m.Tokens | m.Finished) and not self._answers.follows(request, message, now):
             return
         match message:
             case m.Prefilled() if not request.prefilled and request.allows(Event.PREFILLED):
@@ -304,17 +315,10 @@ class Flow:
             case m.NeedPatches() if peer.peer_id == request.decode:
                 self._need_patches(request, message.patch_hashes, now)
             case m.Tokens() if request.allows(Event.TOKENS):
-                if request.state is not State.DECODING:
-                    request.tell(now, "first token", worker=peer.name)
-                request.move(Event.TOKENS)
-                request.output_token_ids += message.token_ids
-                told = msgspec.structs.replace(
-                    message, request_id=request.request_id, num_cached_tokens=request.num_cached_tokens
-                )
-                self._board.send(request.endpoint, told, frames)
+                self._answers.tokens(peer, request, message, frames, now)
             case m.Finished() if request.allows(Event.FINISH):
                 if request.prefilled:
-                    self.finish(request, message, frames, now)
+                    self._answers.finish(request, message, frames, now, peer)
                 else:  # wait for PREFILLED, which may carry prompt log-probabilities
                     request.early_finish = message, frames
             case m.Failed():
@@ -326,36 +330,3 @@ class Flow:
                     self._endings.fail(request, code, text, now, left=peer.peer_id)
             case _:
                 self._board.count("num_fenced")
-
-    def _follows(self, request: Request, message: m.Tokens | m.Finished, now: float) -> bool:
-        """Whether tokens come right after those that are there; after a gap the request goes on from what is there."""
-        num_known = len(request.output_token_ids)
-        if message.num_before in (-1, num_known):
-            return True
-        self._board.count("num_fenced")
-        if message.num_before > num_known:
-            text = f"tokens {num_known} to {message.num_before} did not arrive"
-            self._retries.again(request, ErrorCode.WORKER_LOST, text, now)
-        return False
-
-    def finish(self, request: Request, message: m.Finished, frames: list[bytes], now: float) -> None:
-        """Ends a request that its decode worker has finished."""
-        decode = self._board.registry.get(request.decode)
-        name = decode.name if decode else ""
-        if request.state is not State.DECODING:
-            request.tell(now, "first token", worker=name)
-        request.output_token_ids += message.token_ids
-        detail = f"{len(request.output_token_ids)} tokens, {message.finish_reason}"
-        request.tell(now, "finished", worker=name, detail=detail)
-        if decode:
-            decode.num_done += 1
-        self._endings.end(request, Event.FINISH, now)
-        reply = m.Finished(
-            request_id=request.request_id,
-            token_ids=message.token_ids,
-            finish_reason=message.finish_reason,
-            num_before=message.num_before,
-            num_cached_tokens=request.num_cached_tokens,
-            story=request.story,
-        )
-        self._board.send(request.endpoint, reply, frames)

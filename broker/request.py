@@ -75,7 +75,8 @@ class Request:
     `queued_at` is when it last began to wait, `not_before` when it may start. `missing` are the hashes that the
     prefill worker still waits for; `num_cached_tokens` is how much of the prompt it had computed before, -1 until it
     has said so. `early_finish` is a FINISHED that overtook PREFILLED, with its frames.
-    `has_prompt_output` says that the endpoint has the prompt's log-probabilities.
+    `has_prompt_output` says that the endpoint has the prompt's log-probabilities, `leg_has_output` that the present leg
+    has given tokens.
     """
 
     submit: Submit
@@ -101,6 +102,7 @@ class Request:
     pushed: bool = False
     early_finish: tuple[Finished, list[bytes]] | None = None
     has_prompt_output: bool = False
+    leg_has_output: bool = False
     story: list[StoryEvent] = dataclasses.field(default_factory=list)
 
     @property
@@ -138,7 +140,7 @@ class Request:
         self.leg_id, self.prefill, self.decode = leg_id, "", ""
         self.prompt_tokens = self.reserved_tokens = 0
         self.missing, self.prefilled, self.pushed, self.early_finish = set(), False, False, None
-        self.num_cached_tokens = -1
+        self.num_cached_tokens, self.leg_has_output = -1, False
 
     def allows(self, event: Event) -> bool:
         """Whether `event` is legal in the present state."""

@@ -11,6 +11,8 @@ from workers.stage import Frames, Stage
 _ARRIVING_POLL_S = 0.0002
 _WAIT_POLL_S = 0.05
 _NUM_FAST_POLLS = 200
+# PREFILLED brings the token and is on its way when the KV is; a broker that loses it has lost more.
+_TOKEN_WAIT_S = 5.0
 
 
 class DecodeStage(Stage):
@@ -27,6 +29,7 @@ class DecodeStage(Stage):
         super().start()
         self._requests: dict[str, int] = {}  # and how many tokens of the answer there are already
         self._arriving: set[str] = set()
+        self._lacking: dict[str, float] = {}  # since when they have their KV without their token
         self._leaks = LeakWatch()
 
     def handle(self, message: Message, frames: Frames) -> None:
@@ -34,7 +37,9 @@ class DecodeStage(Stage):
         match message:
             case Decode() if self.is_new(message.request_id):
                 try:
-                    self.engine.add_decode(message.request_id, frames, message.prefill, message.output_token_ids)
+                    self.engine.add_decode(
+                        message.request_id, frames, message.prefill, message.output_token_ids, message.awaits_token
+                    )
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
@@ -43,6 +48,8 @@ class DecodeStage(Stage):
             case Prefilled():
                 if message.request_id in self._requests:
                     self._arriving.add(message.request_id)
+                    self._requests[message.request_id] += len(message.token_ids)
+                    self.engine.give_token(message.request_id, message.token_ids)
             case Ready():
                 self._ready(message)
             case Abort():
@@ -75,19 +82,36 @@ class DecodeStage(Stage):
                 text = "its KV was not pushed"
                 self._post(Failed(request_id=request_id, code="worker_lost", message=text), ())
                 continue
+            stats = output.prefill_stats
+            pushed = stats.num_external_cached_tokens if stats else -1
             frames = self.engine.pack(output)
             before = self._requests[request_id]
             self._requests[request_id] += len(token_ids)
             if output.finished:
                 self._forget(request_id)
-                reason = str(output.finish_reason)
-                done = Finished(request_id=request_id, token_ids=token_ids, finish_reason=reason, num_before=before)
+                done = Finished(
+                    request_id=request_id,
+                    token_ids=token_ids,
+                    finish_reason=str(output.finish_reason),
+                    num_before=before,
+                    num_pushed_tokens=pushed,
+                )
                 self._post(done, frames)
             else:
-                self._post(Tokens(request_id=request_id, token_ids=token_ids, num_before=before), frames)
+                told = Tokens(request_id=request_id, token_ids=token_ids, num_before=before, num_pushed_tokens=pushed)
+                self._post(told, frames)
         if not executed:
             self._ask_for_patches()
+        self._give_up_waiting()
         return executed
+
+    def _give_up_waiting(self) -> None:
+        """Requests whose token does not come go on elsewhere."""
+        now = self.clock()
+        self._lacking = {one: self._lacking.get(one, now) for one in self.engine.lacking_token()}
+        for request_id, since in self._lacking.items():
+            if now - since > _TOKEN_WAIT_S:
+                self._fail(request_id, "worker_lost", "its KV was pushed, and its first token did not come")
 
     def _ask_for_patches(self) -> None:
         for request_id, patch_hashes in self.engine.connector.take_needed().items():

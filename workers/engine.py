@@ -27,6 +27,7 @@ from epd.multimodal.joined import patches_of
 from epd.multimodal.positions import positions_for
 from workers import calm, options, parameters
 from workers.adapters import Adapters
+from workers.handover import Handover
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -92,6 +93,7 @@ class Engine:
         self.connector = connector
         self.scheduler.encoder_cache_manager = ReadyPatchCache(connector, gated=role is not Role.ENCODE)
         self._adapters = Adapters(self.core)
+        self.handover = Handover(self.scheduler)
         self._encoder = MsgpackEncoder()
         self._request_decoder = MsgpackDecoder(EngineCoreRequest)
         self._item_decoder = MsgpackDecoder(MultiModalKwargsItem)
@@ -164,34 +166,47 @@ class Engine:
         return name
 
     def add_prefill(
-        self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int] = ()
-    ) -> EngineCoreRequest:
+        self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int] = (), samples: bool = False
+    ) -> bool:
         """Queues a request to be prefilled and its KV kept for a decode worker.
 
         Args:
             leg_id: what the engine knows it by: the push connector must not see an id twice.
             frames: the engine request.
             output_token_ids: what earlier legs have sampled; follows the prompt.
+            samples: whether its one token counts; else it is thrown away.
+
+        Returns:
+            Whether that token is the last one that the request may have.
         """
         request = self._leg(leg_id, frames, output_token_ids)
         sampling = request.sampling_params
-        request.sampling_params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            prompt_logprobs=sampling.prompt_logprobs,
-            detokenize=False,
-            extra_args={"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}},
-        )
+        room = self.vllm_config.model_config.max_model_len - len(request.prompt_token_ids)
+        is_last = bool(min(sampling.max_tokens - len(output_token_ids), room) <= 1)
+        if samples:
+            sampling.max_tokens, sampling.min_tokens = 1, min(1, max(0, sampling.min_tokens - len(output_token_ids)))
+        else:
+            sampling = SamplingParams(
+                max_tokens=1, temperature=0.0, prompt_logprobs=sampling.prompt_logprobs, detokenize=False
+            )
+        sampling.extra_args = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
+        request.sampling_params = sampling
         self.connector.expect(request.request_id, _hashes(request))
         self._add(request)
-        return request
+        return is_last
 
     def add_decode(
-        self, leg_id: str, frames: Sequence[bytes], peer: KvPeer, output_token_ids: Sequence[int] = ()
-    ) -> EngineCoreRequest:
+        self,
+        leg_id: str,
+        frames: Sequence[bytes],
+        peer: KvPeer,
+        output_token_ids: Sequence[int] = (),
+        awaits_token: bool = False,
+    ) -> None:
         """Queues a request whose KV `peer` will push; the others as for `add_prefill`.
 
-        `output_token_ids` count towards the bounds of the output.
+        `output_token_ids` count towards the bounds of the output. With `awaits_token` it goes on after the token that
+        `give_token` brings.
         """
         request = self._leg(leg_id, frames, output_token_ids)
         sampling = request.sampling_params
@@ -211,7 +226,16 @@ class Engine:
             }
         }
         self._add(request)
-        return request
+        if awaits_token:
+            self.handover.expect(leg_id)
+
+    def give_token(self, leg_id: str, token_ids: Sequence[int]) -> None:
+        """The token that a decode request awaits, as its prefill worker has sampled it."""
+        self.handover.give(leg_id, token_ids)
+
+    def lacking_token(self) -> frozenset[str]:
+        """The decode requests that have their KV and still await their token."""
+        return self.handover.lacking()
 
     def _leg(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int]) -> EngineCoreRequest:
         """A leg's request, checked for what vLLM's model runner would end the whole engine over."""
@@ -229,6 +253,7 @@ class Engine:
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drops requests; their blocks are freed with the next steps, once nothing writes to or reads from them."""
         request_ids = list(request_ids)
+        self.handover.forget(request_ids)
         self.core.abort_requests([one for one in request_ids if one in self.scheduler.requests])
         if self.role is Role.PREFILL:
             self.scheduler.get_kv_connector().connector_scheduler.give_up(request_ids)
@@ -251,6 +276,7 @@ class Engine:
 
     def step(self) -> tuple[list[EngineCoreOutput], bool]:
         """One engine step: its outputs, and whether the model ran."""
+        self.handover.settle()
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         return [one for each in (outputs or {}).values() for one in each.outputs], executed

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def of_engine(engine: Engine) -> dict[str, int]:
-    """Requests, patches (or write slots) and KV blocks; all 0 when nothing is in flight.
+    """Requests, patches (or write slots), tokens of prefill workers and KV blocks; all 0 when nothing is in flight.
 
     Blocks that only the prefix cache remembers are free, and one block is vLLM's own for ever.
     """
@@ -24,6 +24,7 @@ def of_engine(engine: Engine) -> dict[str, int]:
         "waiting": num_waiting,
         "engine_requests": len(engine.scheduler.requests),
         "patches": engine.connector.num_held,
+        "awaited_tokens": len(engine.handover),
         "kv_blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, NamedTuple
 
 from cache.slot import StaleSlotError
 from epd.messages import Abort, Failed, Message, PatchReady, Prefill, Prefilled, Pushed, Ready, Released, Role, Stale
@@ -10,19 +11,34 @@ from workers.held import blocks
 from workers.leaks import LeakWatch
 from workers.stage import Frames, Stage
 
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput
+
 _PUSH_POLL_S = (0.0005, 0.02)
 _PATCH_POLL_S = 1.0
 
 
+class Leg(NamedTuple):
+    """A leg that is being prefilled.
+
+    `num_kept` output tokens of earlier legs follow the prompt; its token counts if it `samples`, and then `is_last`
+    says that no other may follow.
+    """
+
+    num_kept: int
+    samples: bool
+    is_last: bool
+
+
 class PrefillStage(Stage):
-    """Runs each request for one token, which is thrown away: the decode worker samples the first one itself."""
+    """Runs each request for one token: the first of its answer where that was asked for, else it is thrown away."""
 
     role = Role.PREFILL
 
     def start(self) -> None:
         """Builds the engine."""
         super().start()
-        self._legs: dict[str, int] = {}  # how many output tokens of earlier legs follow the prompt
+        self._legs: dict[str, Leg] = {}
         self._pushing: set[str] = set()
         self._leaks = LeakWatch()
 
@@ -31,12 +47,14 @@ class PrefillStage(Stage):
         match message:
             case Prefill() if self.is_new(message.request_id):
                 try:
-                    self.engine.add_prefill(message.request_id, frames, message.output_token_ids)
+                    is_last = self.engine.add_prefill(
+                        message.request_id, frames, message.output_token_ids, message.samples
+                    )
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
                     return
-                self._legs[message.request_id] = len(message.output_token_ids)
+                self._legs[message.request_id] = Leg(len(message.output_token_ids), message.samples, is_last)
                 self._ready(message.request_id, message.ready)
             case Ready():
                 self._ready(message.request_id, message.ready)
@@ -64,36 +82,49 @@ class PrefillStage(Stage):
         started = time.monotonic()
         outputs, executed = self.engine.step()
         for output in outputs:
-            num_kept = self._legs.get(output.request_id)
-            if num_kept is None or not output.finished:
+            leg = self._legs.get(output.request_id)
+            if leg is None or not output.finished:
                 continue
             del self._legs[output.request_id]
             self.engine.connector.forget(output.request_id)
-            if str(output.finish_reason) not in ("length", "stop"):
-                text = f"prefill ended with {output.finish_reason}"
+            reason = str(output.finish_reason)
+            if reason not in ("length", "stop"):
+                text = f"prefill ended with {reason}"
                 self._post(Failed(request_id=output.request_id, code="engine_failed", message=text), ())
                 continue
-            self._pushing.add(output.request_id)
+            # vLLM ends every request here after one token; "stop" is what that token says.
+            ends = leg.samples and (leg.is_last or reason == "stop")
+            if not ends:
+                self._pushing.add(output.request_id)
             stats = output.prefill_stats
             done = Prefilled(
                 request_id=output.request_id,
                 num_cached_tokens=stats.num_local_cached_tokens if stats else 0,
                 took_s=time.monotonic() - started,
+                token_ids=list(output.new_token_ids) if leg.samples else [],
+                finish_reason=reason if ends else "",
             )
-            frames: Frames = ()
-            if output.new_prompt_logprobs_tensors is not None:
-                if num_kept:  # their rows come last
-                    output.new_prompt_logprobs_tensors = type(output.new_prompt_logprobs_tensors)(
-                        *(rows[:-num_kept] for rows in output.new_prompt_logprobs_tensors[:3])
-                    )
-                output.new_token_ids, output.new_logprobs, output.finish_reason = [], None, None
-                output.kv_transfer_params = None
-                frames = self.engine.pack(output)
-            self._post(done, frames)
+            self._post(done, self._frames(output, leg, ends))
         for request_id in [one for one in self._pushing if not self.engine.holds(one)]:
             self._pushing.discard(request_id)
             self._post(Pushed(request_id=request_id), ())
         return executed
+
+    def _frames(self, output: EngineCoreOutput, leg: Leg, ends: bool) -> Frames:
+        """What goes on to the endpoint of an output: the token that was sampled, or the prompt's log-probabilities."""
+        output.kv_transfer_params = None
+        if leg.samples:
+            if not ends:
+                output.finish_reason = None
+            return self.engine.pack(output)
+        if output.new_prompt_logprobs_tensors is None:
+            return ()
+        if leg.num_kept:  # their rows come last
+            output.new_prompt_logprobs_tensors = type(output.new_prompt_logprobs_tensors)(
+                *(rows[: -leg.num_kept] for rows in output.new_prompt_logprobs_tensors[:3])
+            )
+        output.new_token_ids, output.new_logprobs, output.finish_reason = [], None, None
+        return self.engine.pack(output)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
         """A push in flight is looked after ever less often; patches announce themselves."""

@@ -6,6 +6,7 @@ A stage's `handle` runs in the engine thread between two steps; `post` hands mes
 from __future__ import annotations
 
 import abc
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class Stage(abc.ABC):
         self._config, self._name, self._post = config, name, post
         self.engine: Engine
         self.draining = False
+        self.clock: Callable[[], float] = time.monotonic
         self._seen: OrderedDict[str, None] = OrderedDict()
         self.info = WorkerInfo()
 

@@ -76,7 +76,7 @@ def rows(events: Sequence[Event], numbers: Mapping[str, int]) -> list[Row]:
     first: dict[str, Event] = {}
     for event in events:
         first.setdefault(event["event"], event)
-    found = [_queue(first), *_encodes(events, numbers), _prefill(first), _push(first), *_decode(first)]
+    found = [_queue(first), *_encodes(events, numbers), _prefill(first), *_tokens(first)]
     return [row for row in found if row is not None]
 
 
@@ -151,13 +151,20 @@ def _push(first: Mapping[str, Event]) -> Row | None:
     return Row(f"{worker}  push KV", worker, (Span(start_s, max(start_s, first["pushed"]["at_s"])),))
 
 
-def _decode(first: Mapping[str, Event]) -> list[Row]:
+def _tokens(first: Mapping[str, Event]) -> list[Row | None]:
+    """The push and the tokens, in their order."""
     token = first.get("first token")
     if token is None:
-        return []
+        return [_push(first)]
     worker, token_s = token.get("worker", ""), token["at_s"]
-    before_s = min(token_s, (first.get("pushed") or first.get("prefilled") or token)["at_s"])
-    found = [Row(f"{worker}  first token", worker, (Span(before_s, token_s),))]
+    if "decoding" not in first:  # decode has sampled it, from the KV that was pushed
+        before_s = min(token_s, (first.get("pushed") or first.get("prefilled") or token)["at_s"])
+        found = [_push(first), Row(f"{worker}  first token", worker, (Span(before_s, token_s),))]
+        since_s = token_s
+    else:
+        found = [Row(f"{worker}  first token", worker, (Span(token_s, token_s),)), _push(first)]
+        worker = first["decoding"].get("worker", "")
+        since_s = min((first.get("pushed") or first["decoding"])["at_s"], first["decoding"]["at_s"])
     if "finished" in first:
-        found.append(Row(f"{worker}  last token", worker, (Span(token_s, first["finished"]["at_s"]),)))
+        found.append(Row(f"{worker}  last token", worker, (Span(since_s, first["finished"]["at_s"]),)))
     return found

@@ -27,6 +27,7 @@ from epd.endpoint.adapters import AdapterChecks
 from epd.endpoint.failures import Failure, current_exchange, failure_of
 from epd.endpoint.flights import Flights
 from epd.endpoint.questions import Questions
+from epd.endpoint.resume import SAMPLER_OPTIONS
 from epd.endpoint.stories import Stories
 from epd.endpoint.submission import PipelineError, check_request
 from epd.endpoint.uploads import Uploads
@@ -71,8 +72,16 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         self.uploads = Uploads(config.endpoint, self.beliefs, self._send)
         self.stories = Stories(config.broker.story_keep)
         # Processors of their own may keep state that nobody can rebuild.
-        may_resume = not config.engine_options("decode").get("logits_processors")
-        self.flights = Flights(config.endpoint, self._send, self.beliefs, self.stories, may_resume=may_resume)
+        prefill, decode = config.engine_options("prefill"), config.engine_options("decode")
+        self.flights = Flights(
+            config.endpoint,
+            self._send,
+            self.beliefs,
+            self.stories,
+            may_resume=not decode.get("logits_processors"),
+            # Of a prompt whose state decode needs without its last token, prefill computes all but that token.
+            prefill_samples=not self._recurrent and all(prefill.get(o) == decode.get(o) for o in SAMPLER_OPTIONS),
+        )
         self.status_changed = asyncio.Event()
         self._stories_asked: Questions[Story] = Questions()
         self._cache_asked: Questions[CacheState] = Questions()

@@ -32,6 +32,7 @@ class Flight:
         parts: its patches with all frames.
         exchange: the HTTP exchange it belongs to, for its failure.
         may_resume: whether requests may go on elsewhere at all.
+        prefill_samples: whether prefill workers may sample first tokens at all.
 
     Attributes:
         request_id: vLLM's internal id, the pipeline's `request_id`.
@@ -42,6 +43,7 @@ class Flight:
         begun: whether decode workers have given output since it was sent.
         has_output: whether any output was passed on.
         resumable: whether going on from prompt and tokens gives what an undisturbed run would have given.
+        prefill_samples: whether the prefill worker is to sample the first token: the decode worker then goes on.
         sent: whether the present broker has it.
         attempts: how often it was sent.
         num_restarts: how often the same broker needed it again.
@@ -51,7 +53,13 @@ class Flight:
     """
 
     def __init__(
-        self, request: EngineCoreRequest, parts: Split, *, exchange: Any = None, may_resume: bool = True
+        self,
+        request: EngineCoreRequest,
+        parts: Split,
+        *,
+        exchange: Any = None,
+        may_resume: bool = True,
+        prefill_samples: bool = True,
     ) -> None:
         assert request.sampling_params is not None and request.prompt_token_ids is not None
         self.request, self.exchange = request, exchange
@@ -61,6 +69,8 @@ class Flight:
         num_prompt_tokens = len(request.prompt_token_ids)
         self.num_bytes = sum(map(len, parts.frames)) + num_prompt_tokens * _TOKEN_BYTES
         self.resumable = may_resume and resumable(request.sampling_params)
+        # Log-probabilities of the prompt come in an output of their own.
+        self.prefill_samples = prefill_samples and self.resumable and not wants_prompt_logprobs(request)
         self.token_ids: list[int] = []
         self.has_output = self.begun = self.sent = False
         self.attempts = self.num_restarts = self.unread_bytes = 0
@@ -136,9 +146,11 @@ class Flight:
                 for kind in (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)
             ]
             if first.prefill_stats is not None:
-                # The decode worker counts all KV that it did not compute, that which was just computed for it too.
+                # As of one engine: a decode worker counts the KV that it was pushed, which was just computed for it.
                 local = first.prefill_stats.num_local_cached_tokens
-                first.prefill_stats.num_cached_tokens = local if self.num_cached_tokens < 0 else self.num_cached_tokens
+                cached = local if self.num_cached_tokens < 0 else self.num_cached_tokens
+                num_tokens = self._num_rows + 1
+                first.prefill_stats.set(num_tokens, min(cached, num_tokens), num_external_cached_tokens=0)
             if self._parts:
                 first.new_prompt_logprobs_tensors = _joined(self._parts, self._num_rows)
             if self._row_logprobs is not None:

@@ -51,6 +51,7 @@ class Flights:
         beliefs: which patches are in the broker's cache.
         stories: told of each beginning and end.
         may_resume: whether requests with tokens may go on elsewhere at all.
+        prefill_samples: whether prefill workers may sample first tokens at all.
 
     Attributes:
         processor: vLLM's output processor whose requests these are.
@@ -61,10 +62,17 @@ class Flights:
     processor: OutputProcessor
 
     def __init__(
-        self, config: EndpointConfig, send: Send, beliefs: Beliefs, stories: Stories, *, may_resume: bool = True
+        self,
+        config: EndpointConfig,
+        send: Send,
+        beliefs: Beliefs,
+        stories: Stories,
+        *,
+        may_resume: bool = True,
+        prefill_samples: bool = True,
     ) -> None:
         self._config, self._send, self._beliefs, self._stories = config, send, beliefs, stories
-        self._may_resume = may_resume
+        self._options = {"may_resume": may_resume, "prefill_samples": prefill_samples}
         self._decoder = MsgpackDecoder(EngineCoreOutput)
         self._flights: dict[str, Flight] = {}
         self._has_broker = False
@@ -108,7 +116,7 @@ class Flights:
         Raises:
             PipelineError: it cannot be sent; nothing of it stays.
         """
-        flight = Flight(without_pixels(request, parts), parts, exchange=exchange, may_resume=self._may_resume)
+        flight = Flight(without_pixels(request, parts), parts, exchange=exchange, **self._options)
         self._flights[flight.request_id] = flight
         self.held_bytes += flight.num_bytes
         owner = exchange.owner if exchange is not None else ""
@@ -140,6 +148,7 @@ class Flights:
             attempts=flight.attempts,
             output_token_ids=list(flight.token_ids),
             resumable=flight.resumable,
+            prefill_samples=flight.prefill_samples,
         )
         reason = too_large(frames)
         if reason:

@@ -66,6 +66,8 @@ ONLY: Final[dict[str, tuple[object, ...]]] = {
     "routed_experts_prompt_start": (0,),
     "trace_decode_token_ids": (None, []),
 }
+# Engine options that change what is sampled: prefill workers sample first tokens only if these are the same for both.
+SAMPLER_OPTIONS: Final = ("logits_processors", "logprobs_mode", "max_logprobs")
 # Decided below: a seed gives a sequence of random numbers, of which some are used up; greedy sampling uses none. The
 # rows of `prompt_logprob_token_ids` are an array and must fit the prompt.
 DECIDED: Final = frozenset({"seed", "prompt_logprob_token_ids"})

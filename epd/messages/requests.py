@@ -14,7 +14,8 @@ class Submit(Struct, frozen=True):
     `max_tokens` bounds the output; `deadline_s` is how long from now the whole request may take. `tenant` names whose
     it is, for fairness. A request that was begun before (the broker was lost) comes with the number of `attempts`
     made, and with `output_token_ids`, the tokens that its client has: it continues after them. `resumable` says that
-    going on from prompt and tokens gives what an undisturbed run would have given.
+    going on from prompt and tokens gives what an undisturbed run would have given, `prefill_samples` that the prefill
+    worker is to sample the first token.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Submit(Struct, frozen=True):
     attempts: int = 0
     output_token_ids: list[int] = msgspec.field(default_factory=list)
     resumable: bool = False
+    prefill_samples: bool = False
 
 
 class Cancel(Struct, frozen=True):
@@ -68,13 +70,15 @@ class Tokens(Struct, frozen=True):
     The broker keeps `token_ids`, so that another decode worker can go on where this one stopped. They are empty for
     an output of the prefill worker, which has log-probabilities of the prompt only. `num_before` counts the tokens of
     the whole answer that came before (-1: not said), so that a message that is missing or comes twice shows. The broker
-    adds how many tokens of the prompt the prefill worker had computed before; -1 while it does not know.
+    adds how many tokens of the prompt the prefill worker had computed before; -1 while it does not know. With its first
+    tokens the decode worker says of how many the KV was pushed to it; it had that of the others. -1 later on.
     """
 
     request_id: str
     token_ids: list[int]
     num_before: int = -1
     num_cached_tokens: int = -1
+    num_pushed_tokens: int = -1
 
 
 class Finished(Struct, frozen=True):
@@ -85,6 +89,7 @@ class Finished(Struct, frozen=True):
     finish_reason: str
     num_before: int = -1
     num_cached_tokens: int = -1
+    num_pushed_tokens: int = -1
     story: list[StoryEvent] = msgspec.field(default_factory=list)
 
 

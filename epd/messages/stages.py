@@ -70,12 +70,13 @@ class Prefill(Struct, frozen=True):
     """Broker → Prefill: compute this request's KV. Opaque frames: the engine request.
 
     `ready` are the patches that can be read already; READY brings the others. `output_token_ids` were sampled by an
-    earlier leg and follow the prompt.
+    earlier leg and follow the prompt. With `samples`, the next token is sampled here and comes with PREFILLED.
     """
 
     request_id: str
     ready: list[PatchReady] = msgspec.field(default_factory=list)
     output_token_ids: list[int] = msgspec.field(default_factory=list)
+    samples: bool = False
 
 
 class Ready(Struct, frozen=True):
@@ -98,12 +99,16 @@ class Prefilled(Struct, frozen=True):
     """Prefill → Broker → Decode: all prompt tokens are computed.
 
     The request's slots may be unpinned, and the KV is on its way to the decode worker, which looks for it from now on.
-    Opaque frames: an engine output with prompt log-probabilities where they were asked for, else none.
+    `token_ids` is the token that was sampled here, if that was asked for, and `finish_reason` says that it is the last
+    one: then no KV is needed. Opaque frames: the engine output with that token, or one with prompt log-probabilities
+    where they were asked for, else none.
     """
 
     request_id: str
     num_cached_tokens: int = 0
     took_s: float = 0.0
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    finish_reason: str = ""
 
 
 class Pushed(Struct, frozen=True):
@@ -128,12 +133,14 @@ class Decode(Struct, frozen=True):
     """Broker → Decode: register for this request's KV with `prefill`, then decode. Opaque frames: the engine request.
 
     Sent at the same time as PREFILL, so that the registration is never waited for. `output_token_ids` as there: they
-    follow the prompt and count towards the output's bounds, and only the tokens after them are reported.
+    follow the prompt and count towards the output's bounds, and only the tokens after them are reported. With
+    `awaits_token` the next one is sampled by the prefill worker and comes with PREFILLED: this worker goes on after it.
     """
 
     request_id: str
     prefill: KvPeer
     output_token_ids: list[int] = msgspec.field(default_factory=list)
+    awaits_token: bool = False
 
 
 class NeedPatches(Struct, frozen=True):

@@ -28,7 +28,7 @@ REQUESTS = st.fixed_dictionaries(
         "hashes": st.lists(st.sampled_from(HASHES), max_size=3, unique=True),
         "num_prompt_tokens": st.integers(5, 70),
         "max_tokens": st.integers(1, 12),
-        "resumable": st.sampled_from([True, True, False]),
+        "going_on": st.sampled_from([(True, True), (True, False), (False, False)]),
         "pixels": st.sampled_from([True, True, False]),
         "deadline_s": st.sampled_from([60.0, 60.0, 3.0]),
     }
@@ -48,7 +48,8 @@ class CoreMachine(UnluckyPeers):
             self.num_asked += 1
             request_id = f"r{self.num_asked}"
             patches = [m.Patch(patch_hash=h, modality="image", num_tokens=4) for h in one["hashes"]]
-            rest = {key: value for key, value in one.items() if key not in ("hashes", "pixels")}
+            rest = {key: value for key, value in one.items() if key not in ("hashes", "pixels", "going_on")}
+            rest["resumable"], rest["prefill_samples"] = one["going_on"]
             self.asked[request_id] = Asked(
                 m.Submit(request_id=request_id, num_engine_frames=1, patches=patches, **rest)
             )
@@ -273,7 +274,7 @@ class CoreMachine(UnluckyPeers):
 
 @pytest.mark.timeout(3600)
 def test_no_sequence_of_events_breaks_the_core() -> None:
-    CoreMachine.num_steps = CoreMachine.num_finished = CoreMachine.num_resumed = 0
+    CoreMachine.num_steps = CoreMachine.num_finished = CoreMachine.num_resumed = CoreMachine.num_sampled = 0
     run_state_machine_as_test(
         CoreMachine,
         settings=settings(
@@ -287,3 +288,4 @@ def test_no_sequence_of_events_breaks_the_core() -> None:
     )
     print(f"{CoreMachine.num_steps} events, {CoreMachine.num_finished} answers, {CoreMachine.num_resumed} continued")
     assert CoreMachine.num_finished
+    assert CoreMachine.num_sampled

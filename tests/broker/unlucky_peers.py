@@ -32,6 +32,7 @@ class Leg:
     wants: list[str] = dataclasses.field(default_factory=list)
     ready: dict[str, m.Slot] = dataclasses.field(default_factory=dict)
     num_tokens: int = 0
+    prefill_samples: bool = False
     prefilled: bool = False
     pushed: bool = False
     aborted: bool = False
@@ -54,6 +55,7 @@ class UnluckyPeers(RuleBasedStateMachine):
 
     num_finished = 0
     num_resumed = 0
+    num_sampled = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,6 +101,10 @@ class UnluckyPeers(RuleBasedStateMachine):
                 case m.Prefill() | m.Decode():
                     assert peer_id not in self.draining
                     self.take_leg(peer_id, message, frames)
+                case m.Prefilled():
+                    if leg := self.legs[peer_id].get(message.request_id):
+                        assert len(message.token_ids) == leg.prefill_samples
+                        leg.prefilled, leg.num_tokens = True, leg.num_tokens + len(message.token_ids)
                 case m.Ready():
                     if leg := self.legs[peer_id].get(message.request_id):
                         leg.ready |= {one.patch_hash: one.slot for one in message.ready}
@@ -122,6 +128,8 @@ class UnluckyPeers(RuleBasedStateMachine):
         self.num_resumed_once(asked)
         leg = Leg(message.request_id, num_tokens=len(message.output_token_ids))
         leg.wants = [patch.patch_hash for patch in asked.submit.patches]
+        leg.prefill_samples = message.samples if isinstance(message, m.Prefill) else message.awaits_token
+        assert leg.prefill_samples == asked.submit.prefill_samples
         if isinstance(message, m.Prefill):
             leg.ready = {one.patch_hash: one.slot for one in message.ready}
         legs[message.request_id] = leg
@@ -160,6 +168,7 @@ class UnluckyPeers(RuleBasedStateMachine):
             request_id=submit.request_id, num_prompt_tokens=submit.num_prompt_tokens, max_tokens=submit.max_tokens,
             num_engine_frames=1, patches=patches, deadline_s=submit.deadline_s, tenant=submit.tenant,
             attempts=asked.attempts, output_token_ids=list(asked.got), resumable=submit.resumable,
+            prefill_samples=submit.prefill_samples,
         )  # fmt: skip
         frames = [p.patch_hash.encode() for p in patches if with_pixels]
         self.world.say(self.live["ep"], asked.submit, [b"engine", *frames])
@@ -261,7 +270,7 @@ class UnluckyPeers(RuleBasedStateMachine):
         elif not leg.prefilled and set(leg.wants) <= set(leg.ready):
             leg.prefilled = True
             self.kv.add(leg.leg_id)
-            self.say(peer_id, m.Prefilled(request_id=leg.leg_id), [b"logprobs"])
+            self.say(peer_id, *self.prefilled(leg))
         elif leg.prefilled:
             del self.legs[peer_id][leg.leg_id]
             self.say(peer_id, m.Pushed(request_id=leg.leg_id))
@@ -269,13 +278,22 @@ class UnluckyPeers(RuleBasedStateMachine):
             return False
         return True
 
+    def prefilled(self, leg: Leg) -> tuple[m.Prefilled, list[bytes]]:
+        """What a prefill worker says of a leg that is computed: it may have sampled a token, which may be the last."""
+        if not leg.prefill_samples:
+            return m.Prefilled(request_id=leg.leg_id), [b"logprobs"]
+        asked = self.asked[leg.leg_id.partition("~")[0]]
+        reason = "length" if leg.num_tokens + 1 == asked.submit.max_tokens else ""
+        type(self).num_sampled += 1
+        return m.Prefilled(request_id=leg.leg_id, token_ids=[leg.num_tokens], finish_reason=reason), [b"out"]
+
     def step_decode(self, peer_id: str, leg: Leg, count: int) -> bool:
         """The next tokens of a leg on its decode worker; false where there are none yet."""
         if leg.aborted:
             del self.legs[peer_id][leg.leg_id]
             self.say(peer_id, m.Released(request_id=leg.leg_id))
             return True
-        if leg.leg_id not in self.kv:
+        if leg.leg_id not in self.kv or (leg.prefill_samples and not leg.prefilled):
             return False
         asked = self.asked[leg.leg_id.partition("~")[0]]
         before = leg.num_tokens

@@ -43,6 +43,20 @@ def test_a_timeline_has_a_row_for_each_stage_and_patch():
     assert labels[-4:] == ["prefill-0  prefill", "prefill-0  push KV", "decode-0  first token", "decode-0  last token"]
 
 
+def test_a_first_token_of_the_prefill_worker_comes_before_the_push():
+    first, [at] = [], [at for at, event in enumerate(FIRST) if event["event"] == "first token"]
+    for event in FIRST[:at]:
+        first.append(event)
+        if event["event"] == "prefilled":
+            first.append(event | {"event": "first token"})
+    first += [FIRST[at] | {"event": "decoding"}, *FIRST[at + 1 :]]
+    rows = timeline.rows(first, NUMBERS)
+    tail = ["prefill-0  prefill", "prefill-0  first token", "prefill-0  push KV", "decode-0  last token"]
+    assert [row.label for row in rows[-4:]] == tail
+    ends = [row.spans[-1].end_s for row in rows[-4:]]
+    assert ends == sorted(ends)
+
+
 def test_times_in_a_timeline_are_those_of_the_story():
     rows = {row.label: row for row in timeline.rows(FIRST, NUMBERS)}
     prefilled = next(event for event in FIRST if event["event"] == "prefilled")

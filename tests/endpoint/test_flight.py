@@ -18,7 +18,7 @@ def make(token_ids=(), finish=False, rows=None, **fields):
     return EngineCoreOutput("theirs", list(token_ids), finish_reason=reason, **fields)
 
 
-def flight(wants=False, num_prompt_tokens=9, may_resume=True, **params):
+def flight(wants=False, num_prompt_tokens=9, may_resume=True, prefill_samples=True, **params):
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
@@ -27,7 +27,7 @@ def flight(wants=False, num_prompt_tokens=9, may_resume=True, **params):
 
     sampling = SamplingParams(temperature=0.0, prompt_logprobs=1 if wants else None, **params)
     request = EngineCoreRequest("r", [5] * num_prompt_tokens, None, sampling, None, 0.0, None, None, None)
-    return Flight(request, Split([], [], []), may_resume=may_resume)
+    return Flight(request, Split([], [], []), may_resume=may_resume, prefill_samples=prefill_samples)
 
 
 def test_outputs_pass_under_our_id_with_events_of_our_clock():
@@ -133,14 +133,30 @@ def test_a_prompt_that_was_computed_twice_gives_its_logprobs_once():
     assert first.new_prompt_logprobs_tensors.logprob_token_ids[:, 0].tolist() == [8] * 8
 
 
-@pytest.mark.parametrize(("told", "cached"), [(48, 48), (0, 0), (-1, 32)])
+@pytest.mark.parametrize(("told", "cached"), [(48, 48), (0, 0), (-1, 32), (102, 100)])
 def test_cached_tokens_are_those_that_prefill_did_not_compute_not_those_that_decode_did_not(told, cached):
     from vllm.v1.metrics.stats import PrefillStats
 
     stats = PrefillStats()
     stats.set(num_prompt_tokens=100, num_local_cached_tokens=32, num_external_cached_tokens=68)
-    one = flight()
+    one = flight(num_prompt_tokens=100)
     one.num_cached_tokens = told
     (first,) = one.output(make([1], prefill_stats=stats))
-    assert first.prefill_stats.num_cached_tokens == cached
-    assert (first.prefill_stats.num_computed_tokens, first.prefill_stats.num_external_cached_tokens) == (0, 68)
+    assert first.prefill_stats.num_cached_tokens == first.prefill_stats.num_local_cached_tokens == cached
+    assert first.prefill_stats.num_computed_tokens == 100 - cached
+    assert first.prefill_stats.num_external_cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        ({}, True),
+        ({"min_tokens": 3, "logprobs": 2}, True),
+        ({"presence_penalty": 0.5}, False),
+        ({"wants": True}, False),
+        ({"may_resume": False}, False),
+        ({"prefill_samples": False}, False),
+    ],
+)
+def test_first_tokens_are_sampled_by_prefill_where_decode_can_go_on_after_them(options, samples):
+    assert flight(**options).prefill_samples is samples

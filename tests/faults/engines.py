@@ -57,6 +57,7 @@ class Ask:
     request: EngineRequest
     pixels: dict[str, bytes]
     resumable: bool
+    prefill_samples: bool
     deadline_at: float
     tokens: list[int] = dataclasses.field(default_factory=list)
     end: str = ""
@@ -153,6 +154,7 @@ class Engine:
         self._decodes: dict[str, tuple[EngineRequest, str]] = {}
         self._aborted: dict[str, str] = {}
         self._failed: set[str] = set()
+        self._awaiting: set[str] = set()
 
     # ---- feeding it ------------------------------------------------------------------------------------------------
 
@@ -162,21 +164,40 @@ class Engine:
         self._jobs[name] = (job, b"".join(frames))
         return name
 
-    def add_prefill(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int] = ()) -> None:
+    def add_prefill(
+        self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int] = (), samples: bool = False
+    ) -> bool:
         request = msgspec.msgpack.decode(frames[0], type=EngineRequest)
         self.connector.expect(leg_id, request.patches)
         self._prefills[leg_id], self._outputs[leg_id] = request, list(output_token_ids)
+        return len(output_token_ids) + 1 >= request.max_tokens
 
     def add_decode(
-        self, leg_id: str, frames: Sequence[bytes], peer: KvPeer, output_token_ids: Sequence[int] = ()
+        self,
+        leg_id: str,
+        frames: Sequence[bytes],
+        peer: KvPeer,
+        output_token_ids: Sequence[int] = (),
+        awaits_token: bool = False,
     ) -> None:
         request = msgspec.msgpack.decode(frames[0], type=EngineRequest)
         self._decodes[leg_id], self._outputs[leg_id] = (request, peer.engine_id), list(output_token_ids)
+        if awaits_token:
+            self._awaiting.add(leg_id)
         self._kv_send(peer.engine_id, leg_id, "register", self.engine_id.encode())
+
+    def give_token(self, leg_id: str, token_ids: Sequence[int]) -> None:
+        if leg_id in self._awaiting:
+            self._awaiting.discard(leg_id)
+            self._outputs[leg_id] += token_ids
+
+    def lacking_token(self) -> frozenset[str]:
+        return frozenset(self._awaiting & self._kv.keys())
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for leg_id in list(request_ids):
             self._jobs.pop(leg_id, None)
+            self._awaiting.discard(leg_id)
             if leg_id in self._decodes:
                 _, prefill = self._decodes.pop(leg_id)
                 if self._kv.pop(leg_id, None) is not None:
@@ -245,20 +266,21 @@ class Engine:
             if all(patch_hash in self.connector.read for patch_hash in request.patches):
                 del self._prefills[leg_id]
                 kv = context(request.prompt, [self.connector.read[patch_hash] for patch_hash in request.patches])
+                done.append(Output(leg_id, [next_token(kv, self._outputs[leg_id])], "length"))
                 self._kv[leg_id] = kv + msgspec.msgpack.encode(self._outputs[leg_id])
                 self._push(leg_id)
-                done.append(Output(leg_id, [0], "length"))
         return done
 
     def _decode(self) -> list[Output]:
         done = []
         for leg_id in list(self._failed):
             self._failed.discard(leg_id)
+            self._awaiting.discard(leg_id)
             if self._decodes.pop(leg_id, None):
                 self._outputs.pop(leg_id, None)
                 done.append(Output(leg_id, [], "error"))
         for leg_id, (request, _) in list(self._decodes.items()):
-            if (kv := self._kv.get(leg_id)) is None:
+            if (kv := self._kv.get(leg_id)) is None or leg_id in self._awaiting:
                 continue
             outputs = self._outputs[leg_id]
             given = len(msgspec.msgpack.decode(kv[8:]))  # what the prompt was prefilled with
@@ -280,7 +302,7 @@ class Engine:
         return list(self._jobs)
 
     def kv_arrived(self) -> bool:
-        return bool(self._kv)
+        return bool(self._kv.keys() - self._awaiting)
 
     def take_written(self) -> Written:
         written, self._written = self._written, Written()
@@ -294,6 +316,6 @@ class Engine:
         tables = {
             "jobs": self._jobs, "prefills": self._prefills, "outputs": self._outputs, "kv": self._kv,
             "decodes": self._decodes, "aborted": self._aborted, "read": self.connector.read,
-            "wants": self.connector.wants, "slots": self.connector.write_slots,
+            "wants": self.connector.wants, "awaiting": self._awaiting, "slots": self.connector.write_slots,
         }  # fmt: skip
         return {name: len(table) for name, table in tables.items()}

@@ -52,8 +52,8 @@ def requests(cluster: Cluster) -> list[Ask]:
     asks = []
     for i in range(6):
         pixels = {f"hash {i % 5} {k}": f"pixels {i % 5} {k}".encode() for k in range(i % 3)}
-        request = EngineRequest(prompt=b"prompt %d " % i * 4, max_tokens=8, patches=list(pixels))
-        asks.append(Ask(f"r{i}", request, pixels, i != 4, cluster.now + DEADLINE_S + i * 0.01))
+        request = EngineRequest(prompt=b"prompt %d " % i * 4, max_tokens=12, patches=list(pixels))
+        asks.append(Ask(f"r{i}", request, pixels, i != 4, i not in (1, 4), cluster.now + DEADLINE_S + i * 0.01))
     return asks
 
 

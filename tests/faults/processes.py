@@ -251,7 +251,8 @@ class WorkerProcess(Peer):
             case PrefillStage():
                 self.stage._legs, self.stage._pushing = {}, set()
             case DecodeStage():
-                self.stage._requests, self.stage._arriving = {}, set()
+                self.stage._requests, self.stage._arriving, self.stage._lacking = {}, set(), {}
+                self.stage.clock = lambda: self.cluster.now
         self._steps, self._stepping = 0, False
         super().start()
 
@@ -340,6 +341,7 @@ class EndpointProcess(Peer):
             request_id=ask.request_id, num_prompt_tokens=len(ask.request.prompt), max_tokens=ask.request.max_tokens,
             num_engine_frames=1, patches=patches, deadline_s=max(ask.deadline_at - self.cluster.now, 0.001),
             attempts=ask.attempts, output_token_ids=list(ask.tokens), resumable=ask.resumable,
+            prefill_samples=ask.prefill_samples,
         )  # fmt: skip
         ask.attempts += 1
         self.say(submit, [msgspec.msgpack.encode(ask.request), *ask.pixels.values()])

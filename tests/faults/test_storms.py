@@ -25,7 +25,8 @@ def begin(seed: int, *, lossy: bool) -> tuple[Cluster, list[Ask], list[str]]:
         request = EngineRequest(
             prompt=b"p %d " % i * rng.randint(1, 8), max_tokens=rng.randint(1, 40), patches=[*pixels]
         )
-        asks.append(Ask(f"r{i}", request, pixels, rng.random() < 0.7, cluster.now + at_s + 40.0))
+        resumable, prefill_samples = rng.choice([(True, True), (True, False), (False, False)])
+        asks.append(Ask(f"r{i}", request, pixels, resumable, prefill_samples, cluster.now + at_s + 40.0))
         cluster.ask(asks[-1], at_s)
         if rng.random() < 0.15:
             cancel_at_s = at_s + rng.uniform(0, 0.3)

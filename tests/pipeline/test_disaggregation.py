@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -81,15 +82,51 @@ def weight_bytes(model: Path) -> dict[str, int]:
 
 
 def test_the_decode_worker_computes_nothing_of_the_prompt(epd: httpx.Client) -> None:
+    answer = ask(epd, chat(DEMO_QUESTION, [scribble(103)], cache_salt="never seen before"))
+    [decoding] = of(story(epd, answer), "decoding")
+    num_tokens = answer["usage"]["prompt_tokens"]
+    assert num_tokens > 60
+    assert decoding["detail"] == f"KV of {num_tokens} of {num_tokens} tokens was pushed"
+
+
+def test_prompt_tokens_are_counted_as_those_of_one_engine(epd: httpx.Client) -> None:
     def by_source() -> dict[str, float]:
         found = re.findall(
             r'vllm:prompt_tokens_by_source_total\{.*source="(\w+)"\} ([\d.e+]+)', epd.get("/metrics").text
         )
         return {source: float(value) for source, value in found}
 
-    before = by_source()
-    answer = ask(epd, chat(DEMO_QUESTION, [scribble(103)], cache_salt="never seen before"))
-    after = by_source()
-    moved = {source: after[source] - before.get(source, 0.0) for source in after}
-    assert moved["external_kv_transfer"] == answer["usage"]["prompt_tokens"] > 60
-    assert moved["local_compute"] == 0
+    for number, more in enumerate(({}, {"presence_penalty": 0.1})):  # the latter's first token is sampled by decode
+        before = by_source()
+        salt = f"never seen before {number}"
+        answer = ask(epd, chat(DEMO_QUESTION, [scribble(104)], cache_salt=salt, **more))
+        after = by_source()
+        moved = {source: after[source] - before.get(source, 0.0) for source in after}
+        assert moved["local_compute"] == answer["usage"]["prompt_tokens"]
+        assert moved["external_kv_transfer"] == moved["local_cache_hit"] == 0
+
+
+def test_the_prefill_worker_gives_the_first_token_and_the_decode_worker_the_others(epd: httpx.Client) -> None:
+    events = story(epd, ask(epd, chat(DEMO_QUESTION, [scribble(105)])))
+    assert [one["worker"] for one in of(events, "first token")] == ["prefill-0"]
+    assert [one["worker"] for one in of(events, "decoding")] == ["decode-0"]
+    assert [one["worker"] for one in of(events, "finished")] == ["decode-0"]
+
+
+def test_an_answer_of_one_token_is_the_prefill_worker_s_alone(epd: httpx.Client) -> None:
+    answer = ask(epd, chat(DEMO_QUESTION, [scribble(106)], max_tokens=1))
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 1
+    events = story(epd, answer)
+    assert [one["worker"] for one in of(events, "finished")] == ["prefill-0"]
+    assert not of(events, "decoding")
+
+
+@pytest.mark.parametrize(
+    "more", [{"presence_penalty": 0.5}, {"seed": 1, "temperature": 0.7}, {"response_format": {"type": "json_object"}}]
+)
+def test_what_depends_on_the_output_alone_is_sampled_by_the_decode_worker_from_the_start(
+    epd: httpx.Client, more: dict[str, Any]
+) -> None:
+    events = story(epd, ask(epd, chat(DEMO_QUESTION, [scribble(107)], **more)))
+    assert [one["worker"] for one in of(events, "first token")] == ["decode-0"]

@@ -26,7 +26,7 @@ _numbers = itertools.count()
 
 
 class Seen(msgspec.Struct):
-    """An answer, and how much of its prompt each stage had: `prefill` as its story says, `decode` as the metrics do."""
+    """An answer, and how much of its prompt each stage had, as its story says."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -48,27 +48,21 @@ def pipeline() -> Iterator[Running]:
     running.close()
 
 
-def sources(running: Running) -> dict[str, float]:
-    """Where the decode worker's prompt tokens came from so far."""
-    pattern = r'vllm:prompt_tokens_by_source_total\{.*source="(\w+)"\} ([\d.e+]+)'
-    return {name: float(value) for name, value in re.findall(pattern, running.http.get("/metrics").text)}
-
-
 def look(running: Running, images: list[Image.Image], question: str = QUESTION, **more: Any) -> Seen:
     """Asks about pictures, one request at a time."""
-    before = sources(running)
     body = chat(question, images, logprobs=True, max_tokens=6, ignore_eos=True, **more)
     answer = ask(running.http, body)
-    after = sources(running)
-    [prefilled] = of(story(running.http, answer), "prefilled")
+    events = story(running.http, answer)
+    [prefilled], [decoding] = of(events, "prefilled"), of(events, "decoding")
+    pushed, of_tokens = map(int, re.findall(r"\d+", decoding["detail"]))
     return Seen(
         token_ids=tokens(answer)[0][0],
         logprobs=[line["logprob"] for line in answer["choices"][0]["logprobs"]["content"]],
         num_prompt_tokens=answer["usage"]["prompt_tokens"],
         usage=answer["usage"]["prompt_tokens_details"]["cached_tokens"],
         prefill=int(prefilled["detail"].split()[0]),
-        decode=int(after["local_cache_hit"] - before.get("local_cache_hit", 0)),
-        pushed=int(after["external_kv_transfer"] - before.get("external_kv_transfer", 0)),
+        decode=of_tokens - pushed,
+        pushed=pushed,
     )
 
 

@@ -43,21 +43,32 @@ class Host:
         self.kv = get_kv_transfer_group().connector_worker
         self.nixl = self.kv.nixl_wrapper
         self.real = {name: getattr(self.nixl, name) for name in ("check_xfer_state", "transfer")}
+        self.prompt = PROMPT
         self.ended: dict[str, str] = {}
         self.tokens: dict[str, list[int]] = {}
 
-    def add(self, request_id: str, max_tokens: int = 4, peer: dict[str, Any] | None = None) -> None:
-        """Adds a text request, to a decode engine with where its KV will come from."""
+    def add(
+        self, request_id: str, max_tokens: int = 4, peer: dict[str, Any] | None = None, handover: bool = False
+    ) -> None:
+        """Adds a text request, to a decode engine with where its KV will come from; `handover` of its first token."""
         request = EngineCoreRequest(
-            request_id=request_id, prompt_token_ids=PROMPT, mm_features=None,
+            request_id=request_id, prompt_token_ids=list(self.prompt), mm_features=None,
             sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
             pooling_params=None, arrival_time=time.time(), lora_request=None, cache_salt=None, data_parallel_rank=None,
         )  # fmt: skip
         frames = [bytes(frame) for frame in MsgpackEncoder().encode(request)]
         if peer:
-            self.engine.add_decode(request_id, frames, msgspec.convert(peer, KvPeer))
+            self.engine.add_decode(request_id, frames, msgspec.convert(peer, KvPeer), awaits_token=handover)
         else:
-            self.engine.add_prefill(request_id, frames)
+            self.engine.add_prefill(request_id, frames, samples=handover)
+
+    def prompt_of(self, num_tokens: int) -> None:
+        """From now on prompts have so many tokens."""
+        self.prompt = PROMPT[:num_tokens]
+
+    def give(self, request_id: str, token_ids: list[int]) -> None:
+        """What a stage does with the token that PREFILLED brings."""
+        self.engine.give_token(request_id, token_ids)
 
     def abort(self, *request_ids: str) -> None:
         """What a stage does with ABORT."""
@@ -100,7 +111,8 @@ class Host:
             "blocks": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
             "requests": sorted(self.engine.scheduler.requests),
             "has_requests": self.engine.has_requests(),
-            "held": self.held(),
+            "held": self.held() + len(self.engine.handover),
+            "lacking": sorted(self.engine.lacking_token()),
             "ended": self.ended,
             "tokens": self.tokens,
             "tables": {

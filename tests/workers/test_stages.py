@@ -31,6 +31,9 @@ class StandIn:
         self.added: list[tuple] = []
         self.aborted: list[str] = []
         self.outputs: list[SimpleNamespace] = []
+        self.is_last = False
+        self.given: list[tuple] = []
+        self.lacking: set[str] = set()
         nothing = lambda *_: None  # noqa: E731
         self.connector = SimpleNamespace(
             forget=nothing, forget_job=nothing, patch_ready=nothing, expect=nothing, take_needed=dict
@@ -43,10 +46,17 @@ class StandIn:
         self.added.append((job.job_id,))
         return str(job.job_id)
 
-    def add_prefill(self, *args: object) -> None:
+    def add_prefill(self, *args: object) -> bool:
         self.added.append(args)
+        return self.is_last
 
     add_decode = add_prefill
+
+    def give_token(self, leg_id: str, token_ids: list[int]) -> None:
+        self.given.append((leg_id, token_ids))
+
+    def lacking_token(self) -> set[str]:
+        return self.lacking
 
     def waiting(self) -> list[str]:
         return [str(one) for (one,) in self.added[1:]]  # the first one has been started
@@ -66,6 +76,15 @@ class StandIn:
 
     def pack(self, output: SimpleNamespace) -> list[bytes]:
         return [b"packed"]
+
+
+def output(ids: list[int], reason: str | None = None, pushed: int | None = None) -> SimpleNamespace:
+    """As vLLM's engine output."""
+    return SimpleNamespace(
+        request_id="r~1", new_token_ids=ids, finished=reason is not None, finish_reason=reason,
+        prefill_stats=None if pushed is None else SimpleNamespace(num_external_cached_tokens=pushed),
+        new_prompt_logprobs_tensors=None,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -111,7 +130,7 @@ def test_the_first_job_may_come_twice_and_is_encoded_once(said: list[m.Message])
 def test_prompt_log_probabilities_of_a_leg_that_goes_on_are_those_of_the_prompt_alone(said: list[m.Message]) -> None:
     stage, engine = make(PrefillStage, said)
     stage.handle(m.Prefill(request_id="r~1", output_token_ids=[7, 8]), [b"engine"])
-    assert engine.added == [("r~1", [b"engine"], [7, 8])]
+    assert engine.added == [("r~1", [b"engine"], [7, 8], False)]
     output = SimpleNamespace(
         request_id="r~1", finished=True, finish_reason="length", prefill_stats=None,
         new_prompt_logprobs_tensors=Tensors([1, 2, 3, 7, 8], [0.1, 0.2, 0.3, 0.7, 0.8], [1, 1, 1, 2, 2]),
@@ -128,12 +147,63 @@ def test_a_decode_worker_says_where_its_tokens_belong(said: list[m.Message]) -> 
     decode = m.Decode(request_id="r~1", prefill=peer, output_token_ids=[7, 8])
     for _ in range(2):  # the second one is ignored
         stage.handle(decode, [b"engine"])
-    assert engine.added == [("r~1", [b"engine"], peer, [7, 8])]
+    assert engine.added == [("r~1", [b"engine"], peer, [7, 8], False)]
     for ids, finished in (([1, 2], False), ([3], True)):
-        reason = "stop" if finished else None
-        engine.outputs = [SimpleNamespace(request_id="r~1", new_token_ids=ids, finished=finished, finish_reason=reason)]
+        engine.outputs = [output(ids, "stop" if finished else None, None if finished else 64)]
         stage.step()
-    assert [(type(one), one.num_before, one.token_ids) for one in said] == [
-        (m.Tokens, 2, [1, 2]),
-        (m.Finished, 4, [3]),
+    assert [(type(one), one.num_before, one.token_ids, one.num_pushed_tokens) for one in said] == [
+        (m.Tokens, 2, [1, 2], 64),
+        (m.Finished, 4, [3], -1),
     ]
+
+
+def test_a_decode_worker_goes_on_after_the_token_that_it_is_given(said: list[m.Message]) -> None:
+    stage, engine = make(DecodeStage, said)
+    peer = m.KvPeer(engine_id="e", host="h", port=1)
+    stage.handle(m.Decode(request_id="r~1", prefill=peer, output_token_ids=[7, 8], awaits_token=True), [b"engine"])
+    assert engine.added == [("r~1", [b"engine"], peer, [7, 8], True)]
+    stage.handle(m.Prefilled(request_id="r~1", token_ids=[9]), [])
+    stage.handle(m.Prefilled(request_id="unknown", token_ids=[9]), [])
+    assert engine.given == [("r~1", [9])]
+    engine.outputs = [output([1])]
+    stage.step()
+    assert (said[-1].num_before, said[-1].token_ids) == (3, [1])
+
+
+def test_a_decode_worker_gives_up_a_request_whose_token_does_not_come(said: list[m.Message]) -> None:
+    stage, engine = make(DecodeStage, said)
+    times = iter([0.0, 4.9, 5.1])
+    stage.clock = lambda: next(times)
+    peer = m.KvPeer(engine_id="e", host="h", port=1)
+    stage.handle(m.Decode(request_id="r~1", prefill=peer, awaits_token=True), [b"engine"])
+    engine.lacking = {"r~1"}
+    for _ in range(2):
+        stage.step()
+        assert not said
+    stage.step()
+    assert [(one.request_id, one.code) for one in said] == [("r~1", "worker_lost")]
+    assert engine.aborted == ["r~1"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_last", "samples", "told"),
+    [
+        ("length", False, True, ([5], "")),
+        ("length", True, True, ([5], "length")),
+        ("stop", False, True, ([5], "stop")),
+        ("length", True, False, ([], "")),
+    ],
+)
+def test_a_prefill_worker_tells_its_token_and_whether_it_is_the_last_one(
+    said: list[m.Message], reason: str, is_last: bool, samples: bool, told: tuple[list[int], str]
+) -> None:
+    stage, engine = make(PrefillStage, said)
+    engine.is_last = is_last
+    stage.handle(m.Prefill(request_id="r~1", samples=samples), [b"engine"])
+    assert engine.added == [("r~1", [b"engine"], [], samples)]
+    engine.outputs = [output([5], reason)]
+    stage.step()
+    assert [(one.token_ids, one.finish_reason) for one in said] == [told]
+    engine.holds = lambda leg_id: False
+    stage.step()
+    assert isinstance(said[-1], m.Pushed) is (not told[1]), "a push is awaited unless the request has ended"

@@ -1,0 +1,120 @@
+"""The first token of an answer comes from the prefill worker, where the endpoint has asked for that."""
+
+from __future__ import annotations
+
+import pytest
+
+from epd import messages as m
+from tests.broker.world import World
+
+
+@pytest.fixture
+def world() -> World:
+    world = World()
+    world.pipeline(prefill=2, decode=2)
+    return world
+
+
+def start(world: World, **more: object) -> tuple[m.Prefill, m.Decode]:
+    """Submits a text whose first token prefill samples; returns what its workers were told."""
+    world.submit("r", **{"resumable": True, "prefill_samples": True, **more})
+    return world.take(m.Prefill)[0], world.take(m.Decode)[0]
+
+
+def workers(world: World) -> tuple[str, str]:
+    request = world.core.board.requests["r"]
+    return request.prefill, request.decode
+
+
+def events(world: World) -> list[str]:
+    return [event.event for event in world.core.board.story("r").events]
+
+
+def test_workers_are_told_who_samples_the_first_token(world: World) -> None:
+    prefill, decode = start(world)
+    assert prefill.samples
+    assert decode.awaits_token
+    world.submit("other")
+    assert not world.take(m.Prefill)[0].samples
+    assert not world.take(m.Decode)[0].awaits_token
+
+
+def test_the_first_token_goes_to_the_client_and_to_the_decode_worker_at_once(world: World) -> None:
+    start(world)
+    p, d = workers(world)
+    world.say(p, m.Prefilled(request_id="r", num_cached_tokens=16, token_ids=[5]), [b"t0"])
+    [told] = world.take_sends(m.Tokens)
+    assert (told.peer_id, told.frames) == (world.endpoint, [b"t0"])
+    assert told.message == m.Tokens(request_id="r", token_ids=[5], num_before=0, num_cached_tokens=16)
+    assert [one.token_ids for one in world.take(m.Prefilled, d)] == [[5]]
+    world.say(p, m.Pushed(request_id="r"))
+    world.say(d, m.Tokens(request_id="r", token_ids=[6], num_before=1, num_pushed_tokens=16), [b"t1"])
+    world.say(d, m.Finished(request_id="r", token_ids=[7], finish_reason="stop", num_before=2), [b"t2"])
+    assert [one.token_ids for one in world.take(m.Tokens)] == [[6]]
+    assert [one.token_ids for one in world.take(m.Finished)] == [[7]]
+    expected = ["accepted", "started", "prefilled", "first token", "pushed", "decoding", "finished"]
+    assert events(world) == expected
+    details = {event.event: (event.worker, event.detail) for event in world.core.board.story("r").events}
+    assert details["first token"][0].startswith("p")
+    assert details["decoding"][0].startswith("d")
+    assert details["decoding"][1] == "KV of 16 of 32 tokens was pushed"
+    assert details["finished"][1] == "3 tokens, stop"
+    world.assert_idle()
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_request_that_ends_with_its_first_token_needs_no_decode_worker(world: World, reason: str) -> None:
+    start(world, max_tokens=1)
+    p, d = workers(world)
+    world.say(p, m.Prefilled(request_id="r", token_ids=[5], finish_reason=reason), [b"t0"])
+    [done] = world.take_sends(m.Finished)
+    assert (done.peer_id, done.frames, done.message.finish_reason) == (world.endpoint, [b"t0"], reason)
+    assert (done.message.token_ids, done.message.num_before) == ([5], 0)
+    assert not world.take(m.Prefilled), "decode has nothing to go on with"
+    assert {send.peer_id for send in world.take_sends(m.Abort)} == {p, d}, "neither waits for the push of its KV"
+    for peer_id in (p, d):
+        world.say(peer_id, m.Released(request_id="r"))
+    world.assert_idle()
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_worker_that_is_lost_after_the_first_token_costs_no_token(world: World, stage: str) -> None:
+    start(world)
+    p, d = workers(world)
+    world.say(p, m.Prefilled(request_id="r", token_ids=[5]), [b"t0"])
+    world.say(p if stage == "prefill" else d, m.Goodbye(reason="the engine failed"))
+    world.wait(1.0)
+    [prefill], [decode] = world.take(m.Prefill), world.take(m.Decode)
+    assert prefill.output_token_ids == decode.output_token_ids == [5]
+    assert prefill.samples and decode.awaits_token
+    assert prefill.request_id == decode.request_id != "r"
+    p, d = workers(world)
+    world.take(m.Tokens)
+    world.say(p, m.Prefilled(request_id=prefill.request_id, token_ids=[6]), [b"t1"])
+    [told] = world.take(m.Tokens)
+    assert (told.token_ids, told.num_before) == ([6], 1)
+    world.say(p, m.Pushed(request_id=prefill.request_id))
+    world.say(d, m.Finished(request_id=prefill.request_id, token_ids=[7], finish_reason="stop", num_before=2), [b"t2"])
+    assert [one.token_ids for one in world.take(m.Finished)] == [[7]]
+
+
+def test_a_prefill_worker_that_is_lost_after_the_push_is_not_missed(world: World) -> None:
+    start(world)
+    p, d = workers(world)
+    world.say(p, m.Prefilled(request_id="r", token_ids=[5]), [b"t0"])
+    world.say(p, m.Pushed(request_id="r"))
+    world.say(p, m.Goodbye(reason="the engine failed"))
+    world.say(d, m.Finished(request_id="r", token_ids=[6], finish_reason="stop", num_before=1), [b"t1"])
+    assert [one.token_ids for one in world.take(m.Finished)] == [[6]]
+    assert "retried" not in events(world)
+
+
+def test_a_client_that_leaves_after_the_first_token_leaves_nothing(world: World) -> None:
+    start(world)
+    p, d = workers(world)
+    world.say(p, m.Prefilled(request_id="r", token_ids=[5]), [b"t0"])
+    world.say(world.endpoint, m.Cancel(request_id="r", reason="stop"))
+    assert {send.peer_id for send in world.take_sends(m.Abort)} == {p, d}
+    for peer_id in (p, d):
+        world.say(peer_id, m.Released(request_id="r"))
+    world.assert_idle()
