@@ -6,6 +6,7 @@ Lives in the supervisor's process (`epd up`, `epd demo`, tests); owns nothing.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from epd.service import die_with_parent
 PARENT_PID = "EPD_PARENT_PID"  # set for daemons that are to end with the process of this id
 ORPHANED_S = 3.0  # how long forked daemons may take to stop when the supervisor has died
 _RUN_PREFIX = "epd-run-"
+_SCRATCH = "tmp"
 _PORTS = (20_000, 32_000)  # below what Linux gives to outgoing connections
 _STALE_AFTER_S = 24 * 3600.0
 _MAX_SOCKET_PATH = 100  # sockaddr_un holds 108 bytes, and file names are added
@@ -138,11 +140,27 @@ def make_run_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_RUN_PREFIX}{os.getpid()}-", dir=base))  # 0700
 
 
+def scratch_environment(run_dir: Path) -> dict[str, str]:
+    """What daemons need so that their temporary files go with the run: vLLM's engines leave sockets and files there.
+
+    What torch compiles stays where it is by default, to be found by the next run.
+    """
+    folder = run_dir / _SCRATCH
+    folder.mkdir(exist_ok=True)
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # this user id has no name
+        user = str(os.getuid())
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    return {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled))}
+
+
 def sweep(run_dir: Path) -> None:
-    """Removes what daemons that were killed could not remove: sockets of `run_dir`, cache segments without owner."""
+    """Removes what daemons that were killed could not remove: what is temporary, cache segments without owner."""
     for path in run_dir.glob("*.sock"):
         with contextlib.suppress(OSError):
             path.unlink()
+    shutil.rmtree(run_dir / _SCRATCH, ignore_errors=True)
     with contextlib.suppress(ImportError):
         from cache.pools import shared_memory
 

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from epd.activation import LISTEN_FD
 from epd.local.daemon import Spec
-from epd.local.environment import ORPHANED_S, python
+from epd.local.environment import ORPHANED_S, python, scratch_environment
 
 OnExit = Callable[[str, int, int], None]
 
@@ -60,7 +60,9 @@ class Forker:
             self._process = await asyncio.create_subprocess_exec(
                 *python("-m", "epd.local.zygote", str(theirs.fileno()), str(self._run_dir), json.dumps(self._preload)),
                 pass_fds=[theirs.fileno(), *listening],
-                env=os.environ | ({LISTEN_FD: str(listening[0])} if listening else {}),
+                env=os.environ
+                | scratch_environment(self._run_dir)
+                | ({LISTEN_FD: str(listening[0])} if listening else {}),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

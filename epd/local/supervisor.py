@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from epd.local.daemon import Daemon, Spec, State
-from epd.local.environment import PARENT_PID, sweep
+from epd.local.environment import PARENT_PID, scratch_environment, sweep
 from epd.local.forker import Forker, ZygoteError, signal_quietly
 
 _BACKOFF_S, _MAX_BACKOFF_S, _STEADY_S = 0.5, 10.0, 30.0
@@ -189,7 +189,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | env | {PARENT_PID: str(os.getpid())},
+                env=os.environ | scratch_environment(self.run_dir) | env | {PARENT_PID: str(os.getpid())},
                 start_new_session=True,
             )
         daemon.pid = process.pid

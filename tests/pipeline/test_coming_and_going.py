@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_many_clients_that_go_away_at_any_moment_leave_nothing_held(running: Run
 
 
 def test_draining_finishes_what_runs_and_leaves_no_process_socket_or_memory_behind() -> None:
-    before = set(os.listdir("/dev/shm"))
+    before, temporary = set(os.listdir("/dev/shm")), set(os.listdir(tempfile.gettempdir()))
     running = Running(config(), encode=1, prefill=1, decode=1)
     pids = [daemon.pid for daemon in running.pipeline.processes.values()]
     run_dir: Path = running.pipeline.run_dir
@@ -77,3 +78,5 @@ def test_draining_finishes_what_runs_and_leaves_no_process_socket_or_memory_behi
         assert not Path(f"/proc/{pid}").exists()
     assert not run_dir.exists()
     assert pool not in os.listdir("/dev/shm")
+    left = set(os.listdir(tempfile.gettempdir())) - temporary
+    assert not [name for name in left if name.startswith("vllm") or name.count("-") == 4], "vLLM's files and sockets"
