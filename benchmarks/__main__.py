@@ -1,4 +1,4 @@
-"""`python -m benchmarks [serve] [hash] [cache] [--json FILE]`: prints figures and ratios, and who measured where."""
+"""`python -m benchmarks [KIND ...] [--json FILE]`: prints figures and ratios, and who measured where."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import cache, hashing, serve
-from benchmarks.common import Figure, provenance
+from benchmarks import cache, hashing, serve, upload
+from benchmarks.common import NAME_WIDTH, Figure, provenance
 
-KINDS = ("serve", "hash", "cache")
+KINDS = ("serve", "hash", "cache", "upload")
 
 
 def main() -> int:
@@ -34,12 +34,16 @@ def main() -> int:
         found, more = cache.run()
         figures += found
         ratios |= more
+    if "upload" in kinds:
+        found, more = upload.run()
+        figures += found
+        ratios |= more
     origin = provenance()
     print("  ".join(f"{key}: {value}" for key, value in origin.items()))
     for figure in figures:
         print(figure.line())
     for name, ratio in ratios.items():
-        print(f"{name:<52} {ratio:10.2f}")
+        print(f"{name:<{NAME_WIDTH}} {ratio:10.2f}")
     if args.json:
         tree = {"origin": origin, "ratios": ratios, "figures": {f.name: f.values for f in figures}}
         args.json.write_text(json.dumps(tree, indent=1) + "\n")

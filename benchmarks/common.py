@@ -22,6 +22,7 @@ from epd.builtin import MODEL_NAME
 from epd.config import Config, EndpointConfig
 
 MAX_MODEL_LEN = 2048
+NAME_WIDTH = 72
 
 
 def config() -> Config:
@@ -94,7 +95,8 @@ class Figure:
     def line(self) -> str:
         """The figure as a line of a table: name, median, least and most, count."""
         low, high = min(self.values), max(self.values)
-        return f"{self.name:<52} {self.median:10.2f} {self.unit:<4} ({low:.2f} to {high:.2f}, n={len(self.values)})"
+        name = f"{self.name:<{NAME_WIDTH}}"
+        return f"{name} {self.median:10.2f} {self.unit:<4} ({low:.2f} to {high:.2f}, n={len(self.values)})"
 
 
 def alternate(blocks: int, block: int, runs: dict[str, Callable[[int], float]], unit: str = "ms") -> dict[str, Figure]:
