@@ -38,6 +38,7 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.renderers import BaseRenderer
 
 from epd.config import EndpointConfig
+from epd.endpoint import known
 from epd.endpoint.decoding import AudioIO, VideoIO, settle_resampling
 from epd.endpoint.failures import current_exchange
 from epd.endpoint.kept import SCHEME, Kept, current_media
@@ -183,12 +184,22 @@ class LimitedConnector(MediaConnector):
 class ProcessorCache(MultiModalProcessorOnlyCache):
     """VLLM's processor cache with the data here; also answers for kept pictures, whatever has left the cache.
 
-    Used in the renderer's one thread for processing. `begin` starts a request.
+    Used in the renderer's one thread for processing, where `begin` starts a request; `find` is for any thread.
     """
 
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config.model_config)
         self._local = threading.local()
+
+    def find(self, item: object) -> tuple[str, MultiModalProcessorCacheItem] | None:
+        """The hash and the value of a kept picture, for a request without settings of its own.
+
+        Without them a picture's hash is what names its pixels.
+        """
+        if not isinstance(item, LazyPicture) or item.kept is None:
+            return None
+        value = item.kept.value
+        return (item.pixels, value) if value is not None and item.kept.key == item.pixels else None
 
     def begin(self, kept: dict[str, Kept]) -> None:
         """A request with these kept pictures, by their hashes, asks next."""
@@ -258,6 +269,7 @@ def install(renderer: BaseRenderer[Any], config: VllmConfig, limits: EndpointCon
         return {}
 
     processor._get_mm_hashes, renderer._process_mm_uuids = hashes, no_uuids
+    known.install(renderer, cache.find)
     return cache
 
 

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("endpoint")
-    options = {"max_images": 2, "max_body_bytes": 1 << 20, "media_max_per_key": 8, "media_ttl_s": 60.0}
+    options = {"max_images": 3, "max_body_bytes": 1 << 20, "media_max_per_key": 8, "media_ttl_s": 60.0}
     options["serve"] = {"trust_request_mm_kwargs": True}
     async with serving(folder, api_keys=KEYS, **options) as served:
         yield served
@@ -97,6 +97,47 @@ async def test_an_upload_with_other_settings_is_processed_anew(served):
     smaller, same = served.broker.submits
     assert len(smaller.patches) < told["patches"] and pixel_frames(served.broker, smaller)
     assert names(same) == names(served.broker.uploads[0]), "an opaque picture has no background"
+
+
+async def test_questions_about_kept_pictures_skip_the_processor_and_reach_the_workers_the_same(served, monkeypatch):
+    from vllm.model_executor.models.idefics3 import Idefics3MultiModalProcessor
+
+    from epd.endpoint import known
+
+    applied = []
+    apply = Idefics3MultiModalProcessor.apply
+
+    def counting(self, inputs, timing):
+        applied.append(inputs.mm_data_items.get_all_counts()["image"])
+        return apply(self, inputs, timing)
+
+    files = [picture((256, 128)), picture((100, 200))]
+    ids = [(await upload(served, file))["id"] for file in files]
+    for media_id in ids:
+        await state(served, media_id, "ready")
+    kept = [*media(ids[0], "first"), *media(ids[1], "second"), *media(ids[0], "the first again")]
+    one_new = [*media(ids[0], "first"), *with_picture("new", image_url(picture()))]
+    monkeypatch.setattr(Idefics3MultiModalProcessor, "apply", counting)
+    for most, content in ((known._MAX_TOKENS, kept), (0, kept), (known._MAX_TOKENS, one_new)):
+        monkeypatch.setattr(known, "_MAX_TOKENS", most)
+        answer, body = await served.chat(content=content, cache_salt="tenant")
+        assert answer.status == 200, body
+    assert applied == [3, 2], "only the prompt that is too long to look through at once, and the picture that is new"
+    short, long, _ = (engine_request(served.broker, each) for each in served.broker.submits)
+    assert short.prompt_token_ids == long.prompt_token_ids and short.cache_salt == long.cache_salt == "tenant"
+    assert places(short) == places(long) and len(places(short)) > 3
+    assert names(served.broker.submits[0]) == names(served.broker.submits[1])
+
+
+def engine_request(broker, submit):
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.serial_utils import MsgpackDecoder
+
+    return MsgpackDecoder(EngineCoreRequest).decode(broker.frames[submit.request_id][: submit.num_engine_frames])
+
+
+def places(request):
+    return [(each.identifier, each.mm_position.offset, each.mm_position.length) for each in request.mm_features]
 
 
 async def test_repeated_pictures_are_processed_once_and_their_pixels_sent_once(served, monkeypatch):
