@@ -15,8 +15,8 @@ def test_the_version_is_the_one_this_was_written_against():
 
     assert vllm.__version__.startswith(WRITTEN_AGAINST), (
         f"vLLM is {vllm.__version__}, epd.endpoint was written against {WRITTEN_AGAINST}: check the tests below,"
-        " then epd/endpoint/{adapters,decoding,engine_client,flight,flights,llm,media,options,processed,resume,server,"
-        "submission}.py and epd/multimodal/*.py"
+        " then epd/endpoint/{adapters,decoding,engine_client,flight,flights,known,llm,media,options,processed,resume,"
+        "server,submission}.py and epd/multimodal/*.py"
     )
 
 
@@ -97,6 +97,27 @@ def test_every_item_of_a_request_is_named_in_one_place_before_the_cache_is_asked
     parameters = inspect.signature(BaseRenderer._process_mm_uuids).parameters
     assert list(parameters) == ["self", "mm_data", "mm_data_items", "mm_uuid_items", "mm_req_id"]
     assert "self._process_mm_uuids(" not in inspect.getsource(BaseRenderer).replace(source, "")
+
+
+def test_what_is_left_of_known_pictures_is_what_vllm_does_last():
+    from vllm.multimodal.processing.processor import BaseMultiModalProcessor, MultiModalProcessingResult
+    from vllm.renderers.base import BaseRenderer
+
+    assert MultiModalProcessingResult._fields == ("prompt_ids", "kwargs", "hashes", "prompt_updates")
+    tree = ast.parse(textwrap.dedent(inspect.getsource(BaseRenderer._process_tokens_async)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    (call,) = [call for call in calls if ast.unparse(call.func) == "self._process_multimodal_async"]
+    assert list(map(ast.unparse, call.args)) == ["prompt_token_ids", "multi_modal_data"]
+    assert {"mm_processor_kwargs", "media_io_kwargs", "skip_mm_cache"} <= {each.arg for each in call.keywords}
+    source = inspect.getsource(BaseMultiModalProcessor._cached_apply_hf_processor)
+    assert "prompt_ids=self._postprocess_prompt(inputs.prompt)" in source
+    assert "self._recompute_cached_prompt_update(update, item_idx)" in inspect.getsource(
+        BaseMultiModalProcessor._merge_mm_kwargs
+    )
+    tree = ast.parse(textwrap.dedent(inspect.getsource(BaseMultiModalProcessor.apply)))
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    steps = ["self._cached_apply_hf_processor", "self._maybe_apply_prompt_updates", "mm_input", "item.to_range"]
+    assert sorted(calls) == sorted([*steps, "timing_ctx.record", "mm_placeholders.items"])
 
 
 def test_pictures_come_through_the_connector_that_we_replace(monkeypatch):
