@@ -9,11 +9,11 @@ whoever is free first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from broker.fairness import FairQueue
 from broker.registry import Peer
-from epd.messages import EncodeJob, Slot
+from epd.messages import EncodeJob, Pool, Slot
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -92,11 +92,18 @@ class EncodeQueue:
         if self._by_hash.get(job.patch_hash) == job.job_id:
             del self._by_hash[job.patch_hash]
 
-    def dispatch(self, workers: list[Peer], now: float) -> Iterator[tuple[Job, Peer]]:
-        """Assigns waiting jobs to `workers` and yields each pair, until none waits or all workers have enough."""
+    def dispatch(self, workers: list[Peer], pools: Mapping[str, Pool], now: float) -> Iterator[tuple[Job, Peer]]:
+        """Assigns waiting jobs to `workers` and yields each pair, until none waits or all workers have enough.
+
+        Among equally loaded workers, one on the host of the job's pool is taken; one that cannot reach the pool only
+        where nobody can, and says so.
+        """
         while workers and (job_id := self._waiting.next()) is not None:
             job = self._jobs[job_id]
-            worker = min(workers, key=lambda peer: peer.load_tokens)
+            pool = pools.get(job.slot.pool_id)
+            reach = [peer for peer in workers if pool is None or pool.reached_from(peer.host)] or workers
+            far = {peer.peer_id for peer in reach if pool is not None and peer.host != pool.host}
+            worker = min(reach, key=lambda peer: (peer.load_tokens, peer.peer_id in far))
             ahead = worker.info.max_batch_tokens * self._batches_ahead
             if worker.jobs and worker.load_tokens + job.num_tokens > ahead:
                 return

@@ -21,6 +21,9 @@ from epd import messages as m
 from epd.errors import ErrorCode
 from epd.messages import Message, Role
 
+# A patch that was encoded anew so often and is not found in its slot again cannot be read where it is wanted.
+MAX_STALE = 3
+
 
 class Flow:
     """Moves requests on the board."""
@@ -143,6 +146,8 @@ class Flow:
     def _start(self, request: Request, now: float) -> bool:
         """Gives a queued request its workers and slots, all or nothing; False while there is no room."""
         prefills, decodes = self._board.registry.serving(Role.PREFILL), self._board.registry.serving(Role.DECODE)
+        if request.patches:
+            prefills = self._board.patches.reachable_by(prefills, request.patches)
         num_outputs = min(request.num_tokens_left, self._board.config.decode_reserve_tokens)
         placed = placement.place(request.num_tokens, num_outputs, prefills, decodes)
         if placed is None:
@@ -308,7 +313,11 @@ class Flow:
             case m.Stale():
                 self._board.count("num_stale")
                 request.tell(now, "stale", worker=peer.name, patch=message.patch_hash, detail=message.reason)
-                if lost := self._board.patches.stale(request, message.patch_hash, message.generation):
+                times = request.num_stale[message.patch_hash] = request.num_stale.get(message.patch_hash, 0) + 1
+                if times > MAX_STALE:
+                    text = f"patch {message.patch_hash[:8]} was not found in its slot {times} times: {message.reason}"
+                    self._endings.fail(request, ErrorCode.ENCODE_FAILED, text, now)
+                elif lost := self._board.patches.stale(request, message.patch_hash, message.generation):
                     self.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)
                 else:
                     self._send_ready(request, peer.peer_id, [message.patch_hash])

@@ -138,7 +138,7 @@ class Patches:
 
     def dispatch(self, workers: list[Peer], now: float) -> Iterator[tuple[Job, Peer]]:
         """Assigns waiting patches to encode workers; yields each pair."""
-        return self.queue.dispatch(workers, now)
+        return self.queue.dispatch(workers, {pool.pool_id: pool for pool in self.index.pools}, now)
 
     def encoded(self, worker: Peer, job_id: int, generation: int) -> Done | None:
         """A worker says that a patch is in its slot; None when that is not (or no longer) true for this generation."""
@@ -205,6 +205,12 @@ class Patches:
         worker.jobs.clear()
         worker.load_tokens = 0
         return lost
+
+    def reachable_by(self, readers: list[Peer], patch_hashes: Iterable[str]) -> list[Peer]:
+        """Those of `readers` that can read what is in the cache already of these patches; all, where nobody can."""
+        pools = {pool.pool_id: pool for pool in self.index.pools}
+        there = {pools[slot.pool_id] for one in patch_hashes if (slot := self.index.slot(one)) is not None}
+        return [peer for peer in readers if all(pool.reached_from(peer.host) for pool in there)] or readers
 
     def stale(self, request: Request, patch_hash: str, generation: int) -> Lost | None:
         """A reader found something else in the slot: encode the patch again from this request's frames."""

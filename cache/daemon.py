@@ -1,8 +1,8 @@
 """The cache daemon: owns one pool of embeddings, so that they outlive every worker, and tells the broker of it.
 
 Lives in a process of its own; owns the pool's memory. What is in the pool is the business of the index, in the broker;
-this process copies nothing and decides nothing. Each start makes a new pool under a new random id: whatever names the
-old one is refused.
+this process decides nothing. Each start makes a new pool under a new random id: whatever names the old one is refused.
+With `cache.address` it also serves slots to workers of other hosts (`cache.pools.remote`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import asyncio
 import contextlib
 import secrets
 
+import msgspec
 import structlog
 
 from cache import pools
-from cache.pools.shared_memory import sweep_stale
+from cache.pools.shared_memory import SharedMemoryView, sweep_stale
 from epd import held, service
 from epd.config import Config
 from epd.link import BrokerLink
-from epd.messages import Message, Role, Welcome
+from epd.messages import Message, Pool, Role, Welcome
 
 log = structlog.get_logger()
 
@@ -45,9 +46,15 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
     except pools.PoolError as error:
         log.error("no pool", reason=str(error))
         return 1
-    with contextlib.closing(pool):
+    with contextlib.closing(pool), contextlib.ExitStack() as stack:
         descriptor = pool.descriptor()
         log.info("pool made", pool=descriptor.name, nbytes=descriptor.nbytes)
+        if config.cache.address:
+            try:
+                descriptor = _serve(descriptor, config.cache.address, stack)
+            except pools.PoolError as error:
+                log.error("pool not served", reason=str(error))
+                return 1
         async with BrokerLink(
             config.broker.address,
             name,
@@ -62,6 +69,20 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
             link.goodbye("stopped")
     log.info("pool removed", pool=descriptor.name)
     return 0
+
+
+def _serve(pool: Pool, address: str, stack: contextlib.ExitStack) -> Pool:
+    """Serves a pool to other hosts until `stack` is closed; returns it with its address."""
+    from cache.pools.remote import SlotServer
+
+    if pool.kind in pools.DEVICE_KINDS:
+        raise pools.PoolError("pools in GPU memory cannot be served to other hosts: leave cache.address empty")
+    view = SharedMemoryView(pool)
+    stack.callback(view.close)
+    server = SlotServer(address, pool, view.memory)
+    stack.callback(server.close)
+    log.info("pool served", address=server.address)
+    return msgspec.structs.replace(pool, address=server.address)
 
 
 async def _registered(welcome: Welcome) -> None:

@@ -75,28 +75,34 @@ class PoolTable:
 
     def __init__(self) -> None:
         self._views: dict[str, PoolView] = {}
+        self._closed: dict[str, str] = {}
         self.pools: list[Pool] = []
 
-    def update(self, pools: Iterable[Pool]) -> None:
-        """Opens the pools that are new and closes those that are gone."""
-        self.pools = list(pools)
+    def update(self, pools: Iterable[Pool]) -> list[str]:
+        """Opens the pools that are new and closes those that are gone; returns why some cannot be opened."""
+        self.pools, self._closed = list(pools), {}
         wanted = {pool.pool_id for pool in self.pools}
         for pool in self.pools:
             if pool.pool_id not in self._views:
-                self._views[pool.pool_id] = open_view(pool)
+                try:
+                    self._views[pool.pool_id] = open_view(pool)
+                except PoolError as error:  # it was just replaced, or is another host's
+                    self._closed[pool.pool_id] = str(error)
         for pool_id in self._views.keys() - wanted:
             self._views.pop(pool_id).close()
+        return list(self._closed.values())
 
     def view(self, slot: Slot) -> PoolView:
         """The pool of a slot.
 
         Raises:
-            StaleSlotError: that pool is not (or no longer) there.
+            StaleSlotError: that pool is not (or no longer) there, or cannot be opened here.
         """
         try:
             return self._views[slot.pool_id]
         except KeyError:
-            raise StaleSlotError(f"pool {slot.pool_id} is gone") from None
+            reason = self._closed.get(slot.pool_id, f"pool {slot.pool_id} is gone")
+            raise StaleSlotError(reason) from None
 
     def settle(self) -> None:
         """Lets every pool note which of this process's writes have been done."""
@@ -170,9 +176,9 @@ class PatchCacheConnector(ECConnectorBase):
 
     # ---- called by the engine thread, beside the scheduler ---------------------------------------------------------
 
-    def set_pools(self, pools: Iterable[Pool]) -> None:
-        """The pools that slots may be in from now on."""
-        self._pools.update(pools)
+    def set_pools(self, pools: Iterable[Pool]) -> list[str]:
+        """The pools that slots may be in from now on; returns why some cannot be opened."""
+        return self._pools.update(pools)
 
     def set_write_slot(self, job: str, slot: Slot) -> None:
         """The slot that an encode job goes to."""

@@ -234,6 +234,22 @@ def read(memory: memoryview, slot: Slot, verify: bool = True, copy: bool = True)
     return data
 
 
+def copy_out(memory: memoryview, slot: Slot) -> bytes:
+    """A slot as it lies in memory, header and data, for a reader elsewhere, who verifies it.
+
+    Raises:
+        StaleSlotError: it holds anything else, as far as its header says.
+    """
+    if (outside := _outside(memory, slot)) is not None:
+        raise StaleSlotError(outside)
+    start = slot.offset
+    header = check_header(bytes(memory[start : start + HEADER_BYTES]), slot)
+    image = bytes(memory[start : start + HEADER_BYTES + header.data_bytes])
+    # A writer that came meanwhile shows in the header, which it invalidated first.
+    check_header(bytes(memory[start : start + HEADER_BYTES]), slot)
+    return image
+
+
 def _outside(memory: memoryview, slot: Slot) -> str | None:
     needed = HEADER_BYTES + data_bytes(slot.num_tokens, slot.width, slot.dtype)
     if slot.nbytes < needed:

@@ -52,11 +52,17 @@ class BrokerConfig(_Section):
 
 
 class CacheConfig(_Section):
-    """`[cache]`: the pool of embeddings. `checksum` verifies every read of a slot."""
+    """`[cache]`: the pool of embeddings. `checksum` verifies every read of a slot.
+
+    `address` is where the cache daemon serves its pool to workers of other hosts (`tcp://HOST:PORT`); they reach it
+    there, so HOST must be a name or number of this host that they know. Empty: workers of its own host only. Pools in
+    GPU memory cannot be served.
+    """
 
     pool_bytes: int = 256 << 20
     kind: str = "shared_memory"
     checksum: bool = True
+    address: str = ""
 
 
 class EndpointConfig(_Section):

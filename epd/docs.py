@@ -39,14 +39,15 @@ of their own. The words MUST, MUST NOT, SHOULD and MAY are those of RFC 2119.
 - A peer that has restarted is never taken for its earlier self, and a message that comes too late changes nothing.
 - A malformed message costs its sender only. Everything is bounded; nothing is pickled.
 
-There is no authentication and no encryption. The broker's address MUST be reachable only from hosts that you trust;
-on one host an `ipc://` address in a private folder does that. The broker's state does not survive its restart; what was
-in flight is submitted again by its endpoint.
+There is no authentication and no encryption. The addresses of the broker and of caches (`cache.address`) MUST be
+reachable only from hosts that you trust; on one host an `ipc://` address in a private folder does that. The broker's
+state does not survive its restart; what was in flight is submitted again by its endpoint.
 
 ## Topology
 The broker binds one ROUTER socket; each peer connects one DEALER socket. Peers do not talk to each other through
-ZeroMQ: embeddings go through the pools, KV through NIXL between prefill and decode workers. No socket has a ZeroMQ
-high-water mark; what bounds them is the broker's admission and a peer's outbox of {outbox:,} messages.
+ZeroMQ, but for slots of another host's pool (`cache/pools/remote.py`): embeddings go through the pools, KV through NIXL
+between prefill and decode workers. No socket has a ZeroMQ high-water mark; what bounds them is the broker's admission
+and a peer's outbox of {outbox:,} messages.
 
 The routing id of a peer's socket is its **incarnation**: a new random word for each registration, of
 16 hexadecimal digits here. ZeroMQ delivers what was meant for an earlier incarnation to nobody.
@@ -168,6 +169,7 @@ unless `kv_cache_memory_bytes` says otherwise.
 | `EPD_API_KEY` | `epd ask`, `epd cache ls` | the key they send |
 | `LISTEN_PID`, `LISTEN_FDS` | endpoint | a listening socket from systemd, in place of host and port |
 | `NOTIFY_SOCKET` | all daemons | where systemd hears that they are ready |
+| `EPD_HOST` | cache, all workers | the host's name, where it is not what the system says: who shares `/dev/shm` |
 | `EPD_PORT_FILE` | endpoint | a file that the port is written to once it listens |
 | `VLLM_NIXL_SIDE_CHANNEL_HOST` | prefill, decode worker | vLLM's: where its NIXL connector listens |
 | `VLLM_NIXL_SIDE_CHANNEL_PORT` | prefill, decode worker | vLLM's: the port for that |

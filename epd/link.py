@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import socket
 import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -20,6 +19,7 @@ import structlog
 import zmq
 
 from epd import held, wire
+from epd.hosts import this_host
 from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Message, Pool, Role, Unknown, Welcome, WorkerInfo
 from epd.sockets import MessageSocket
 
@@ -167,7 +167,7 @@ class BrokerLink:
             name=self._name,
             role=self._role,
             incarnation=self.incarnation,
-            host=socket.gethostname(),
+            host=this_host(),
             pid=os.getpid(),
             info=self._info(),
             pools=self._pools(),

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from cache.pools import PoolError
 from epd.config import Config
 from epd.messages import Message, Pool, Role, WorkerInfo
 from workers.held import of_engine
@@ -68,10 +67,8 @@ class Stage(abc.ABC):
 
     def set_pools(self, pools: list[Pool]) -> None:
         """The pools have changed."""
-        try:
-            self.engine.connector.set_pools(pools)
-        except PoolError as error:  # a pool that was just replaced; the next list will be right
-            log.warning("pool not opened", reason=str(error))
+        for reason in self.engine.connector.set_pools(pools):
+            log.warning("pool not opened", reason=reason)
 
     def is_new(self, leg_id: str) -> bool:
         """Whether this is the first time that a leg is named here: an engine must not be given one twice."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from cache.pools.base import PoolError, PoolKindError, PoolOwner, PoolView
 from cache.pools.shared_memory import KIND as SHARED_MEMORY
 from cache.pools.shared_memory import SharedMemoryPool, SharedMemoryView
+from epd.hosts import this_host
 from epd.messages import Pool
 
 __all__ = [
@@ -63,15 +64,23 @@ def create(kind: str, pool_id: str, nbytes: int, checksum: bool) -> PoolOwner:
 
 
 def open_view(pool: Pool) -> PoolView:
-    """Opens a pool that another process owns (or this one, if it is in shared memory).
+    """Opens a pool that another process owns (or this one, if it is in shared memory), of this host or another.
 
-    A view of a pool on a GPU takes and gives tensors where others take and give bytes: see `CudaIpcView`.
+    A view of a pool on a GPU takes and gives tensors where others take and give bytes: see `CudaIpcView`. One of
+    another host connects when it is used.
 
     Raises:
         PoolKindError: there is no such kind here.
         PoolError: it cannot be opened.
     """
+    here = this_host()
+    if pool.host != here and pool.address:
+        from cache.pools.remote import RemoteView
+
+        return RemoteView(pool)
     _check_kind(pool.kind)
+    if pool.host != here:
+        raise PoolError(f"pool {pool.pool_id} is on host {pool.host}, and this is {here}: set cache.address there")
     return _VIEWS[pool.kind](pool)
 
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from cache.pools.cuda_ipc_headers import (
 from cache.pools.cuda_ipc_runtime import CupyRuntime, Runtime
 from cache.pools.shared_memory import DIRECTORY, SharedMemoryPool, SharedMemoryView
 from cache.slot import HEADER_BYTES, StaleSlotError, data_bytes, pack_header
+from epd.hosts import this_host
 from epd.messages import Pool, Slot
 
 KIND = "cuda_ipc"
@@ -101,7 +101,7 @@ class CudaIpcPool:
             kind=KIND,
             name=Location(memory=memory, device=bus_id, headers=segment.name, headers_nbytes=segment.nbytes).encode(),
             nbytes=nbytes,
-            host=socket.gethostname(),
+            host=this_host(),
             checksum=False,
         )
 

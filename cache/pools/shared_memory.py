@@ -12,12 +12,12 @@ import contextlib
 import fcntl
 import mmap
 import os
-import socket
 import stat
 from pathlib import Path
 
 from cache import slot as slots
 from cache.pools.base import PoolError, check_pool_id
+from epd.hosts import this_host
 from epd.messages import Pool, Slot
 
 KIND = "shared_memory"
@@ -42,7 +42,7 @@ class SharedMemoryPool:
             kind=KIND,
             name=str(self._path),
             nbytes=nbytes,
-            host=socket.gethostname(),
+            host=this_host(),
             checksum=checksum,
         )
         self._fd: int | None = _create_locked(self._path)
@@ -83,7 +83,7 @@ class SharedMemoryView:
             fd = os.open(pool.name, os.O_RDWR | os.O_NOFOLLOW)
         except OSError as error:
             raise PoolError(
-                f"pool {pool.pool_id}: {pool.name} of host {pool.host} cannot be opened on {socket.gethostname()}: "
+                f"pool {pool.pool_id}: {pool.name} of host {pool.host} cannot be opened on {this_host()}: "
                 f"{error.strerror}"
             ) from None
         try:

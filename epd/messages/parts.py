@@ -28,7 +28,10 @@ class Struct(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, fro
 
 
 class Pool(Struct, frozen=True):
-    """A block of memory that holds embeddings. `name` is what `cache.pools` opens it by; `nbytes` its size."""
+    """A block of memory that holds embeddings. `name` is what `cache.pools` opens it by; `nbytes` its size.
+
+    `address` is where processes of other hosts than `host` reach it; empty where they cannot.
+    """
 
     pool_id: str
     kind: str
@@ -36,6 +39,11 @@ class Pool(Struct, frozen=True):
     nbytes: int
     host: str
     checksum: bool = True
+    address: str = ""
+
+    def reached_from(self, host: str) -> bool:
+        """Whether a process of `host` can read and write it."""
+        return host == self.host or bool(self.address)
 
 
 class PoolFill(Struct, frozen=True):

@@ -51,13 +51,20 @@ class World:
         self.names: dict[str, str] = {}
         self.stuck: set[str] = set()
 
-    def join(self, name: str, role: Role, info: m.WorkerInfo | None = None, pools: list[m.Pool] | None = None) -> str:
+    def join(
+        self,
+        name: str,
+        role: Role,
+        info: m.WorkerInfo | None = None,
+        pools: list[m.Pool] | None = None,
+        host: str = "h",
+    ) -> str:
         """Registers a peer; its id is its name and the number of times it has joined."""
         number = sum(one == name for one in self.names.values()) + 1
         peer_id = f"{name}#{number}"
         self.names[peer_id] = name
         hello = m.Hello(
-            name=name, role=role, incarnation=peer_id, host="h", pid=number, info=info or m.WorkerInfo(),
+            name=name, role=role, incarnation=peer_id, host=host, pid=number, info=info or m.WorkerInfo(),
             pools=pools or [],
         )  # fmt: skip
         self.say(peer_id, hello)

@@ -98,8 +98,9 @@ class Connector:
         self.read: dict[str, bytes] = {}
         self.write_slots: dict[str, Slot] = {}
 
-    def set_pools(self, pools: Iterable[Any]) -> None:
+    def set_pools(self, pools: Iterable[Any]) -> list[str]:
         self._known = {pool.pool_id for pool in pools}
+        return []
 
     def memory(self, slot: Slot) -> memoryview:
         if slot.pool_id not in self._pools or slot.pool_id not in self._known:

@@ -1,0 +1,16 @@
+"""Which host a process is on: the memory of pools is shared by processes of one host.
+
+Lives in every process that registers with the broker; pure.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+VARIABLE = "EPD_HOST"
+
+
+def this_host() -> str:
+    """The host's name, or what `EPD_HOST` says: containers that share `/dev/shm` are one host under several names."""
+    return os.environ.get(VARIABLE) or socket.gethostname()

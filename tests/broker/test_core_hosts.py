@@ -1,0 +1,62 @@
+"""Several hosts: who can reach which pool decides who encodes and who prefills."""
+
+from __future__ import annotations
+
+from epd import messages as m
+from epd.messages import Role
+from tests.broker.world import POOL_BYTES, World, decode_info, encode_info, prefill_info
+
+
+def two_hosts(address: str = "") -> World:
+    """Hosts a and b with a cache, an encode and a prefill worker each; one decode worker."""
+    world = World()
+    world.endpoint = world.join("ep", Role.ENDPOINT)
+    for host in "ab":
+        pool = m.Pool(pool_id=f"pool-{host}", kind="k", name=host, nbytes=POOL_BYTES, host=host, address=address)
+        world.join(f"cache-{host}", Role.CACHE, pools=[pool], host=host)
+        world.join(f"e-{host}", Role.ENCODE, encode_info(), host=host)
+        world.join(f"p-{host}", Role.PREFILL, prefill_info(f"p-{host}"), host=host)
+    world.join("d", Role.DECODE, decode_info(), host="a")
+    world.sent.clear()
+    return world
+
+
+def run(world: World, request_id: str, patches: list[str]) -> tuple[str, list[str]]:
+    """Submits a request; returns its prefill worker, and the pools and workers of what was encoded."""
+    world.submit(request_id, patches)
+    request = world.core.board.requests[request_id]
+    encoded = []
+    for worker, job in world.encode_all():
+        encoded.append(f"{job.slot.pool_id} by {world.names[worker]}")
+    return world.names[request.prefill], sorted(encoded)
+
+
+def test_patches_are_encoded_where_they_are_wanted() -> None:
+    world = two_hosts()
+    assert run(world, "r1", ["a", "b"]) == ("p-a", ["pool-a by e-a"] * 2)
+    assert run(world, "r2", ["c", "d"]) == ("p-b", ["pool-b by e-b"] * 2)
+
+
+def test_a_request_goes_where_its_patches_can_be_read() -> None:
+    world = two_hosts()
+    assert run(world, "r1", ["a"])[0] == "p-a"
+    assert run(world, "r2", ["a"]) == ("p-a", []), "the other one has less to do, but cannot read it"
+
+
+def test_pools_that_are_served_are_used_by_all() -> None:
+    world = two_hosts(address="tcp://far:1")
+    assert run(world, "r1", ["a", "b", "c", "d"]) == ("p-a", ["pool-a by e-a"] * 2 + ["pool-a by e-b"] * 2)
+    assert run(world, "r2", ["a"]) == ("p-b", [])
+
+
+def test_a_patch_that_is_never_found_where_it_is_wanted_ends_its_request() -> None:
+    world = two_hosts()
+    world.submit("r", ["a"])
+    prefill = world.core.board.requests["r"].prefill
+    for times in range(1, 5):
+        [(_, job)] = world.encode_all()
+        world.say(prefill, m.Stale(request_id="r", patch_hash="a", generation=job.slot.generation, reason="no way"))
+        assert ("r" in world.core.board.requests) == (times < 4)
+    [failed] = world.take(m.Failed)
+    assert failed.code == "encode_failed"
+    assert "4 times: no way" in failed.message
