@@ -6,6 +6,7 @@ Only PyAV, soundfile, Pillow and numpy; the same arguments give the same content
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import struct
 from typing import Any
@@ -37,6 +38,7 @@ def frames(count: int, seed: int = 0, size: tuple[int, int] = (96, 64)) -> list[
     return shots
 
 
+@functools.cache
 def video(
     kind: str = "mp4",
     count: int = 12,
@@ -48,7 +50,7 @@ def video(
 ) -> bytes:
     """A film of `count` frames in a container of this kind; one that is `live` does not know its length.
 
-    `options` go to the codec.
+    `options` go to the codec. Encoders do not give the same bytes each time, so each film is made once.
     """
     file = io.BytesIO()
     formats = {"mkv": "matroska"}
