@@ -14,7 +14,7 @@ from benchmarks.servers import Running
 
 NUM_REQUESTS = 50
 NEW_EVERY = 5
-UPLOAD_BLOCKS = 10
+UPLOAD_BLOCKS = 50
 
 
 def run() -> tuple[list[Figure], dict[str, float]]:
