@@ -14,14 +14,6 @@ from tests.workers.kv_pair import Pair, idle
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    made = Pair(tmp_path_factory.mktemp("engines"))
-    yield made
-    made.p.close()
-    made.d.close()
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left(pair: Pair) -> Iterator[None]:
     """After each case both engines hold nothing and answer as before."""
