@@ -48,8 +48,8 @@ class DecodeStage(Stage):
             case Prefilled():
                 if message.request_id in self._requests:
                     self._arriving.add(message.request_id)
-                    self._requests[message.request_id] += len(message.token_ids)
-                    self.engine.give_token(message.request_id, message.token_ids)
+                    if self.engine.give_token(message.request_id, message.token_ids):
+                        self._requests[message.request_id] += len(message.token_ids)
             case Ready():
                 self._ready(message)
             case Abort():

@@ -229,9 +229,9 @@ class Engine:
         if awaits_token:
             self.handover.expect(leg_id)
 
-    def give_token(self, leg_id: str, token_ids: Sequence[int]) -> None:
-        """The token that a decode request awaits, as its prefill worker has sampled it."""
-        self.handover.give(leg_id, token_ids)
+    def give_token(self, leg_id: str, token_ids: Sequence[int]) -> bool:
+        """The token that a decode request awaits, as its prefill worker has sampled it; whether it was awaited."""
+        return self.handover.give(leg_id, token_ids)
 
     def lacking_token(self) -> frozenset[str]:
         """The decode requests that have their KV and still await their token."""

@@ -31,11 +31,16 @@ class Handover:
         """A request that was just added is not to sample before `give`."""
         self._awaited[request_id] = None
 
-    def give(self, request_id: str, token_ids: Sequence[int]) -> None:
-        """What the prefill worker has sampled; nothing, where this engine is to do it after all."""
-        if request_id in self._awaited:
-            self._awaited[request_id] = token_ids
-            self._show(request_id)
+    def give(self, request_id: str, token_ids: Sequence[int]) -> bool:
+        """What the prefill worker has sampled; nothing, where this engine is to do it after all.
+
+        Returns whether it was awaited.
+        """
+        if self._awaited.get(request_id, ()) is not None:
+            return False
+        self._awaited[request_id] = token_ids
+        self._show(request_id)
+        return True
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """These are about to be aborted."""

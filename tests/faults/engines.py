@@ -187,10 +187,12 @@ class Engine:
             self._awaiting.add(leg_id)
         self._kv_send(peer.engine_id, leg_id, "register", self.engine_id.encode())
 
-    def give_token(self, leg_id: str, token_ids: Sequence[int]) -> None:
-        if leg_id in self._awaiting:
-            self._awaiting.discard(leg_id)
-            self._outputs[leg_id] += token_ids
+    def give_token(self, leg_id: str, token_ids: Sequence[int]) -> bool:
+        if leg_id not in self._awaiting:
+            return False
+        self._awaiting.discard(leg_id)
+        self._outputs[leg_id] += token_ids
+        return True
 
     def lacking_token(self) -> frozenset[str]:
         return frozenset(self._awaiting & self._kv.keys())

@@ -52,8 +52,9 @@ class StandIn:
 
     add_decode = add_prefill
 
-    def give_token(self, leg_id: str, token_ids: list[int]) -> None:
+    def give_token(self, leg_id: str, token_ids: list[int]) -> bool:
         self.given.append((leg_id, token_ids))
+        return len(self.given) == 1
 
     def lacking_token(self) -> set[str]:
         return self.lacking
@@ -165,6 +166,7 @@ def test_a_decode_worker_goes_on_after_the_token_that_it_is_given(said: list[m.M
     stage.handle(m.Prefilled(request_id="r~1", token_ids=[9]), [])
     stage.handle(m.Prefilled(request_id="unknown", token_ids=[9]), [])
     assert engine.given == [("r~1", [9])]
+    stage.handle(m.Prefilled(request_id="r~1", token_ids=[9]), [])  # once more: it counts once
     engine.outputs = [output([1])]
     stage.step()
     assert (said[-1].num_before, said[-1].token_ids) == (3, [1])
