@@ -1,6 +1,7 @@
 """What is refused before any engine or decoder sees it, and with which words."""
 
 import base64
+import gc
 import io
 import json
 import struct
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 
 from epd.config import EndpointConfig
-from epd.endpoint.limits import Limits
+from epd.endpoint.limits import Limits, check_json, read_json
+from epd.endpoint.refusals import RefusedError
 
 from .asgi_call import call
 
@@ -81,6 +83,23 @@ async def test_a_body_that_is_too_large_is_413_by_its_real_length():
 @pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b'{"a": "\\ud800"}', b"[" * 100_000, b"{} {}"])
 async def test_malformed_json_is_400(body):
     await refused(body, 400, "invalid_json")
+
+
+def test_no_finalizer_runs_deep_inside_of_a_nested_body():
+    seen, threshold = [], gc.get_threshold()
+    watch = lambda phase, info: seen.append(phase)  # noqa: E731
+    gc.callbacks.append(watch)
+    gc.set_threshold(10)
+    try:
+        with pytest.raises(RefusedError, match="nested too deeply"):
+            check_json("/v1/chat/completions", b"[" * 100_000, EndpointConfig(), lambda host: [])
+        before = len(seen)
+        assert read_json(b"[" * 200 + b"]" * 200)
+        assert len(seen) == before
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(watch)
+    assert gc.isenabled()
 
 
 async def test_a_body_that_is_not_json_is_left_to_vllm():
