@@ -76,7 +76,7 @@ class Request:
     prefill worker still waits for; `num_cached_tokens` is how much of the prompt it had computed before, -1 until it
     has said so. `early_finish` is a FINISHED that overtook PREFILLED, with its frames.
     `has_prompt_output` says that the endpoint has the prompt's log-probabilities, `leg_has_output` that the present leg
-    has given tokens; `num_stale` counts by hash how often a patch was not found in its slot.
+    has given tokens; `stale` says by hash how often a patch was not found in its slot, and since when.
     """
 
     submit: Submit
@@ -103,7 +103,7 @@ class Request:
     early_finish: tuple[Finished, list[bytes]] | None = None
     has_prompt_output: bool = False
     leg_has_output: bool = False
-    num_stale: dict[str, int] = dataclasses.field(default_factory=dict)
+    stale: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
     story: list[StoryEvent] = dataclasses.field(default_factory=list)
 
     @property

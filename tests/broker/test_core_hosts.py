@@ -53,10 +53,16 @@ def test_a_patch_that_is_never_found_where_it_is_wanted_ends_its_request() -> No
     world = two_hosts()
     world.submit("r", ["a"])
     prefill = world.core.board.requests["r"].prefill
-    for times in range(1, 5):
+
+    def not_found() -> None:
         [(_, job)] = world.encode_all()
         world.say(prefill, m.Stale(request_id="r", patch_hash="a", generation=job.slot.generation, reason="no way"))
-        assert ("r" in world.core.board.requests) == (times < 4)
+
+    for _ in range(6):
+        not_found()
+    assert "r" in world.core.board.requests, "a host that is silent for a moment costs no request"
+    world.wait(2 * world.core.board.config.lost_after_s + 0.5)
+    not_found()
     [failed] = world.take(m.Failed)
     assert failed.code == "encode_failed"
-    assert "4 times: no way" in failed.message
+    assert "7 times: no way" in failed.message
