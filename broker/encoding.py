@@ -96,19 +96,33 @@ class EncodeQueue:
         """Assigns waiting jobs to `workers` and yields each pair, until none waits or all workers have enough.
 
         Among equally loaded workers, one on the host of the job's pool is taken; one that cannot reach the pool only
-        where nobody can, and says so.
+        where nobody can, and says so. Where the workers that a job can go to have enough, it waits and is not passed by
+        others that they could do; those that only other workers can do go on.
         """
-        while workers and (job_id := self._waiting.next()) is not None:
+        stuck: set[str] = set()  # pools whose next job waits
+        full: set[str] = set()  # the workers it waits for
+
+        def goes_on(job_id: int) -> bool:
+            return not stuck or self._jobs[job_id].slot.pool_id not in stuck
+
+        while len(full) < len(workers) and (job_id := self._waiting.next(goes_on)) is not None:
             job = self._jobs[job_id]
             pool = pools.get(job.slot.pool_id)
             reach = [peer for peer in workers if pool is None or pool.reached_from(peer.host)] or workers
             far = {peer.peer_id for peer in reach if pool is not None and peer.host != pool.host}
-            worker = min(reach, key=lambda peer: (peer.load_tokens, peer.peer_id in far))
-            ahead = worker.info.max_batch_tokens * self._batches_ahead
-            if worker.jobs and worker.load_tokens + job.num_tokens > ahead:
-                return
+            room = [peer for peer in reach if peer.peer_id not in full]
+            worker = min(room, key=lambda peer: (peer.load_tokens, peer.peer_id in far), default=None)
+            if worker is None or not self._takes(worker, job):
+                stuck.add(job.slot.pool_id)
+                full.update(peer.peer_id for peer in reach)
+                continue
             self._waiting.take(job_id)
             job.worker, job.sent_at, job.num_attempts = worker.peer_id, now, job.num_attempts + 1
             worker.jobs.add(job.job_id)
             worker.load_tokens += job.num_tokens
             yield job, worker
+
+    def _takes(self, worker: Peer, job: Job) -> bool:
+        """Whether a worker may be given a job ahead of its time."""
+        ahead = worker.info.max_batch_tokens * self._batches_ahead
+        return not worker.jobs or worker.load_tokens + job.num_tokens <= ahead

@@ -2,7 +2,7 @@
 
 Lives in a process of its own; owns the pool's memory. What is in the pool is the business of the index, in the broker;
 this process decides nothing. Each start makes a new pool under a new random id: whatever names the old one is refused.
-With `cache.address` it also serves slots to workers of other hosts (`cache.pools.remote`).
+With `cache.address` it also serves slots to workers of other hosts (`cache.pools.server`).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
 
 def _serve(pool: Pool, address: str, stack: contextlib.ExitStack) -> Pool:
     """Serves a pool to other hosts until `stack` is closed; returns it with its address."""
-    from cache.pools.remote import SlotServer
+    from cache.pools.server import SlotServer
 
     if pool.kind in pools.DEVICE_KINDS:
         raise pools.PoolError("pools in GPU memory cannot be served to other hosts: leave cache.address empty")

@@ -8,7 +8,8 @@ processes.
 Encode workers write: the item's identifier is the id of the encode job, the slot is known before the job is scheduled,
 and the job is done once its model runner says that it is written. Prefill and decode workers read: a patch counts as
 available only after its slot was read and verified here, beside the scheduler; a slot that holds anything else is
-reported stale and never reaches the model. An item of theirs may be made of several patches, which its identifier
+reported stale and never reaches the model. Slots of another host are fetched and stored while the engine goes on. An
+item of theirs may be made of several patches, which its identifier
 names (`epd.multimodal.joined`): it is available when they all are, and its embeddings are theirs, one after the other.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from cache.pools import DEVICE_KINDS, PoolError, PoolView, open_view
+from cache.pools.remote import RemoteView
 from cache.slot import StaleSlotError
 from epd.messages import Pool, Slot
 from epd.multimodal.joined import patches_of
@@ -43,21 +46,27 @@ MODULE = __name__
 class StepPlan(ECConnectorMetadata):
     """What the model runner does in one step: slots to write by job id, and slots to read by item identifier.
 
-    The slots of an item are those of the patches that its identifier names, in their order.
+    The slots of an item are those of the patches that its identifier names, in their order. `fetched` has embeddings
+    that came from another host, by patch, for model runners in other processes.
     """
 
     writes: dict[str, Slot]
     reads: dict[str, list[Slot]]
+    fetched: dict[str, torch.Tensor]
     pools: list[Pool]
     owner: str
 
 
 @dataclasses.dataclass
 class Written:
-    """What a model runner has written since it was last asked: jobs that are in their slots, and why others are not."""
+    """What a model runner has written since it was last asked: jobs that are in their slots, and why others are not.
+
+    Those that are `storing` are on their way to a slot of another host.
+    """
 
     done: set[str] = dataclasses.field(default_factory=set)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    storing: set[str] = dataclasses.field(default_factory=set)
 
 
 def take_written(worker: Any) -> Written:
@@ -124,8 +133,11 @@ def read_tensor(pools: PoolTable, slot: Slot) -> torch.Tensor:
         StaleSlotError: the slot does not hold what `slot` says.
     """
     data = pools.view(slot).read(slot)
-    if isinstance(data, torch.Tensor):
-        return data.view(slot.num_tokens, slot.width)
+    return data.view(slot.num_tokens, slot.width) if isinstance(data, torch.Tensor) else as_tensor(data, slot)
+
+
+def as_tensor(data: memoryview, slot: Slot) -> torch.Tensor:
+    """A slot's data as embeddings; the tensor shares its memory."""
     return torch.frombuffer(data, dtype=getattr(torch, slot.dtype)).view(slot.num_tokens, slot.width)
 
 
@@ -135,15 +147,21 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.numpy())
 
 
-def write_tensor(pools: PoolTable, slot: Slot, embeddings: torch.Tensor, owner: str) -> None:
+def write_tensor(pools: PoolTable, slot: Slot, embeddings: torch.Tensor, owner: str) -> Future[None] | None:
     """Puts embeddings into a slot; on the device this is queued on the current stream, and nothing waits for it.
+
+    Returns:
+        None, but for a slot of another host: when it is there, which nothing here waits for either.
 
     Raises:
         StaleSlotError: the slot's pool is gone.
         ValueError: the embeddings do not fit the slot.
     """
     view = pools.view(slot)
+    if isinstance(view, RemoteView):
+        return view.store(slot, tensor_bytes(embeddings), owner)
     view.write(slot, embeddings if view.pool.kind in DEVICE_KINDS else tensor_bytes(embeddings), owner)
+    return None
 
 
 # Embeddings verified beside the scheduler, for a model runner in the same process (the "uni" executor).
@@ -166,13 +184,16 @@ class PatchCacheConnector(ECConnectorBase):
         # Beside the scheduler:
         self._write_slots: dict[str, Slot] = {}
         self._read_slots: dict[str, Slot] = {}
+        self._fetching: dict[str, Slot] = {}
         self._readers: dict[str, set[str]] = {}
         self._wants: dict[str, set[str]] = {}
         self._needed: dict[str, list[str]] = {}
         self._plan_writes: dict[str, Slot] = {}
         self._plan_reads: dict[str, list[Slot]] = {}
+        self._fetched: dict[str, torch.Tensor] = {}
         # Beside the model runner:
         self._report = Written()
+        self._stores: dict[str, Future[None]] = {}
 
     # ---- called by the engine thread, beside the scheduler ---------------------------------------------------------
 
@@ -190,18 +211,48 @@ class PatchCacheConnector(ECConnectorBase):
             self._wants.setdefault(request_id, set()).add(patch_hash)
             self._readers.setdefault(patch_hash, set()).add(request_id)
 
-    def patch_ready(self, patch_hash: str, slot: Slot) -> None:
+    def patch_ready(self, patch_hash: str, slot: Slot) -> Future[memoryview] | None:
         """Reads and verifies a slot; from now on its patch is available.
+
+        Returns:
+            None, but for a slot of another host: when it has been fetched, which `patch_fetched` is then to be told.
 
         Raises:
             StaleSlotError: the slot holds something else.
         """
         if patch_hash in self._read_slots or patch_hash not in self._readers:
-            return
+            return None
+        view = self._pools.view(slot)
+        if isinstance(view, RemoteView):
+            if self._fetching.get(patch_hash) == slot:
+                return None
+            self._fetching[patch_hash] = slot
+            return view.fetch(slot)
         embeddings = read_tensor(self._pools, slot)
-        if self._pools.view(slot).pool.kind not in DEVICE_KINDS:
+        if view.pool.kind not in DEVICE_KINDS:
             _verified[patch_hash] = embeddings  # a view is read again by the model runner, on its own stream
         self._read_slots[patch_hash] = slot
+        return None
+
+    def patch_fetched(self, patch_hash: str, slot: Slot, fetch: Future[memoryview]) -> None:
+        """A fetch that `patch_ready` has begun is done; from now on its patch is available, if it is still wanted.
+
+        Raises:
+            StaleSlotError: the slot holds something else, and its patch is still wanted from there.
+        """
+        if self._fetching.get(patch_hash) != slot:
+            return  # another slot is read by now
+        del self._fetching[patch_hash]
+        if patch_hash in self._read_slots or patch_hash not in self._readers:
+            return
+        _verified[patch_hash] = as_tensor(fetch.result(), slot)
+        if self._vllm_config.parallel_config.world_size > 1:
+            self._fetched[patch_hash] = _verified[patch_hash]
+        self._read_slots[patch_hash] = slot
+
+    def readers(self, patch_hash: str) -> list[str]:
+        """The requests that will read a patch."""
+        return sorted(self._readers.get(patch_hash, ()))
 
     def forget(self, request_id: str) -> None:
         """A request reads no patches any more."""
@@ -212,6 +263,7 @@ class PatchCacheConnector(ECConnectorBase):
             if not readers:
                 del self._readers[patch_hash]
                 self._read_slots.pop(patch_hash, None)
+                self._fetched.pop(patch_hash, None)
                 _verified.pop(patch_hash, None)
 
     def forget_job(self, job: str) -> None:
@@ -230,8 +282,8 @@ class PatchCacheConnector(ECConnectorBase):
 
     @property
     def num_held(self) -> int:
-        """Patches held for requests, plus write slots of jobs that are not done."""
-        return len(self._read_slots) + len(self._write_slots)
+        """Patches held or being fetched for requests, plus write slots of jobs that are not done."""
+        return len(self._read_slots) + len(self._fetching) + len(self._write_slots)
 
     # ---- called by vLLM beside the scheduler -----------------------------------------------------------------------
 
@@ -268,7 +320,13 @@ class PatchCacheConnector(ECConnectorBase):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """Hands this step's plan to the model runner."""
-        plan = StepPlan(self._plan_writes, self._plan_reads, self._pools.pools, self._owner)
+        fetched = {
+            patch_hash: self._fetched[patch_hash]
+            for identifier in (self._plan_reads if self._fetched else ())
+            for patch_hash in patches_of(identifier)
+            if patch_hash in self._fetched
+        }
+        plan = StepPlan(self._plan_writes, self._plan_reads, fetched, self._pools.pools, self._owner)
         self._plan_writes, self._plan_reads = {}, {}
         return plan
 
@@ -288,7 +346,7 @@ class PatchCacheConnector(ECConnectorBase):
                 continue
             parts = []
             for patch_hash, slot in zip(patches_of(identifier), slots, strict=True):
-                embeddings = _verified.get(patch_hash)
+                embeddings = plan.fetched.get(patch_hash, _verified.get(patch_hash))
                 if embeddings is None:
                     self._pools.update(plan.pools)
                     embeddings = read_tensor(self._pools, slot)
@@ -308,13 +366,22 @@ class PatchCacheConnector(ECConnectorBase):
             if found != (slot.num_tokens, slot.width, slot.dtype):
                 raise ValueError(f"the encoder gave {found}, the slot is for {slot.num_tokens, slot.width, slot.dtype}")
             self._pools.update(plan.pools)
-            write_tensor(self._pools, slot, embeddings, plan.owner)
-            self._report.done.add(mm_hash)
+            store = write_tensor(self._pools, slot, embeddings, plan.owner)
+            if store is None:
+                self._report.done.add(mm_hash)
+            else:
+                self._stores[mm_hash] = store
         except (PoolError, ValueError, StaleSlotError) as error:
             self._report.failed[mm_hash] = str(error)
 
     def take_report(self) -> Written:
         """What was written since the last call."""
         self._pools.settle()
+        for name in [name for name, store in self._stores.items() if store.done()]:
+            if (error := self._stores.pop(name).exception()) is None:
+                self._report.done.add(name)
+            else:
+                self._report.failed[name] = str(error)
         report, self._report = self._report, Written()
+        report.storing = set(self._stores)
         return report

@@ -292,6 +292,7 @@ class CacheIndex:
             entry.generation = next(self._generations)
         else:
             entry = self._entries[patch_hash]
+            entry.need = need  # what its encoding costs may be known better by now
             outcome = Outcome.HIT if entry.state is State.READY else Outcome.PENDING
             self._num_hits += outcome is Outcome.HIT
             self._num_coalesced += outcome is Outcome.PENDING

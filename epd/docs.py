@@ -45,7 +45,7 @@ state does not survive its restart; what was in flight is submitted again by its
 
 ## Topology
 The broker binds one ROUTER socket; each peer connects one DEALER socket. Peers do not talk to each other through
-ZeroMQ, but for slots of another host's pool (`cache/pools/remote.py`): embeddings go through the pools, KV through NIXL
+ZeroMQ, but for slots of another host's pool (`cache/pools/server.py`): embeddings go through the pools, KV through NIXL
 between prefill and decode workers. No socket has a ZeroMQ high-water mark; what bounds them is the broker's admission
 and a peer's outbox of {outbox:,} messages.
 

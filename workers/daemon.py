@@ -50,7 +50,7 @@ class Worker:
         self.error: BaseException | None = None
         self._drain_s: float = getattr(config, stage).drain_s
         self._draining = False
-        self._stage = STAGES[stage](config, name, self._post)
+        self._stage = STAGES[stage](config, name, self._post, self._call)
         self._thread = EngineThread(self._stage, self._on_ready, self._on_exit)
         threading.excepthook = self._on_thread_error
         self._link = BrokerLink(
@@ -161,6 +161,11 @@ class Worker:
     async def _on_lost(self, reason: str) -> None:
         """A worker whose engine is stuck must not register again and be given work: this returns after the reset."""
         await self._in_engine(self._stage.reset)
+
+    # ---- called in any thread --------------------------------------------------------------------------------------
+
+    def _call(self, command: Callable[..., None], *args: Any) -> None:
+        self._thread.call(command, *args)
 
     # ---- called in the engine thread -------------------------------------------------------------------------------
 

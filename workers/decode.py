@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from cache.slot import StaleSlotError
-from epd.messages import Abort, Decode, Failed, Finished, Message, NeedPatches, Prefilled, Ready, Released, Role, Tokens
+from epd.messages import (
+    Abort,
+    Decode,
+    Failed,
+    Finished,
+    Message,
+    NeedPatches,
+    PatchReady,
+    Prefilled,
+    Ready,
+    Released,
+    Role,
+    Tokens,
+)
 from workers.held import blocks
 from workers.leaks import LeakWatch
-from workers.stage import Frames, Stage
+from workers.reading import ReadingStage
+from workers.stage import Frames
 
 _ARRIVING_POLL_S = 0.0002
 _WAIT_POLL_S = 0.05
@@ -15,7 +28,7 @@ _NUM_FAST_POLLS = 200
 _TOKEN_WAIT_S = 5.0
 
 
-class DecodeStage(Stage):
+class DecodeStage(ReadingStage):
     """Registers each request for its KV at once, and decodes it when it has come.
 
     The KV arrives without an event in this process; PREFILLED says that it is on its way, and until then the engine is
@@ -50,22 +63,18 @@ class DecodeStage(Stage):
                     self._arriving.add(message.request_id)
                     if self.engine.give_token(message.request_id, message.token_ids):
                         self._requests[message.request_id] += len(message.token_ids)
-            case Ready():
-                self._ready(message)
+            case Ready() if message.request_id in self._requests:
+                self.engine.connector.expect(message.request_id, [patch.patch_hash for patch in message.ready])
+                self._ready(message.request_id, message.ready)
             case Abort():
                 self.engine.abort([message.request_id])
                 self._forget(message.request_id)
                 self._post(Released(request_id=message.request_id), ())
 
-    def _ready(self, message: Ready) -> None:
-        self.engine.connector.expect(message.request_id, [patch.patch_hash for patch in message.ready])
-        for patch in message.ready:
-            try:
-                self.engine.connector.patch_ready(patch.patch_hash, patch.slot)
-            except StaleSlotError as error:
-                text = f"preempted, and patch {patch.patch_hash[:8]} cannot be read again: {error}"
-                self._fail(message.request_id, "preempted", text)
-                return
+    def _stale(self, request_id: str, patch: PatchReady, reason: str) -> None:
+        if request_id in self._requests:
+            text = f"preempted, and patch {patch.patch_hash[:8]} cannot be read again: {reason}"
+            self._fail(request_id, "preempted", text)
 
     def step(self) -> bool:
         """Decodes one token of every request that has its KV."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 
 from epd.messages import DropEncode, Encode, Encoded, EncodedJob, EncodeFailed, EncodeJob, Message, Role
-from workers.stage import Frames, Stage
+from workers.stage import Frames, Stage, ever_later
+
+# How often it is looked whether a slot of another host is written: at first, and at most.
+_STORE_POLL_S = (0.0005, 0.02)
 
 
 class EncodeStage(Stage):
@@ -20,6 +23,7 @@ class EncodeStage(Stage):
 
         self.info = with_units(self.info, prove_units(self.engine))
         self._jobs: dict[str, EncodeJob] = {}
+        self._storing: dict[str, float] = {}  # what is on its way to another host, and how long it took to encode
 
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in ENCODE and DROP_ENCODE."""
@@ -31,7 +35,7 @@ class EncodeStage(Stage):
                     at += job.num_frames
             case DropEncode():
                 name = str(message.job_id)
-                if self._end(name):
+                if name not in self._storing and self._end(name):  # what is stored already is reported as done
                     self.engine.abort([name])
                     self._post(EncodeFailed(job_id=message.job_id, message="dropped", dropped=True), ())
 
@@ -66,18 +70,18 @@ class EncodeStage(Stage):
         outputs, executed = self.engine.step()
         written = self.engine.take_written()
         took_s = time.monotonic() - started
-        done = [
-            EncodedJob(job_id=job.job_id, generation=job.slot.generation)
-            for name in written.done
-            if (job := self._end(name))
-        ]
+        num_new = len((written.done | written.storing) - self._storing.keys())
+        share_s = {name: self._storing.get(name, took_s / max(1, num_new)) for name in written.done | written.storing}
+        self._storing = {name: share_s[name] for name in written.storing}
+        done = [(share_s[name], job) for name in written.done if (job := self._end(name))]
         if done:
-            self._post(Encoded(jobs=done, took_s=took_s), ())
+            jobs = [EncodedJob(job_id=job.job_id, generation=job.slot.generation) for _, job in done]
+            self._post(Encoded(jobs=jobs, took_s=sum(each_s for each_s, _ in done)), ())
         failed = dict(written.failed)
         failed |= {
             output.request_id: f"the engine ended with {output.finish_reason}"
             for output in outputs
-            if output.finished and output.request_id in self._jobs
+            if output.finished and output.request_id in self._jobs and output.request_id not in self._storing
         }
         for name, reason in failed.items():
             if job := self._end(name):
@@ -88,8 +92,14 @@ class EncodeStage(Stage):
         self.engine.connector.forget_job(name)
         return self._jobs.pop(name, None)
 
+    def has_work(self) -> bool:
+        """As `Stage`; also while embeddings are on their way to another host."""
+        return super().has_work() or bool(self._storing)
+
     def poll_s(self, num_idle_steps: int) -> float | None:
-        """Nothing is waited for here; a step without the model only clears what has finished."""
+        """What another host stores is looked after ever less often; else a step only clears what has finished."""
+        if self._storing:
+            return ever_later(_STORE_POLL_S, num_idle_steps)
         return 0.0 if num_idle_steps < 3 else 0.05
 
     def held(self) -> dict[str, int]:
@@ -101,6 +111,9 @@ class EncodeStage(Stage):
         self.engine.abort(list(self._jobs))
         for job in list(self._jobs):
             self._end(job)
+        while self._storing:  # ids of jobs may come again, from the next broker
+            time.sleep(_STORE_POLL_S[1])
+            self._storing = dict.fromkeys(self.engine.take_written().storing, 0.0)
 
 
 def _reason(error: Exception) -> str:

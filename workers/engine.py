@@ -291,6 +291,7 @@ class Engine:
         for report in self.core.collective_rpc(ec_connector.take_written):
             written.done |= report.done
             written.failed |= report.failed
+            written.storing |= report.storing
         return written
 
     def pack(self, output: EngineCoreOutput) -> list[bytes]:

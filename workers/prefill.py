@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from cache.slot import StaleSlotError
 from epd.messages import Abort, Failed, Message, PatchReady, Prefill, Prefilled, Pushed, Ready, Released, Role, Stale
 from workers.held import blocks
 from workers.leaks import LeakWatch
-from workers.stage import Frames, Stage
+from workers.reading import ReadingStage
+from workers.stage import Frames, ever_later
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput
@@ -30,7 +30,7 @@ class Leg(NamedTuple):
     is_last: bool
 
 
-class PrefillStage(Stage):
+class PrefillStage(ReadingStage):
     """Runs each request for one token: the first of its answer where that was asked for, else it is thrown away."""
 
     role = Role.PREFILL
@@ -64,18 +64,11 @@ class PrefillStage(Stage):
                 self._pushing.discard(message.request_id)
                 self._post(Released(request_id=message.request_id), ())
 
-    def _ready(self, request_id: str, ready: list[PatchReady]) -> None:
-        for patch in ready:
-            try:
-                self.engine.connector.patch_ready(patch.patch_hash, patch.slot)
-            except StaleSlotError as error:
-                stale = Stale(
-                    request_id=request_id,
-                    patch_hash=patch.patch_hash,
-                    generation=patch.slot.generation,
-                    reason=str(error),
-                )
-                self._post(stale, ())
+    def _stale(self, request_id: str, patch: PatchReady, reason: str) -> None:
+        told = Stale(
+            request_id=request_id, patch_hash=patch.patch_hash, generation=patch.slot.generation, reason=reason
+        )
+        self._post(told, ())
 
     def step(self) -> bool:
         """Prefills what is ready, and notices pushes that are done."""
@@ -128,10 +121,7 @@ class PrefillStage(Stage):
 
     def poll_s(self, num_idle_steps: int) -> float | None:
         """A push in flight is looked after ever less often; patches announce themselves."""
-        if not self._pushing:
-            return _PATCH_POLL_S
-        first, last = _PUSH_POLL_S
-        return float(min(first * 1.5**num_idle_steps, last)) if num_idle_steps < 32 else last
+        return ever_later(_PUSH_POLL_S, num_idle_steps) if self._pushing else _PATCH_POLL_S
 
     def held(self) -> dict[str, int]:
         """As `Stage`, and the requests that this stage knows."""

@@ -34,12 +34,13 @@ class Stage(abc.ABC):
         config: the pipeline's configuration.
         name: this worker's name.
         post: sends a message to the broker; called in the engine thread.
+        call: has a command run in the engine thread, between two steps; may be called in any thread.
     """
 
     role: Role
 
-    def __init__(self, config: Config, name: str, post: Post) -> None:
-        self._config, self._name, self._post = config, name, post
+    def __init__(self, config: Config, name: str, post: Post, call: Callable[..., None]) -> None:
+        self._config, self._name, self._post, self._call = config, name, post, call
         self.engine: Engine
         self.draining = False
         self.clock: Callable[[], float] = time.monotonic
@@ -105,3 +106,9 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def reset(self) -> None:
         """Drops everything held for a broker that is lost."""
+
+
+def ever_later(bounds_s: tuple[float, float], num_idle_steps: int) -> float:
+    """How long to sleep before looking again, `num_idle_steps` times in vain so far: from the first to the last."""
+    first, last = bounds_s
+    return min(first * 1.5**num_idle_steps, last) if num_idle_steps < 32 else last

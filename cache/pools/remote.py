@@ -1,207 +1,235 @@
 """Pools of other hosts: their slots are fetched from and stored by the cache daemon that owns them, over TCP.
 
-Lives in the cache daemon (`SlotServer`, on its event loop; owns the listening socket) and in workers of other hosts
-(`RemoteView`, which owns a socket and belongs to one thread). Only pools in host memory can be reached so.
-
-One request is a header (MessagePack) and, to store, the data; the answer is a header and, to fetch, the slot as it lies
-in memory, header and data. A reader verifies what has arrived as it would a slot of its own host: a checksum made where
-it was written, or where it was stored, is checked where it is read. There is no authentication, as on the broker's
-address: keep both private.
+Lives in workers of other hosts; `cache.pools.server` is the other side and describes the messages. A view has a thread
+of its own, which owns its socket: a slot is under way while the engine goes on, and many are at a time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import os
+import queue
+import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
-import structlog
 import zmq
 
 from cache import slot as slots
 from cache.pools.base import PoolError
+from cache.pools.server import Answer, Ask
 from cache.slot import StaleSlotError
 from epd import wire
-from epd.messages import Pool, Slot, Struct
-from epd.sockets import MessageSocket
+from epd.messages import Pool, Slot
 
-log = structlog.get_logger()
-
+# From the last sign of life of a host that owes an answer.
 TIMEOUT_S = 2.0
-# A host that has not answered is not asked again for so long: each question holds up an engine.
-AWAY_S = 1.0
-_COMPLAIN_EVERY_S = 1.0
+_CLOSE_S = 5.0
+
+_answers = msgspec.msgpack.Decoder(Answer)
 
 
-class Ask(Struct, frozen=True):
-    """Fetch a slot; or store it, written by `owner`. `number` comes back with the answer."""
+@dataclasses.dataclass(slots=True, eq=False)
+class _Question:
+    """A slot to fetch, or to store `data` in; `done` gets the slot's data, or None for what is stored."""
 
-    number: int
     slot: Slot
-    stores: bool = False
+    data: Any = None
     owner: str = ""
+    done: Future[Any] = dataclasses.field(default_factory=Future)
+    asked_at: float = 0.0
 
-
-class Answer(Struct, frozen=True):
-    """What came of it: done, or the reason why not; `stale` where the slot holds something else."""
-
-    number: int
-    error: str = ""
-    stale: bool = False
-
-
-_asks, _answers = msgspec.msgpack.Decoder(Ask), msgspec.msgpack.Decoder(Answer)
-
-
-class SlotServer:
-    """Serves one pool in host memory to workers of other hosts, on the running event loop.
-
-    Args:
-        address: where to listen and be reached, `tcp://ADDRESS:PORT`; port `*` picks one.
-        pool: the pool.
-        memory: all of it, writable.
-
-    Raises:
-        PoolError: it cannot listen there, or nobody can reach it there.
-    """
-
-    def __init__(self, address: str, pool: Pool, memory: memoryview) -> None:
-        self._pool, self._memory = pool, memory
-        if address.removeprefix("tcp://").startswith(("*:", "0.0.0.0:", "[::]:")):
-            raise PoolError(f"cache.address {address}: name one address of this host, at which others reach it")
-        self._context = zmq.Context()
-        sock = self._context.socket(zmq.ROUTER)
-        sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        try:
-            sock.bind(address)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise PoolError(f"cache.address {address}: {error.strerror or error}") from None
-        self.address: str = sock.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._socket = MessageSocket(sock, self._handle)
-        self._complained_at = 0.0
-
-    def close(self) -> None:
-        """Stops serving."""
-        self._socket.close()
-        self._context.destroy(linger=200)
-
-    def _handle(self, parts: list[bytes]) -> None:
-        try:
-            peer, header, *data = parts
-            ask = _asks.decode(header)
-        except (ValueError, msgspec.MsgspecError) as error:
-            if (now := time.monotonic()) - self._complained_at > _COMPLAIN_EVERY_S:
-                self._complained_at = now
-                log.warning("malformed question for a slot", reason=str(error)[:200])
-            return
-        frames: list[bytes] = []
-        try:
-            if ask.slot.pool_id != self._pool.pool_id:
-                raise StaleSlotError(f"pool {ask.slot.pool_id} is gone")
-            if not ask.stores:
-                frames = [slots.copy_out(self._memory, ask.slot)]
-            elif len(data) == 1:
-                slots.write(self._memory, ask.slot, data[0], ask.owner, self._pool.checksum)
-            else:
-                raise ValueError(f"{len(data)} frames of data")
-            answer = Answer(number=ask.number)
-        except StaleSlotError as error:
-            answer = Answer(number=ask.number, error=str(error), stale=True)
-        except ValueError as error:
-            answer = Answer(number=ask.number, error=str(error))
-        try:
-            self._socket.send([peer, msgspec.msgpack.encode(answer), *frames])
-        except zmq.ZMQError as error:  # who has asked is gone, or takes nothing more
-            log.debug("not answered", reason=str(error))
+    def fail(self, error: Exception) -> None:
+        """Ends it; to who fetches, a host that does not answer is one whose slots cannot be trusted."""
+        if self.data is None and not isinstance(error, StaleSlotError):
+            error = StaleSlotError(str(error))
+        self.done.set_exception(error)
 
 
 class RemoteView:
-    """A pool of another host, to read and to write.
-
-    Every call waits for the other host, `timeout_s` at most.
+    """A pool of another host, to read and to write. Its methods may be called by any thread.
 
     Args:
         pool: the pool; it has an `address`.
-        timeout_s: how long an answer may take.
-        clock: seconds of any monotonic clock.
+        timeout_s: for how long a host that owes an answer may be silent.
     """
 
-    def __init__(
-        self, pool: Pool, *, timeout_s: float = TIMEOUT_S, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._pool, self._timeout_s, self._clock = pool, timeout_s, clock
-        self._context = zmq.Context()
-        self._sock: zmq.Socket[bytes] | None = None
-        self._numbers = itertools.count(1)
-        self._away_until = 0.0
+    def __init__(self, pool: Pool, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._pool, self._timeout_s = pool, timeout_s
+        self._asked: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
+        self._wake = -1
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closed = False
 
     @property
     def pool(self) -> Pool:
         """The pool it shows."""
         return self._pool
 
-    def write(self, slot: Slot, data: bytes | bytearray | memoryview, owner: str) -> None:
-        """Stores a slot; see `cache.slot.write`. Readers may have it once this returns.
+    def store(self, slot: Slot, data: bytes | bytearray | memoryview, owner: str) -> Future[None]:
+        """Stores a slot, as `cache.slot.write`; readers may have it once the result is there. Never blocks.
 
-        Raises:
+        `data` must not change before. The result raises:
             ValueError: `data` or `owner` do not fit the slot, or the slot not the pool.
             StaleSlotError: the pool is gone.
             PoolError: its host does not answer; the slot may have been written all the same.
         """
-        self._call(Ask(number=next(self._numbers), slot=slot, stores=True, owner=owner), [data])
+        return self._ask(_Question(slot, data, owner))
+
+    def fetch(self, slot: Slot) -> Future[memoryview]:
+        """A slot's data, copied and verified, as `cache.slot.read`. Never blocks.
+
+        The result raises StaleSlotError: the slot holds anything else, or its host does not answer.
+        """
+        return self._ask(_Question(slot))
+
+    def write(self, slot: Slot, data: bytes | bytearray | memoryview, owner: str) -> None:
+        """Stores a slot and waits until it is there; raises what `store` does."""
+        self.store(slot, data, owner).result()
 
     def read(self, slot: Slot) -> memoryview:
-        """A slot's data, copied and verified; see `cache.slot.read`.
+        """Fetches a slot and waits for it; raises what `fetch` does."""
+        return self.fetch(slot).result()
 
-        Raises:
-            StaleSlotError: the slot holds anything else, or its host does not answer.
-        """
+    def settle(self) -> None:
+        """Nothing to note: `store` tells when a write is done."""
+
+    def close(self) -> None:
+        """Ends what is under way, and the thread. Closing twice is fine."""
+        with self._lock:
+            self._closed, thread, self._thread = True, self._thread, None
+            if thread is None:
+                return
+            self._asked.put(None)
+            os.eventfd_write(self._wake, 1)
+        thread.join(_CLOSE_S)
+
+    def _ask(self, question: _Question) -> Future[Any]:
+        with self._lock:
+            if self._closed:
+                question.fail(PoolError(f"the view of pool {self._pool.pool_id} is closed"))
+                return question.done
+            if self._thread is None:
+                self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+                name = f"pool-{self._pool.host}"[:15]
+                self._thread = threading.Thread(target=self._run, args=(self._wake,), name=name, daemon=True)
+                self._thread.start()
+            self._asked.put(question)
+            os.eventfd_write(self._wake, 1)
+        return question.done
+
+    def _run(self, wake: int) -> None:
+        """The thread's body."""
+        exchange = _Exchange(self._pool, self._timeout_s)
         try:
-            frames = self._call(Ask(number=next(self._numbers), slot=slot), [])
-        except (PoolError, ValueError) as error:
-            raise StaleSlotError(str(error)) from None
+            while True:
+                if exchange.wait(wake):
+                    os.eventfd_read(wake)
+                    while not self._asked.empty():
+                        if (question := self._asked.get()) is None:
+                            return
+                        exchange.ask(question)
+                exchange.settle()
+        finally:
+            exchange.close()
+            os.close(wake)
+
+
+class _Exchange:
+    """The conversation with one host, in the thread of a view; owns the socket."""
+
+    def __init__(self, pool: Pool, timeout_s: float) -> None:
+        self._pool, self._timeout_s = pool, timeout_s
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._numbers = itertools.count(1)
+        self._open: dict[int, _Question] = {}  # in the order they were asked, which is that of the answers
+        self._heard_at = 0.0
+
+    def wait(self, wake: int) -> bool:
+        """Blocks until there is something to do; returns whether `wake` has fired."""
+        poller = zmq.Poller()
+        poller.register(wake, zmq.POLLIN)
+        if self._socket is not None:
+            poller.register(self._socket, zmq.POLLIN)
+        timeout_ms = None
+        if self._open:
+            timeout_ms = max(0, round((self._silent_at() - time.monotonic()) * 1000) + 1)
+        return any(what == wake for what, _ in poller.poll(timeout_ms))
+
+    def ask(self, question: _Question) -> None:
+        """Sends a question."""
+        if self._socket is None:
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+            self._socket.connect(self._pool.address)
+        stores = question.data is not None
+        number = next(self._numbers)
+        header = msgspec.msgpack.encode(Ask(number=number, slot=question.slot, stores=stores, owner=question.owner))
+        try:
+            self._socket.send_multipart([header, question.data] if stores else [header], zmq.NOBLOCK)
+        except zmq.Again:
+            question.fail(PoolError(f"too much is under way to host {self._pool.host} ({self._pool.address})"))
+            return
+        question.asked_at = time.monotonic()
+        self._open[number] = question
+
+    def settle(self) -> None:
+        """Takes the answers that are there, and gives up what a silent host owes."""
+        while self._socket is not None:
+            try:
+                header, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._heard_at = time.monotonic()
+            self._answered(header, frames)
+        if self._open and time.monotonic() >= self._silent_at():
+            self._give_up(f"has not answered in {self._timeout_s:g} s")
+
+    def close(self) -> None:
+        """Fails what is still asked, and closes the socket."""
+        self._give_up("is not asked any more")
+        self._context.destroy(linger=0)
+
+    def _silent_at(self) -> float:
+        """When the oldest question will have waited long enough."""
+        return max(next(iter(self._open.values())).asked_at, self._heard_at) + self._timeout_s
+
+    def _answered(self, header: bytes, frames: list[bytes]) -> None:
+        try:
+            answer = _answers.decode(header)
+        except msgspec.MsgspecError as error:
+            self._give_up(f"sent no answer: {error}")
+            return
+        question = self._open.pop(answer.number, None)
+        if question is None:
+            return  # it was given up
+        if answer.error:
+            question.fail((StaleSlotError if answer.stale else ValueError)(answer.error))
+        elif question.data is not None:
+            question.done.set_result(None)
+        else:
+            try:
+                question.done.set_result(self._verified(question.slot, frames))
+            except StaleSlotError as error:
+                question.fail(error)
+
+    def _verified(self, slot: Slot, frames: list[bytes]) -> memoryview:
         if len(frames) != 1:
             raise StaleSlotError(f"host {self._pool.host} sent {len(frames)} frames")
         image = memoryview(bytearray(frames[0]))
         return slots.read(image, msgspec.structs.replace(slot, offset=0, nbytes=len(image)), self._pool.checksum, False)
 
-    def settle(self) -> None:
-        """Nothing to note: a write is done when it returns."""
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self._hang_up()
-        self._context.destroy(linger=0)
-
-    def _call(self, ask: Ask, data: list[Any]) -> list[bytes]:
-        now = self._clock()
-        if now < self._away_until:
-            raise PoolError(f"host {self._pool.host} ({self._pool.address}) does not answer")
-        if self._sock is None:
-            self._sock = self._context.socket(zmq.DEALER)
-            self._sock.setsockopt(zmq.LINGER, 0)
-            self._sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-            self._sock.connect(self._pool.address)
-        self._sock.send_multipart([msgspec.msgpack.encode(ask), *data])
-        until = time.monotonic() + self._timeout_s
-        while self._sock.poll(max(0, round((until - time.monotonic()) * 1000))):
-            try:
-                header, *frames = self._sock.recv_multipart()
-                answer = _answers.decode(header)
-            except (ValueError, msgspec.MsgspecError) as error:
-                raise PoolError(f"host {self._pool.host} sent no answer: {error}") from None
-            if answer.number == ask.number:  # else it is one that came too late
-                if answer.error:
-                    raise (StaleSlotError if answer.stale else ValueError)(answer.error)
-                return frames
-        self._hang_up()
-        self._away_until = self._clock() + AWAY_S
-        raise PoolError(f"host {self._pool.host} ({self._pool.address}) has not answered in {self._timeout_s:g} s")
-
-    def _hang_up(self) -> None:
-        if self._sock is not None:
-            self._sock.close(linger=0)
-            self._sock = None
+    def _give_up(self, why: str) -> None:
+        """Ends all that is open; the next question starts over, on a new socket."""
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+        given_up, self._open = self._open, {}
+        for question in given_up.values():
+            question.fail(PoolError(f"host {self._pool.host} ({self._pool.address}) {why}"))

@@ -49,6 +49,34 @@ def test_pools_that_are_served_are_used_by_all() -> None:
     assert run(world, "r2", ["a"]) == ("p-b", [])
 
 
+def test_a_host_whose_encode_workers_are_busy_holds_up_no_other_host() -> None:
+    world = two_hosts()
+    many = [f"a{number}" for number in range(100)]
+    world.submit("r1", many)
+    assert {world.names[send.peer_id] for send in world.take_jobs()} == {"e-a"}
+    assert len(world.core.board.patches.queue) == 100, "more than it is given ahead"
+    world.submit("r2", ["b0", "b1"])
+    jobs = world.take_jobs()
+    assert [world.names[send.peer_id] for send in jobs] == ["e-b"] * 2
+    for send in jobs:
+        world.say_encoded(send.peer_id, send.message)
+    assert not world.take_jobs(), "the other host's worker cannot do what waits"
+
+
+def test_a_patch_that_waits_for_a_host_is_not_passed_by_those_that_its_workers_could_do() -> None:
+    world = two_hosts()
+    world.submit("r1", ["a0", "a1", "a2"], tokens=60)
+    given = world.take_jobs()
+    assert len(given) == 2, "128 tokens ahead"
+    prefill = world.core.board.requests["r1"].prefill
+    world.submit("r2", ["b"])
+    world.submit("r3", ["small"], tokens=1)  # to host a again
+    assert world.core.board.requests["r3"].prefill == prefill
+    assert [world.names[send.peer_id] for send in world.take_jobs()] == ["e-b"]
+    world.say_encoded(given[0].peer_id, given[0].message)
+    assert [send.message.patch_hash for send in world.take_jobs()] == ["a2", "small"]
+
+
 def test_a_patch_that_is_never_found_where_it_is_wanted_ends_its_request() -> None:
     world = two_hosts()
     world.submit("r", ["a"])

@@ -171,6 +171,16 @@ def test_a_patch_that_costs_more_to_encode_stays_longer():
     assert present(index, "abcd") == set("acd")
 
 
+def test_what_a_patch_costs_is_what_was_known_when_it_was_last_used():
+    index = index_of(3)
+    put(index, need("a"))  # the first of all: nobody knows yet
+    put(index, need("b", cost_s=0.1))
+    put(index, need("c", cost_s=0.1))
+    put(index, need("a", cost_s=0.1))
+    put(index, need("d", cost_s=0.1))
+    assert present(index, "abcd") == set("acd")
+
+
 def test_several_patches_leave_for_a_large_one():
     index = index_of(4)
     put(index, *needs("abcd"))

@@ -1,9 +1,8 @@
-"""Pools of other hosts: a real server on an event loop, and views that wait for it in the test's thread."""
+"""Pools of other hosts: a real server on an event loop, and views with threads of their own."""
 
 from __future__ import annotations
 
-import asyncio
-import secrets
+import os
 import threading
 from collections.abc import Iterator
 
@@ -12,58 +11,13 @@ import pytest
 import zmq
 
 from cache import pools
-from cache.pools import PoolError, SharedMemoryPool, SharedMemoryView
-from cache.pools.remote import AWAY_S, RemoteView, SlotServer
-from cache.slot import StaleSlotError, slot_bytes
+from cache.pools import PoolError, SharedMemoryView
+from cache.pools.remote import RemoteView
+from cache.pools.server import SlotServer
+from cache.slot import StaleSlotError
 from epd import hosts
-from epd.messages import Pool, Slot
-
-NBYTES = slot_bytes(3, 8, "float32")
-DATA = bytes(range(96))
-
-
-class Served:
-    """A pool of a host called "far", and its server."""
-
-    def __init__(self) -> None:
-        self.owner = SharedMemoryPool(secrets.token_hex(4), 1 << 16, True)
-        self.local = SharedMemoryView(self.owner.descriptor())
-        self.pool = msgspec.structs.replace(self.owner.descriptor(), host="far")
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
-        self.thread.start()
-        self.server: SlotServer | None = None
-        self.serve("tcp://127.0.0.1:*")
-
-    def serve(self, address: str) -> None:
-        async def start() -> SlotServer:
-            return SlotServer(address, self.pool, self.local.memory)
-
-        self.server = asyncio.run_coroutine_threadsafe(start(), self.loop).result(5)
-        self.pool = msgspec.structs.replace(self.pool, address=self.server.address)
-
-    def stop(self) -> None:
-        async def stop() -> None:
-            assert self.server
-            self.server.close()
-
-        if self.server:
-            asyncio.run_coroutine_threadsafe(stop(), self.loop).result(5)
-        self.server = None
-
-    def close(self) -> None:
-        self.stop()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(5)
-        self.loop.close()
-        self.local.close()
-        self.owner.close()
-
-    def slot(self, number: int = 0, generation: int = 7, owner: str = "encoder") -> Slot:
-        return Slot(
-            pool_id=self.pool.pool_id, offset=number * NBYTES, nbytes=NBYTES, generation=generation, num_tokens=3,
-            width=8, dtype="float32", owner=owner,
-        )  # fmt: skip
+from epd.messages import Pool
+from tests.cache.served import DATA, NBYTES, Served
 
 
 @pytest.fixture
@@ -128,32 +82,69 @@ def test_what_does_not_fit_its_slot_is_not_stored(served: Served, view: RemoteVi
     assert bytes(view.read(served.slot())) == DATA
 
 
-def test_a_host_that_does_not_answer_holds_nobody_up_for_long(served: Served) -> None:
-    now = 0.0
-    view = RemoteView(served.pool, timeout_s=0.1, clock=lambda: now)
+def test_many_slots_are_on_their_way_at_a_time(served: Served, view: RemoteView) -> None:
+    stores = [view.store(served.slot(n), bytes([n]) * 96, "encoder") for n in range(50)]
+    fetches = [view.fetch(served.slot(n)) for n in range(50)]
+    assert [one.result(5) for one in stores] == [None] * 50
+    assert [bytes(one.result(5)) for one in fetches] == [bytes([n]) * 96 for n in range(50)]
+    assert len([one for one in threading.enumerate() if one.name == "pool-far"]) == 1
+
+
+def test_a_host_that_does_not_answer_costs_what_it_owes_and_no_more(served: Served) -> None:
+    view = RemoteView(served.pool, timeout_s=0.2)
     view.write(served.slot(), DATA, "encoder")
     served.stop()
-    with pytest.raises(StaleSlotError, match=r"has not answered in 0\.1 s"):
-        view.read(served.slot())
-    with pytest.raises(PoolError, match="does not answer"):
-        view.write(served.slot(1), DATA, "encoder")
+    fetches = [view.fetch(served.slot()) for _ in range(3)]
+    store = view.store(served.slot(1), DATA, "encoder")
+    assert not store.done(), "who asks is not held up"
+    for fetch in fetches:
+        with pytest.raises(StaleSlotError, match=r"host far .* has not answered in 0\.2 s"):
+            fetch.result(5)
+    with pytest.raises(PoolError, match="has not answered"):
+        store.result(5)
     served.serve(served.pool.address)
-    with pytest.raises(StaleSlotError, match="does not answer"):
-        view.read(served.slot())
-    now = AWAY_S + 0.1
     assert bytes(view.read(served.slot())) == DATA
     view.close()
 
 
-def test_an_answer_that_comes_too_late_is_not_taken_for_another(served: Served) -> None:
-    view = RemoteView(served.pool, timeout_s=5)
-    view.write(served.slot(0), DATA, "encoder")
-    view.write(served.slot(1), DATA[::-1], "encoder")
-    assert view._sock
-    stray = msgspec.msgpack.encode({"number": 999, "slot": msgspec.to_builtins(served.slot(0))})
-    view._sock.send_multipart([stray])  # as one that was given up
-    assert bytes(view.read(served.slot(1))) == DATA[::-1]
+def test_a_slow_host_that_goes_on_answering_is_not_given_up(served: Served) -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as sock:
+        port = sock.bind_to_random_port("tcp://127.0.0.1")
+        pool = msgspec.structs.replace(served.pool, address=f"tcp://127.0.0.1:{port}")
+        view = RemoteView(pool, timeout_s=1.0)
+        stores = [view.store(served.slot(n), DATA, "encoder") for n in range(4)]
+        asked = [sock.recv_multipart() for _ in stores]
+        for (peer, header, _), store in zip(asked, stores, strict=True):
+            assert threading.Event().wait(0.4) is False
+            number = msgspec.msgpack.decode(header)["number"]
+            sock.send_multipart([peer, msgspec.msgpack.encode({"number": number + 1000})])  # of one that was given up
+            sock.send_multipart([peer, msgspec.msgpack.encode({"number": number})])
+            assert store.result(5) is None
+        late = view.fetch(served.slot())
+        sock.send_multipart([sock.recv_multipart()[0], b"\xff"])
+        with pytest.raises(StaleSlotError, match="sent no answer"):
+            late.result(5)
+        view.close()
+
+
+def test_a_view_that_is_closed_owes_nothing_and_leaves_nothing(served: Served) -> None:
+    def fds() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = fds()
+    served.stop()
+    view = RemoteView(served.pool, timeout_s=60)
+    assert fds() < before, "one that is not used has no thread and no socket"
+    before = fds()
+    fetch = view.fetch(served.slot())
     view.close()
+    view.close()
+    with pytest.raises(StaleSlotError, match="is not asked any more"):
+        fetch.result(0)
+    with pytest.raises(PoolError, match="is closed"):
+        view.write(served.slot(), DATA, "encoder")
+    assert fds() == before
+    assert not [one for one in threading.enumerate() if one.name == "pool-far"]
 
 
 def test_malformed_questions_cost_nobody_else_anything(served: Served, view: RemoteView) -> None:

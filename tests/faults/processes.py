@@ -243,11 +243,11 @@ class WorkerProcess(Peer):
         self.engine_id = f"{self.name}.{next(self.cluster.numbers)}"
         self.engine = Engine(self.engine_id, self.cluster.pools, self.send_kv)
         self.cluster.by_engine[self.engine_id] = self
-        self.stage = STAGES[self.role](self.cluster.config, self.name, self.say)
+        self.stage = STAGES[self.role](self.cluster.config, self.name, self.say, lambda command, *args: command(*args))
         self.stage.engine = self.engine  # type: ignore[assignment]
         match self.stage:
             case EncodeStage():
-                self.stage._jobs = {}
+                self.stage._jobs, self.stage._storing = {}, {}
             case PrefillStage():
                 self.stage._legs, self.stage._pushing = {}, set()
             case DecodeStage():

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.servers import Running
 from epd import hosts
 from epd.builtin import DEMO_QUESTION
-from epd.config import CacheConfig
+from epd.config import CacheConfig, PrefillConfig
 from epd.local import LocalPipeline
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
 from tests.pipeline.conftest import config
@@ -23,7 +23,7 @@ PICTURES = [demo(), *map(scribble, range(500, 504))]
 
 
 @contextmanager
-def started(*far: str, address: str = "tcp://127.0.0.1:*") -> Iterator[Running]:
+def started(*far: str, address: str = "tcp://127.0.0.1:*", prefill_processes: int = 1) -> Iterator[Running]:
     """A pipeline some of whose daemons think that they are on another host."""
     specs = LocalPipeline._specs
 
@@ -36,6 +36,9 @@ def started(*far: str, address: str = "tcp://127.0.0.1:*") -> Iterator[Running]:
 
     settings = config(warm_up=False)
     settings.cache = CacheConfig(address=address)
+    if prefill_processes > 1:
+        settings.engine |= {"kv_cache_memory_bytes": 64 << 20}
+        settings.prefill = PrefillConfig(engine={"tensor_parallel_size": prefill_processes})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalPipeline, "_specs", elsewhere)
         running = Running(settings, encode=2, prefill=1, decode=1)
@@ -63,6 +66,13 @@ def test_answers_are_the_same_whoever_is_on_another_host(expected: list, far: tu
         again = ask(running.http, chat(DEMO_QUESTION, [PICTURES[0]], max_tokens=12, cache_salt="not seen"))
         encoded = of(story(running.http, again), "encoded")
         assert {one["worker"] for one in encoded} == {"encode-0", "encode-1"}
+        running.wait_idle()
+
+
+@pytest.mark.timeout(400)
+def test_a_model_in_several_processes_gets_what_one_of_them_has_fetched(expected: list) -> None:
+    with started("prefill-0", prefill_processes=2) as running:
+        assert tokens(ask(running.http, chat(DEMO_QUESTION, [PICTURES[0]], max_tokens=12))) == expected[0]
         running.wait_idle()
 
 

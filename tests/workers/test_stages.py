@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
+from cache.slot import StaleSlotError
 from epd import messages as m
 from epd.config import Config
 from workers.decode import DecodeStage
@@ -34,6 +36,8 @@ class StandIn:
         self.is_last = False
         self.given: list[tuple] = []
         self.lacking: set[str] = set()
+        self.written = SimpleNamespace(done={"1"}, failed={}, storing=set())
+        self.has_requests = lambda: False
         nothing = lambda *_: None  # noqa: E731
         self.connector = SimpleNamespace(
             forget=nothing, forget_job=nothing, patch_ready=nothing, expect=nothing, take_needed=dict
@@ -70,7 +74,8 @@ class StandIn:
         return outputs, True
 
     def take_written(self) -> SimpleNamespace:
-        return SimpleNamespace(done={"1"}, failed={})
+        written, self.written = self.written, SimpleNamespace(done=set(), failed={}, storing=set())
+        return written
 
     def holds(self, request_id: str) -> bool:
         return True
@@ -99,7 +104,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[m.Message]:
 
 def make(kind: type, said: list[m.Message]) -> tuple:
     """A stage that has been started, and its engine."""
-    stage = kind(Config(), "w", lambda message, frames: said.append(message))
+    stage = kind(Config(), "w", lambda message, frames: said.append(message), lambda command, *args: command(*args))
     stage.start()
     return stage, stage.engine
 
@@ -119,6 +124,71 @@ def test_a_draining_encode_worker_hands_back_what_it_has_not_started(said: list[
     assert (said[-1].job_id, said[-1].dropped) == (4, True)
     stage.step()
     assert [one.job_id for one in said[-1].jobs] == [1]
+
+
+def test_what_is_on_its_way_to_another_host_is_reported_when_it_is_there(said: list[m.Message]) -> None:
+    stage, engine = make(EncodeStage, said)
+    stage.handle(m.Encode(jobs=[job(1), job(2), job(3)]), [])
+    engine.written = SimpleNamespace(done={"1"}, failed={}, storing={"2", "3"})
+    engine.outputs = [SimpleNamespace(request_id=name, finished=True, finish_reason="length") for name in "123"]
+    stage.step()
+    assert [[one.job_id for one in each.jobs] for each in said] == [[1]]
+    assert stage.has_work()
+    assert 0 < stage.poll_s(1) < stage.poll_s(9) <= 0.02
+    took_s = said[0].took_s
+    stage.handle(m.DropEncode(job_id=2), [])
+    assert not engine.aborted, "it is in its slot soon"
+    engine.written = SimpleNamespace(done={"2"}, failed={"3": "its host does not answer"}, storing=set())
+    stage.step()
+    assert [one.job_id for one in said[1].jobs] == [2]
+    assert said[1].took_s == pytest.approx(took_s), "what its encoding took"
+    assert (said[2].job_id, said[2].message) == (3, "its host does not answer")
+    assert not stage.has_work()
+    assert not stage._jobs
+
+
+def test_an_encode_worker_that_loses_its_broker_waits_for_what_is_on_its_way(said: list[m.Message]) -> None:
+    stage, engine = make(EncodeStage, said)
+    stage.handle(m.Encode(jobs=[job(1)]), [])
+    engine.written = SimpleNamespace(done=set(), failed={}, storing={"1"})
+    stage.step()
+    ways = [SimpleNamespace(done=set(), failed={}, storing=set(storing)) for storing in (["1"], [])]
+    engine.take_written = lambda: ways.pop(0)
+    stage.reset()
+    assert not ways, "the next broker's first job is number 1 too"
+    assert not stage.has_work()
+
+
+@pytest.mark.parametrize("kind", [PrefillStage, DecodeStage])
+def test_a_patch_of_another_host_is_stale_for_all_who_wait_for_it(said: list[m.Message], kind: type) -> None:
+    stage, engine = make(kind, said)
+    fetch: Future[memoryview] = Future()
+    engine.connector.patch_ready = lambda *_: fetch
+    engine.connector.readers = lambda _: ["r~1", "r~2"]
+
+    def fetched(patch_hash: str, slot: m.Slot, done: Future) -> None:
+        done.result()
+
+    engine.connector.patch_fetched = fetched
+    peer = m.KvPeer(engine_id="e", host="h", port=1)
+    for leg in ("r~1", "r~2"):
+        stage.handle(m.Prefill(request_id=leg) if kind is PrefillStage else m.Decode(request_id=leg, prefill=peer), [])
+    stage.handle(m.Ready(request_id="r~1", ready=[m.PatchReady(patch_hash="h", slot=job(7).slot)]), [])
+    assert not said
+    fetch.set_exception(StaleSlotError("its host does not answer"))
+    assert [one.request_id for one in said] == ["r~1", "r~2"]
+    if kind is PrefillStage:
+        assert [(one.patch_hash, one.generation, one.reason) for one in said] == [
+            ("h", 7, "its host does not answer")
+        ] * 2
+    else:
+        assert [one.code for one in said] == ["preempted"] * 2
+
+
+def test_a_decode_worker_expects_nothing_for_a_request_that_it_has_not(said: list[m.Message]) -> None:
+    stage, engine = make(DecodeStage, said)
+    engine.connector.expect = lambda *_: pytest.fail("nobody would forget it")
+    stage.handle(m.Ready(request_id="gone", ready=[m.PatchReady(patch_hash="h", slot=job(1).slot)]), [])
 
 
 def test_the_first_job_may_come_twice_and_is_encoded_once(said: list[m.Message]) -> None:

@@ -1,0 +1,111 @@
+"""Serves a pool to workers of other hosts, over TCP; `cache.pools.remote` is their side.
+
+Lives in the cache daemon, on its event loop; owns the listening socket. Only pools in host memory can be served so.
+
+One question is a header (MessagePack) and, to store, the data; the answer is a header and, to fetch, the slot as it
+lies in memory, header and data. A reader verifies what has arrived as it would a slot of its own host: a checksum made
+where it was written, or where it was stored, is checked where it is read. There is no authentication, as on the
+broker's address: keep both private.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+import structlog
+import zmq
+
+from cache import slot as slots
+from cache.pools.base import PoolError
+from cache.slot import StaleSlotError
+from epd import wire
+from epd.messages import Pool, Slot, Struct
+from epd.sockets import MessageSocket
+
+log = structlog.get_logger()
+
+_COMPLAIN_EVERY_S = 1.0
+
+
+class Ask(Struct, frozen=True):
+    """Fetch a slot; or store it, written by `owner`. `number` comes back with the answer."""
+
+    number: int
+    slot: Slot
+    stores: bool = False
+    owner: str = ""
+
+
+class Answer(Struct, frozen=True):
+    """What came of it: done, or the reason why not; `stale` where the slot holds something else."""
+
+    number: int
+    error: str = ""
+    stale: bool = False
+
+
+_asks = msgspec.msgpack.Decoder(Ask)
+
+
+class SlotServer:
+    """Serves one pool in host memory to workers of other hosts, on the running event loop.
+
+    Args:
+        address: where to listen and be reached, `tcp://ADDRESS:PORT`; port `*` picks one.
+        pool: the pool.
+        memory: all of it, writable.
+
+    Raises:
+        PoolError: it cannot listen there, or nobody can reach it there.
+    """
+
+    def __init__(self, address: str, pool: Pool, memory: memoryview) -> None:
+        self._pool, self._memory = pool, memory
+        if address.removeprefix("tcp://").startswith(("*:", "0.0.0.0:", "[::]:")):
+            raise PoolError(f"cache.address {address}: name one address of this host, at which others reach it")
+        self._context = zmq.Context()
+        sock = self._context.socket(zmq.ROUTER)
+        sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        try:
+            sock.bind(address)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise PoolError(f"cache.address {address}: {error.strerror or error}") from None
+        self.address: str = sock.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._socket = MessageSocket(sock, self._handle)
+        self._complained_at = 0.0
+
+    def close(self) -> None:
+        """Stops serving."""
+        self._socket.close()
+        self._context.destroy(linger=200)
+
+    def _handle(self, parts: list[bytes]) -> None:
+        try:
+            peer, header, *data = parts
+            ask = _asks.decode(header)
+        except (ValueError, msgspec.MsgspecError) as error:
+            if (now := time.monotonic()) - self._complained_at > _COMPLAIN_EVERY_S:
+                self._complained_at = now
+                log.warning("malformed question for a slot", reason=str(error)[:200])
+            return
+        frames: list[bytes] = []
+        try:
+            if ask.slot.pool_id != self._pool.pool_id:
+                raise StaleSlotError(f"pool {ask.slot.pool_id} is gone")
+            if not ask.stores:
+                frames = [slots.copy_out(self._memory, ask.slot)]
+            elif len(data) == 1:
+                slots.write(self._memory, ask.slot, data[0], ask.owner, self._pool.checksum)
+            else:
+                raise ValueError(f"{len(data)} frames of data")
+            answer = Answer(number=ask.number)
+        except StaleSlotError as error:
+            answer = Answer(number=ask.number, error=str(error), stale=True)
+        except ValueError as error:
+            answer = Answer(number=ask.number, error=str(error))
+        try:
+            self._socket.send([peer, msgspec.msgpack.encode(answer), *frames])
+        except zmq.ZMQError as error:  # who has asked is gone, or takes nothing more
+            log.debug("not answered", reason=str(error))
