@@ -150,7 +150,9 @@ class Flow:
         if request.patches:
             prefills = self._board.patches.reachable_by(prefills, request.patches)
         num_outputs = min(request.num_tokens_left, self._board.config.decode_reserve_tokens)
-        placed = placement.place(request.num_tokens, num_outputs, prefills, decodes)
+        samples = request.submit.prefill_samples
+        is_last = samples and request.num_tokens_left == 1
+        placed = placement.place(request.num_tokens, num_outputs, prefills, None if is_last else decodes)
         if placed is None:
             return False
         if request.patches:
@@ -184,25 +186,33 @@ class Flow:
                     request.tell(now, event, patch=item.patch_hash)
                 if item.outcome is not Outcome.HIT:
                     request.missing.add(item.patch_hash)
+        self._begin_leg(request, placed, samples, now)
+        return True
+
+    def _begin_leg(self, request: Request, placed: placement.Placement, samples: bool, now: float) -> None:
+        """Tells the workers of a request's leg; one that can only have one more token needs no decode worker."""
         prefill, decode = placed.prefill, placed.decode
         request.move(Event.START)
-        request.prefill, request.decode = prefill.peer_id, decode.peer_id
-        request.prompt_tokens, request.reserved_tokens = request.num_tokens, placed.reserved_tokens
-        prefill.load_tokens += request.prompt_tokens
-        decode.load_tokens += placed.reserved_tokens
-        prefill.requests.add(request.leg_id)
-        decode.requests.add(request.leg_id)
-        request.tell(now, "started", detail=f"prefill on {prefill.name}, decode on {decode.name}")
-        ready = self._board.patches.readable(one for one in request.patches if one not in request.missing)
         leg_id, frames, outputs = request.leg_id, request.engine_frames, list(request.output_token_ids)
-        samples = request.submit.prefill_samples
-        to_prefill = m.Prefill(request_id=leg_id, ready=ready, output_token_ids=outputs, samples=samples)
+        request.prefill, request.prompt_tokens = prefill.peer_id, request.num_tokens
+        prefill.load_tokens += request.prompt_tokens
+        prefill.requests.add(leg_id)
+        workers = f"prefill on {prefill.name}" + (f", decode on {decode.name}" if decode else "")
+        request.tell(now, "started", detail=workers)
+        ready = self._board.patches.readable(one for one in request.patches if one not in request.missing)
+        to_prefill = m.Prefill(
+            request_id=leg_id, ready=ready, output_token_ids=outputs, samples=samples, is_last=decode is None
+        )
         self._board.send(prefill.peer_id, to_prefill, frames)
+        if decode is None:
+            return
+        request.decode, request.reserved_tokens = decode.peer_id, placed.reserved_tokens
+        decode.load_tokens += placed.reserved_tokens
+        decode.requests.add(leg_id)
         assert prefill.info.kv is not None
         kv = prefill.info.kv
         to_decode = m.Decode(request_id=leg_id, prefill=kv, output_token_ids=outputs, awaits_token=samples)
         self._board.send(decode.peer_id, to_decode, frames)
-        return True
 
     def _pool_near(self, peer: Peer) -> str | None:
         return next((pool.pool_id for pool in self._board.pools() if pool.host == peer.host), None)

@@ -166,15 +166,21 @@ class Engine:
         return name
 
     def add_prefill(
-        self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int] = (), samples: bool = False
+        self,
+        leg_id: str,
+        frames: Sequence[bytes],
+        output_token_ids: Sequence[int] = (),
+        samples: bool = False,
+        keeps_kv: bool = True,
     ) -> bool:
-        """Queues a request to be prefilled and its KV kept for a decode worker.
+        """Queues a request to be prefilled.
 
         Args:
             leg_id: what the engine knows it by: the push connector must not see an id twice.
             frames: the engine request.
             output_token_ids: what earlier legs have sampled; follows the prompt.
             samples: whether its one token counts; else it is thrown away.
+            keeps_kv: whether its KV is kept for a decode worker.
 
         Returns:
             Whether that token is the last one that the request may have.
@@ -189,7 +195,8 @@ class Engine:
             sampling = SamplingParams(
                 max_tokens=1, temperature=0.0, prompt_logprobs=sampling.prompt_logprobs, detokenize=False
             )
-        sampling.extra_args = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
+        if keeps_kv:
+            sampling.extra_args = {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
         request.sampling_params = sampling
         self.connector.expect(request.request_id, _hashes(request))
         self._add(request)

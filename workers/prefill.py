@@ -48,13 +48,19 @@ class PrefillStage(ReadingStage):
             case Prefill() if self.is_new(message.request_id):
                 try:
                     is_last = self.engine.add_prefill(
-                        message.request_id, frames, message.output_token_ids, message.samples
+                        message.request_id,
+                        frames,
+                        message.output_token_ids,
+                        message.samples,
+                        keeps_kv=not message.is_last,
                     )
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
                     self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
                     return
-                self._legs[message.request_id] = Leg(len(message.output_token_ids), message.samples, is_last)
+                self._legs[message.request_id] = Leg(
+                    len(message.output_token_ids), message.samples, is_last or message.is_last
+                )
                 self._ready(message.request_id, message.ready)
             case Ready():
                 self._ready(message.request_id, message.ready)

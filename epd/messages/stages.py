@@ -70,13 +70,15 @@ class Prefill(Struct, frozen=True):
     """Broker → Prefill: compute this request's KV. Opaque frames: the engine request.
 
     `ready` are the patches that can be read already; READY brings the others. `output_token_ids` were sampled by an
-    earlier leg and follow the prompt. With `samples`, the next token is sampled here and comes with PREFILLED.
+    earlier leg and follow the prompt. With `samples`, the next token is sampled here and comes with PREFILLED; if it
+    `is_last`, nobody wants the KV.
     """
 
     request_id: str
     ready: list[PatchReady] = msgspec.field(default_factory=list)
     output_token_ids: list[int] = msgspec.field(default_factory=list)
     samples: bool = False
+    is_last: bool = False
 
 
 class Ready(Struct, frozen=True):

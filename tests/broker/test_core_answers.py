@@ -62,10 +62,10 @@ def test_the_first_token_goes_to_the_client_and_to_the_decode_worker_at_once(wor
     world.assert_idle()
 
 
-@pytest.mark.parametrize("reason", ["stop", "length"])
-def test_a_request_that_ends_with_its_first_token_needs_no_decode_worker(world: World, reason: str) -> None:
-    start(world, max_tokens=1)
+def test_a_request_that_ends_with_its_first_token_lets_go_of_its_decode_worker(world: World) -> None:
+    start(world)
     p, d = workers(world)
+    reason = "stop"
     world.say(p, m.Prefilled(request_id="r", token_ids=[5], finish_reason=reason), [b"t0"])
     [done] = world.take_sends(m.Finished)
     assert (done.peer_id, done.frames, done.message.finish_reason) == (world.endpoint, [b"t0"], reason)
@@ -75,6 +75,48 @@ def test_a_request_that_ends_with_its_first_token_needs_no_decode_worker(world: 
     for peer_id in (p, d):
         world.say(peer_id, m.Released(request_id="r"))
     world.assert_idle()
+
+
+def test_a_request_for_one_token_needs_no_decode_worker(world: World) -> None:
+    world.submit("r", resumable=True, prefill_samples=True, max_tokens=1)
+    [prefill] = world.take(m.Prefill)
+    assert prefill.is_last
+    assert not world.take(m.Decode)
+    p, d = workers(world)
+    assert d == ""
+    assert all(peer.load_tokens == 0 for peer in world.core.board.registry.of(m.Role.DECODE))
+    world.say(p, m.Prefilled(request_id="r", token_ids=[5], finish_reason="length"), [b"t0"])
+    [done] = world.take(m.Finished)
+    assert (done.token_ids, done.finish_reason) == ([5], "length")
+    assert not world.take(m.Abort), "nothing is kept for anybody"
+    world.assert_idle()
+
+
+def test_the_last_token_of_an_answer_that_goes_on_elsewhere_needs_no_decode_worker(world: World) -> None:
+    start(world, max_tokens=2)
+    p, d = workers(world)
+    world.say(p, m.Prefilled(request_id="r", token_ids=[5]), [b"t0"])
+    world.say(d, m.Goodbye(reason="killed"))
+    world.wait(1.0)
+    [prefill] = world.take(m.Prefill)
+    assert (prefill.output_token_ids, prefill.is_last) == ([5], True)
+    assert not world.take(m.Decode)
+
+
+def test_requests_for_one_token_wait_their_turn_where_prefill_has_enough(world: World) -> None:
+    for number in range(40):
+        world.submit(f"r{number}", resumable=True, prefill_samples=True, max_tokens=1)
+    told = [send.peer_id for send in world.take_sends(m.Prefill)]
+    assert sorted({peer_id: told.count(peer_id) for peer_id in told}.values()) == [8, 8], "the sequences of a batch"
+    request = world.core.board.requests["r0"]
+    world.say(request.prefill, m.Prefilled(request_id="r0", token_ids=[5], finish_reason="length"))
+    assert [one.request_id for one in world.take(m.Prefill)] == ["r16"]
+
+
+def test_who_samples_at_decode_needs_a_decode_worker_for_one_token_too(world: World) -> None:
+    world.submit("r", resumable=False, max_tokens=1)
+    assert not world.take(m.Prefill)[0].is_last
+    assert world.take(m.Decode)
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])

@@ -157,6 +157,7 @@ class Engine:
         self._aborted: dict[str, str] = {}
         self._failed: set[str] = set()
         self._awaiting: set[str] = set()
+        self._ending: set[str] = set()  # prefills whose KV nobody wants
 
     # ---- feeding it ------------------------------------------------------------------------------------------------
 
@@ -167,11 +168,18 @@ class Engine:
         return name
 
     def add_prefill(
-        self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int] = (), samples: bool = False
+        self,
+        leg_id: str,
+        frames: Sequence[bytes],
+        output_token_ids: Sequence[int] = (),
+        samples: bool = False,
+        keeps_kv: bool = True,
     ) -> bool:
         request = msgspec.msgpack.decode(frames[0], type=EngineRequest)
         self.connector.expect(leg_id, request.patches)
         self._prefills[leg_id], self._outputs[leg_id] = request, list(output_token_ids)
+        if not keeps_kv:
+            self._ending.add(leg_id)
         return len(output_token_ids) + 1 >= request.max_tokens
 
     def add_decode(
@@ -216,6 +224,7 @@ class Engine:
     def _give_up(self, leg_id: str) -> None:
         self._refused.add(leg_id)
         self._prefills.pop(leg_id, None)
+        self._ending.discard(leg_id)
         self._kv.pop(leg_id, None)
         self._outputs.pop(leg_id, None)
         if decode := self._registered.pop(leg_id, None):
@@ -271,6 +280,10 @@ class Engine:
                 del self._prefills[leg_id]
                 kv = context(request.prompt, [self.connector.read[patch_hash] for patch_hash in request.patches])
                 done.append(Output(leg_id, [next_token(kv, self._outputs[leg_id])], "length"))
+                if leg_id in self._ending:
+                    self._ending.discard(leg_id)
+                    del self._outputs[leg_id]
+                    continue
                 self._kv[leg_id] = kv + msgspec.msgpack.encode(self._outputs[leg_id])
                 self._push(leg_id)
         return done
@@ -321,5 +334,6 @@ class Engine:
             "jobs": self._jobs, "prefills": self._prefills, "outputs": self._outputs, "kv": self._kv,
             "decodes": self._decodes, "aborted": self._aborted, "read": self.connector.read,
             "wants": self.connector.wants, "awaiting": self._awaiting, "slots": self.connector.write_slots,
+            "ending": self._ending,
         }  # fmt: skip
         return {name: len(table) for name, table in tables.items()}

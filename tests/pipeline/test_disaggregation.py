@@ -118,6 +118,7 @@ def test_an_answer_of_one_token_is_the_prefill_worker_s_alone(epd: httpx.Client)
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 1
     events = story(epd, answer)
+    assert [one["detail"] for one in of(events, "started")] == ["prefill on prefill-0"]
     assert [one["worker"] for one in of(events, "finished")] == ["prefill-0"]
     assert not of(events, "decoding")
 

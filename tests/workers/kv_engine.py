@@ -50,7 +50,10 @@ class Host:
     def add(
         self, request_id: str, max_tokens: int = 4, peer: dict[str, Any] | None = None, handover: bool = False
     ) -> None:
-        """Adds a text request, to a decode engine with where its KV will come from; `handover` of its first token."""
+        """Adds a text request, to a decode engine with where its KV will come from; `handover` of its first token.
+
+        KV of a prefill request of one token that counts is not kept.
+        """
         request = EngineCoreRequest(
             request_id=request_id, prompt_token_ids=list(self.prompt), mm_features=None,
             sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
@@ -60,7 +63,7 @@ class Host:
         if peer:
             self.engine.add_decode(request_id, frames, msgspec.convert(peer, KvPeer), awaits_token=handover)
         else:
-            self.engine.add_prefill(request_id, frames, samples=handover)
+            self.engine.add_prefill(request_id, frames, samples=handover, keeps_kv=not (handover and max_tokens == 1))
 
     def prompt_of(self, num_tokens: int) -> None:
         """From now on prompts have so many tokens."""

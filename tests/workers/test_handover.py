@@ -72,6 +72,14 @@ def test_the_token_that_is_given_is_the_one_that_is_gone_on_after(pair: Pair) ->
     assert decoded(pair, request_id) != pair.truth[1:]
 
 
+def test_an_answer_of_one_token_leaves_nothing_at_prefill_though_nobody_comes_for_its_kv(pair: Pair) -> None:
+    pair.p.add("one-token", 1, None, True)
+    assert sampled(pair, "one-token") == pair.truth[:1]
+    pair.p.step()
+    state = pair.p.state()
+    assert (state["held"], state["blocks"], state["requests"]) == (0, 0, []), state
+
+
 def test_without_a_token_the_decode_engine_samples_it_itself(pair: Pair) -> None:
     request_id = pair.begin(samples=True)
     sampled(pair, request_id)

@@ -50,8 +50,9 @@ class StandIn:
         self.added.append((job.job_id,))
         return str(job.job_id)
 
-    def add_prefill(self, *args: object) -> bool:
+    def add_prefill(self, *args: object, keeps_kv: bool = True) -> bool:
         self.added.append(args)
+        self.keeps_kv = keeps_kv
         return self.is_last
 
     add_decode = add_prefill
@@ -273,9 +274,20 @@ def test_a_prefill_worker_tells_its_token_and_whether_it_is_the_last_one(
     engine.is_last = is_last
     stage.handle(m.Prefill(request_id="r~1", samples=samples), [b"engine"])
     assert engine.added == [("r~1", [b"engine"], [], samples)]
+    assert engine.keeps_kv
     engine.outputs = [output([5], reason)]
     stage.step()
     assert [(one.token_ids, one.finish_reason) for one in said] == [told]
     engine.holds = lambda leg_id: False
     stage.step()
     assert isinstance(said[-1], m.Pushed) is (not told[1]), "a push is awaited unless the request has ended"
+
+
+def test_a_prefill_worker_keeps_no_kv_for_an_answer_of_one_token(said: list[m.Message]) -> None:
+    stage, engine = make(PrefillStage, said)
+    stage.handle(m.Prefill(request_id="r~1", samples=True, is_last=True), [b"engine"])
+    assert not engine.keeps_kv
+    engine.outputs = [output([5], "length")]
+    stage.step()
+    assert [(one.token_ids, one.finish_reason) for one in said] == [([5], "length")]
+    assert not stage._pushing
