@@ -18,28 +18,29 @@ multiple of 256 bytes. The header, little endian:
 | 28 | 4 | width |
 | 32 | 8 | bytes of data |
 | 40 | 32 | owner: the incarnation of the encode worker that wrote it |
-| 72 | 16 | checksum: BLAKE2b of the data, 16 bytes |
+| 72 | 16 | checksum: the first 16 bytes of the data's BLAKE3 |
 | 88 | 40 | zero |
 
 The magic goes first when a write begins and comes back last, so a writer that dies in between leaves a slot that nobody
 reads. Checksum and generation together catch a writer that comes too late, see `read`.
 
-Checksums are computed at 1.3 GB/s by one core of the build machine, outside the GIL:
-`python -m timeit -s "import hashlib; d = bytes(64 << 20)" "hashlib.blake2b(d, digest_size=16).digest()"` (51 ms).
+Checksums are computed at 9 GB/s by one core of the build machine (AVX-512, 2026-11-20; BLAKE2b: 1.3 GB/s):
+`python -m timeit -s "from blake3 import blake3; d = bytes(64 << 20)" "blake3(d).digest(16)"` (7.5 ms).
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from blake3 import blake3
 
 from cache.extents import align
 from epd.messages import Slot
 
 MAGIC = b"EPDSLOT\0"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_BYTES = 128
 MAX_OWNER_BYTES = 32
 CHECKSUM_BYTES = 16
@@ -114,8 +115,8 @@ def slot_bytes(num_tokens: int, width: int, dtype: str) -> int:
 
 
 def checksum(data: bytes | bytearray | memoryview) -> bytes:
-    """The checksum of a slot's data: `CHECKSUM_BYTES` bytes of BLAKE2b."""
-    return hashlib.blake2b(data, digest_size=CHECKSUM_BYTES).digest()
+    """The checksum of a slot's data: `CHECKSUM_BYTES` bytes of BLAKE3."""
+    return bytes(blake3(data).digest(CHECKSUM_BYTES))
 
 
 def pack_header(slot: Slot, owner: str, digest: bytes | None) -> bytes:
