@@ -74,7 +74,7 @@ def test_the_header_is_laid_out_as_documented():
     slot = make(generation=0x1122334455667788)
     memory, data = written(slot)
     raw = bytes(memory[256 : 256 + HEADER_BYTES])
-    assert raw[:16] == b"EPDSLOT\0" + struct.pack("<HHHH", 1, 1, 3, 16)
+    assert raw[:16] == b"EPDSLOT\0" + struct.pack("<HHHH", 2, 1, 3, 16)
     assert raw[16:40] == struct.pack("<QIIQ", 0x1122334455667788, 3, 10, 60)
     assert raw[40:72] == OWNER.encode().ljust(32, b"\0")
     assert raw[72:88] == slots.checksum(data)
@@ -86,7 +86,7 @@ STALE = {
     "nothing was ever written": (lambda m, s: poke(m, s, 0, bytes(HEADER_BYTES)), "nothing was written here"),
     "a writer died half way": (lambda m, s: poke(m, s, 0, bytes(8)), "the writer has not finished"),
     "foreign bytes": (lambda m, s: poke(m, s, 0, b"\x89PNG\r\n\x1a\n"), "no slot header here: magic 89504e470d0a1a0a"),
-    "another format": (lambda m, s: poke(m, s, 8, b"\x02"), "slot format 2; this is format 1"),
+    "another format": (lambda m, s: poke(m, s, 8, b"\x01"), "slot format 1; this is format 2"),
     "another generation": (lambda m, s: poke(m, s, 16, b"\x06"), "generation 6 is here"),
     "another dtype": (lambda m, s: poke(m, s, 12, b"\x02"), "float16 is here, not bfloat16"),
     "an unknown dtype": (lambda m, s: poke(m, s, 12, b"\x63"), "dtype code 99 is here"),
