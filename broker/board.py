@@ -57,7 +57,9 @@ class Board:
     def __init__(self, config: BrokerConfig, first_generation: int) -> None:
         self.config = config
         self.registry = Registry()
-        self.patches = Patches(config.encode_batches_ahead, first_generation, config.pixel_store_bytes)
+        self.patches = Patches(
+            config.encode_batches_ahead, first_generation, config.pixel_store_bytes, config.lost_after_s
+        )
         self.requests: dict[str, Request] = {}
         self.uploads: dict[str, Upload] = {}
         self.legs: dict[str, Request] = {}

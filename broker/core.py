@@ -211,7 +211,7 @@ class Core:
             case m.Encoded():
                 self._flow.encoded(peer, message, now)
             case m.EncodeFailed():
-                if lost := self.board.patches.not_encoded(peer, message.job_id, message.message, message.dropped):
+                if lost := self.board.patches.not_encoded(peer, message, now):
                     self._flow.patch_lost(lost, ErrorCode.ENCODE_FAILED, now)
             case m.Released():
                 self._endings.released(peer.peer_id, message.request_id)

@@ -20,7 +20,7 @@ from epd.messages import EncodeJob, Pool, Slot
 class Job:
     """One patch to encode into one slot. `num_attempts` counts the workers it has been given to and may have hurt.
 
-    `tenant` is the first who wanted it.
+    `tenant` is the first who wanted it; `unstored` says how often its pool could not be reached, and since when.
     """
 
     job_id: int
@@ -34,6 +34,7 @@ class Job:
     num_attempts: int = 0
     sent_at: float = 0.0
     dropped: bool = False
+    unstored: tuple[int, float] = (0, 0.0)
 
     def message(self) -> EncodeJob:
         """This job as its worker is told of it."""
@@ -95,9 +96,10 @@ class EncodeQueue:
     def dispatch(self, workers: list[Peer], pools: Mapping[str, Pool], now: float) -> Iterator[tuple[Job, Peer]]:
         """Assigns waiting jobs to `workers` and yields each pair, until none waits or all workers have enough.
 
-        Among equally loaded workers, one on the host of the job's pool is taken; one that cannot reach the pool only
-        where nobody can, and says so. Where the workers that a job can go to have enough, it waits and is not passed by
-        others that they could do; those that only other workers can do go on.
+        Among equally loaded workers, one on the host of the job's pool is taken, and among all of them once the pool
+        could not be reached from elsewhere; one that cannot reach the pool only where nobody can, and says so. Where
+        the workers that a job can go to have enough, it waits and is not passed by others that they could do; those
+        that only other workers can do go on.
         """
         stuck: set[str] = set()  # pools whose next job waits
         full: set[str] = set()  # the workers it waits for
@@ -111,7 +113,7 @@ class EncodeQueue:
             reach = [peer for peer in workers if pool is None or pool.reached_from(peer.host)] or workers
             far = {peer.peer_id for peer in reach if pool is not None and peer.host != pool.host}
             room = [peer for peer in reach if peer.peer_id not in full]
-            worker = min(room, key=lambda peer: (peer.load_tokens, peer.peer_id in far), default=None)
+            worker = self._least_loaded(room, far, near_first=job.unstored[0] > 0)
             if worker is None or not self._takes(worker, job):
                 stuck.add(job.slot.pool_id)
                 full.update(peer.peer_id for peer in reach)
@@ -121,6 +123,14 @@ class EncodeQueue:
             worker.jobs.add(job.job_id)
             worker.load_tokens += job.num_tokens
             yield job, worker
+
+    @staticmethod
+    def _least_loaded(workers: list[Peer], far: set[str], *, near_first: bool) -> Peer | None:
+        def order(peer: Peer) -> tuple[bool, int, bool]:
+            is_far = peer.peer_id in far
+            return near_first and is_far, peer.load_tokens, is_far
+
+        return min(workers, key=order, default=None)
 
     def _takes(self, worker: Peer, job: Job) -> bool:
         """Whether a worker may be given a job ahead of its time."""

@@ -21,10 +21,6 @@ from epd import messages as m
 from epd.errors import ErrorCode
 from epd.messages import Message, Role
 
-# A patch that was encoded anew so often, for so many times as long as it takes to notice that a peer is lost, and is
-# not found in its slot again, cannot be read where it is wanted.
-MAX_STALE, STALE_FOR = 3, 2.0
-
 
 class Flow:
     """Moves requests on the board."""
@@ -327,7 +323,7 @@ class Flow:
                 times, since = request.stale.get(message.patch_hash, (0, now))
                 times += 1
                 request.stale[message.patch_hash] = times, since
-                if times > MAX_STALE and now - since > STALE_FOR * self._board.config.lost_after_s:
+                if self._board.patches.hopeless(times, since, now):
                     text = f"patch {message.patch_hash[:8]} was not found in its slot {times} times: {message.reason}"
                     self._endings.fail(request, ErrorCode.ENCODE_FAILED, text, now)
                 elif lost := self._board.patches.stale(request, message.patch_hash, message.generation):

@@ -14,9 +14,12 @@ from broker.pixels import PixelStore
 from broker.registry import Peer
 from broker.request import Request
 from cache.index import Acquired, CacheIndex, Outcome, PatchNeed
-from epd.messages import Patch, PatchReady, Pool, WorkerInfo
+from epd.messages import EncodeFailed, Patch, PatchReady, Pool, WorkerInfo
 
 MAX_ENCODE_ATTEMPTS = 2
+# A patch that could not be stored, or was not found in its slot, so often and for so many times as long as it takes to
+# notice that a peer is lost, cannot be had through that pool.
+MAX_MISSES, MISSES_FOR = 3, 2.0
 QUARANTINE_S = 60.0
 _COST_WEIGHT = 0.1
 
@@ -58,14 +61,16 @@ class Patches:
         batches_ahead: how many batches an encode worker is given ahead.
         first_generation: where slot generations start; above all that earlier brokers can have given out.
         pixel_store_bytes: bound of the pixels kept for encoding a patch again.
+        lost_after_s: how long it takes to notice that a peer is lost.
     """
 
-    def __init__(self, batches_ahead: int, first_generation: int, pixel_store_bytes: int) -> None:
+    def __init__(self, batches_ahead: int, first_generation: int, pixel_store_bytes: int, lost_after_s: float) -> None:
         self.index = CacheIndex(first_generation)
         self.queue = EncodeQueue(batches_ahead)
         self.pixels = PixelStore(pixel_store_bytes)
         self._quarantined: dict[int, tuple[str, float]] = {}
         self._cost_s: dict[str, float] = {}
+        self._lost_after_s = lost_after_s
         self.num_encoded = 0
         self.encode_s_saved = 0.0
 
@@ -152,20 +157,32 @@ class Patches:
         self.num_encoded += 1
         return Done(job.patch_hash, self._holders(job.patch_hash), job)
 
-    def not_encoded(self, worker: Peer, job_id: int, reason: str, dropped: bool = False) -> Lost | None:
+    def hopeless(self, misses: int, since: float, now: float) -> bool:
+        """Whether a patch that could not be stored or read `misses` times since then is given up."""
+        return misses > MAX_MISSES and now - since > MISSES_FOR * self._lost_after_s
+
+    def not_encoded(self, worker: Peer, message: EncodeFailed, now: float) -> Lost | None:
         """A worker could not encode a patch: nobody else is tried, since the input is to blame.
 
-        With `dropped` it was not started: as asked, or because its worker is draining; it is queued again if wanted.
+        If `dropped` it was not started: as asked, or because its worker is draining; it is queued again if wanted. So
+        it is for a while if `unstored`, since its pool's host may answer again.
         """
-        job = self._of(worker, job_id)
+        job = self._of(worker, message.job_id)
         if job is None:
             return None
         self._leave(worker, job)
         if not self.index.is_current(job.patch_hash, job.slot.generation):
             self.queue.end(job)  # its pool is gone
             return None
-        holders = self._holders(job.patch_hash)
-        if (dropped or job.dropped) and holders:
+        holders, reason = self._holders(job.patch_hash), message.message
+        again = message.dropped or job.dropped
+        if message.unstored:
+            misses, since = job.unstored if job.unstored[0] else (0, now)
+            misses += 1
+            job.unstored = misses, since
+            again = not self.hopeless(misses, since, now)
+            reason = f"it could not be stored, {misses} times: {reason}"
+        if again and holders:
             job.num_attempts -= 1  # no fault of the patch's
             self.queue.again(job, job.slot)
             return None

@@ -61,11 +61,13 @@ class StepPlan(ECConnectorMetadata):
 class Written:
     """What a model runner has written since it was last asked: jobs that are in their slots, and why others are not.
 
-    Those that are `storing` are on their way to a slot of another host.
+    Those that are `storing` are on their way to a slot of another host; `unstored` are done but for a pool that could
+    not be reached, which is no fault of theirs.
     """
 
     done: set[str] = dataclasses.field(default_factory=set)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    unstored: dict[str, str] = dataclasses.field(default_factory=dict)
     storing: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -381,7 +383,8 @@ class PatchCacheConnector(ECConnectorBase):
             if (error := self._stores.pop(name).exception()) is None:
                 self._report.done.add(name)
             else:
-                self._report.failed[name] = str(error)
+                reasons = self._report.unstored if isinstance(error, PoolError) else self._report.failed
+                reasons[name] = str(error)
         report, self._report = self._report, Written()
         report.storing = set(self._stores)
         return report

@@ -77,6 +77,9 @@ class EncodeStage(Stage):
         if done:
             jobs = [EncodedJob(job_id=job.job_id, generation=job.slot.generation) for _, job in done]
             self._post(Encoded(jobs=jobs, took_s=sum(each_s for each_s, _ in done)), ())
+        for name, reason in written.unstored.items():
+            if job := self._end(name):
+                self._post(EncodeFailed(job_id=job.job_id, message=reason, unstored=True), ())
         failed = dict(written.failed)
         failed |= {
             output.request_id: f"the engine ended with {output.finish_reason}"

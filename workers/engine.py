@@ -298,6 +298,7 @@ class Engine:
         for report in self.core.collective_rpc(ec_connector.take_written):
             written.done |= report.done
             written.failed |= report.failed
+            written.unstored |= report.unstored
             written.storing |= report.storing
         return written
 

@@ -163,18 +163,18 @@ class _Exchange:
 
     def ask(self, question: _Question) -> None:
         """Sends a question."""
-        if self._socket is None:
-            self._socket = self._context.socket(zmq.DEALER)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-            self._socket.connect(self._pool.address)
         stores = question.data is not None
         number = next(self._numbers)
         header = msgspec.msgpack.encode(Ask(number=number, slot=question.slot, stores=stores, owner=question.owner))
         try:
+            if self._socket is None:
+                self._socket = self._context.socket(zmq.DEALER)
+                self._socket.setsockopt(zmq.LINGER, 0)
+                self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+                self._socket.connect(self._pool.address)
             self._socket.send_multipart([header, question.data] if stores else [header], zmq.NOBLOCK)
-        except zmq.Again:
-            question.fail(PoolError(f"too much is under way to host {self._pool.host} ({self._pool.address})"))
+        except zmq.ZMQError as error:  # too much is under way, or there is no such address
+            question.fail(PoolError(f"host {self._pool.host} ({self._pool.address}) cannot be asked: {error}"))
             return
         question.asked_at = time.monotonic()
         self._open[number] = question

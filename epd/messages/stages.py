@@ -51,12 +51,14 @@ class Encoded(Struct, frozen=True):
 class EncodeFailed(Struct, frozen=True):
     """Encode → Broker: this patch could not be encoded.
 
-    `dropped`: it was not started, because nobody needs it any more or because this worker is draining.
+    `dropped`: it was not started, because nobody needs it any more or because this worker is draining. `unstored`: it
+    was encoded, and the host of its pool did not answer.
     """
 
     job_id: int
     message: str
     dropped: bool = False
+    unstored: bool = False
 
 
 class PatchReady(Struct, frozen=True):

@@ -77,6 +77,37 @@ def test_a_patch_that_waits_for_a_host_is_not_passed_by_those_that_its_workers_c
     assert [send.message.patch_hash for send in world.take_jobs()] == ["a2", "small"]
 
 
+def unstored(world: World) -> str:
+    """The worker of the only job says that the pool's host has not answered; returns its name."""
+    [send] = world.take_jobs()
+    told = m.EncodeFailed(job_id=send.message.job_id, message="no answer", unstored=True)
+    world.say(send.peer_id, told)
+    return world.names[send.peer_id]
+
+
+def test_a_patch_that_could_not_be_stored_from_afar_is_encoded_near_its_pool() -> None:
+    world = two_hosts(address="tcp://far:1")
+    near = next(peer for peer in world.core.board.registry.of(Role.ENCODE) if peer.name == "e-a")
+    near.load_tokens += 50
+    world.submit("r", ["a"])
+    assert unstored(world) == "e-b"
+    [(worker, job)] = world.encode_all()
+    assert world.names[worker] == "e-a"
+    assert [one.patch_hash for one in world.take(m.Ready)[-1].ready] == [job.patch_hash]
+
+
+def test_a_patch_that_can_never_be_stored_ends_its_request() -> None:
+    world = two_hosts()
+    world.submit("r", ["a"])
+    assert [unstored(world) for _ in range(6)] == ["e-a"] * 6
+    assert "r" in world.core.board.requests, "a host that is silent for a moment costs no request"
+    world.wait(2 * world.core.board.config.lost_after_s + 0.5)
+    unstored(world)
+    [failed] = world.take(m.Failed)
+    assert failed.code == "encode_failed"
+    assert "could not be stored, 7 times: no answer" in failed.message
+
+
 def test_a_patch_that_is_never_found_where_it_is_wanted_ends_its_request() -> None:
     world = two_hosts()
     world.submit("r", ["a"])

@@ -129,7 +129,7 @@ class CoreMachine(UnluckyPeers):
     # ---- rules: workers ----------------------------------------------------------------------------------------------
 
     @precondition(lambda self: any(self.jobs.values()))
-    @rule(data=st.data(), how=st.sampled_from(["encoded", "encoded", "encoded", "failed", "dropped"]))
+    @rule(data=st.data(), how=st.sampled_from(["encoded", "encoded", "encoded", "failed", "dropped", "unstored"]))
     def encode(self, data: st.DataObject, how: str) -> None:
         peer_id, job = data.draw(st.sampled_from(self.gone_or_live_jobs()), label="job")
         self.jobs[peer_id].remove(job)
@@ -137,7 +137,8 @@ class CoreMachine(UnluckyPeers):
             one = m.EncodedJob(job_id=job.job_id, generation=job.slot.generation)
             self.say(peer_id, m.Encoded(jobs=[one], took_s=0.01))
         else:
-            self.say(peer_id, m.EncodeFailed(job_id=job.job_id, message="no", dropped=how == "dropped"))
+            why = {how: True} if how != "failed" else {}
+            self.say(peer_id, m.EncodeFailed(job_id=job.job_id, message="no", **why))
 
     @rule(data=st.data())
     def prefill(self, data: st.DataObject) -> None:

@@ -135,6 +135,7 @@ class Written:
 
     done: set[str] = dataclasses.field(default_factory=set)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    unstored: dict[str, str] = dataclasses.field(default_factory=dict)
     storing: set[str] = dataclasses.field(default_factory=set)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -81,6 +83,18 @@ def test_a_cache_that_is_killed_and_comes_back_is_reached_again(expected: list) 
         assert answers(running)[:2] == expected[:2]
         running.signal("cache", signal.SIGKILL)
         assert answers(running) == expected
+        running.wait_idle()
+
+
+@pytest.mark.parametrize("far", [("encode-0", "encode-1"), ("prefill-0",)])
+def test_a_cache_that_is_silent_for_a_moment_costs_no_request(expected: list, far: tuple[str, ...]) -> None:
+    """Longer than a question to it may take; it may or may not be taken for lost by then."""
+    with started(*far) as running, ThreadPoolExecutor() as pool:
+        running.signal("cache", signal.SIGSTOP)
+        answer = pool.submit(answers, running)
+        time.sleep(2.6)
+        running.signal("cache", signal.SIGCONT)
+        assert answer.result(60) == expected
         running.wait_idle()
 
 

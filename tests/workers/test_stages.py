@@ -36,7 +36,7 @@ class StandIn:
         self.is_last = False
         self.given: list[tuple] = []
         self.lacking: set[str] = set()
-        self.written = SimpleNamespace(done={"1"}, failed={}, storing=set())
+        self.written = SimpleNamespace(done={"1"}, failed={}, unstored={}, storing=set())
         self.has_requests = lambda: False
         nothing = lambda *_: None  # noqa: E731
         self.connector = SimpleNamespace(
@@ -75,7 +75,7 @@ class StandIn:
         return outputs, True
 
     def take_written(self) -> SimpleNamespace:
-        written, self.written = self.written, SimpleNamespace(done=set(), failed={}, storing=set())
+        written, self.written = self.written, SimpleNamespace(done=set(), failed={}, unstored={}, storing=set())
         return written
 
     def holds(self, request_id: str) -> bool:
@@ -130,7 +130,7 @@ def test_a_draining_encode_worker_hands_back_what_it_has_not_started(said: list[
 def test_what_is_on_its_way_to_another_host_is_reported_when_it_is_there(said: list[m.Message]) -> None:
     stage, engine = make(EncodeStage, said)
     stage.handle(m.Encode(jobs=[job(1), job(2), job(3)]), [])
-    engine.written = SimpleNamespace(done={"1"}, failed={}, storing={"2", "3"})
+    engine.written = SimpleNamespace(done={"1"}, failed={}, unstored={}, storing={"2", "3"})
     engine.outputs = [SimpleNamespace(request_id=name, finished=True, finish_reason="length") for name in "123"]
     stage.step()
     assert [[one.job_id for one in each.jobs] for each in said] == [[1]]
@@ -139,11 +139,11 @@ def test_what_is_on_its_way_to_another_host_is_reported_when_it_is_there(said: l
     took_s = said[0].took_s
     stage.handle(m.DropEncode(job_id=2), [])
     assert not engine.aborted, "it is in its slot soon"
-    engine.written = SimpleNamespace(done={"2"}, failed={"3": "its host does not answer"}, storing=set())
+    engine.written = SimpleNamespace(done={"2"}, failed={}, unstored={"3": "its host does not answer"}, storing=set())
     stage.step()
     assert [one.job_id for one in said[1].jobs] == [2]
     assert said[1].took_s == pytest.approx(took_s), "what its encoding took"
-    assert (said[2].job_id, said[2].message) == (3, "its host does not answer")
+    assert (said[2].job_id, said[2].message, said[2].unstored) == (3, "its host does not answer", True)
     assert not stage.has_work()
     assert not stage._jobs
 
@@ -151,9 +151,9 @@ def test_what_is_on_its_way_to_another_host_is_reported_when_it_is_there(said: l
 def test_an_encode_worker_that_loses_its_broker_waits_for_what_is_on_its_way(said: list[m.Message]) -> None:
     stage, engine = make(EncodeStage, said)
     stage.handle(m.Encode(jobs=[job(1)]), [])
-    engine.written = SimpleNamespace(done=set(), failed={}, storing={"1"})
+    engine.written = SimpleNamespace(done=set(), failed={}, unstored={}, storing={"1"})
     stage.step()
-    ways = [SimpleNamespace(done=set(), failed={}, storing=set(storing)) for storing in (["1"], [])]
+    ways = [SimpleNamespace(done=set(), failed={}, unstored={}, storing=set(storing)) for storing in (["1"], [])]
     engine.take_written = lambda: ways.pop(0)
     stage.reset()
     assert not ways, "the next broker's first job is number 1 too"
