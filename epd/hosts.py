@@ -1,5 +1,7 @@
 """Which host a process is on: the memory of pools is shared by processes of one host.
 
+For pools in GPU memory, containers of one host must share the namespace of process ids too: see `cache.pools.cuda_ipc`.
+
 Lives in every process that registers with the broker; pure.
 """
 

@@ -2,7 +2,7 @@
 
 Lives in the cache daemon (`CudaIpcPool`, which owns the memory and the header table) and in the workers
 (`CudaIpcView`). Headers are in shared memory, see `cache.pools.cuda_ipc_headers`; nothing here waits for the GPU but
-opening and closing. A view belongs to one thread.
+opening and closing. A view belongs to one thread; a process may have several of one pool.
 
 **Handover.** A writer puts its copy on its stream, records an event behind it, and publishes the header, which names
 the event. A reader checks the header, lets its stream wait for that event and gets a tensor that shows the slot. Each
@@ -13,11 +13,20 @@ previous record, whatever stream that was on, so a record always covers the ones
 **Dead writers.** CUDA does not define what waiting for an event does once the process that made it has freed it or
 ended. So a writer marks slots whose copy it has seen done as settled (`settle`, and each `write`); a settled slot needs
 no event and outlives its writer. A slot that is not settled and whose writer is dead is refused. What remains: a writer
-that dies between this check and the end of its copy, which takes microseconds.
+that dies between this check and the end of its copy. `write` returns before the encoder has run, so that takes as long
+as all that is queued on the writer's stream: up to hundreds of milliseconds. A stream that waits for the event then may
+wait for ever, and with it all that waits for the whole device, as unmapping the pool does. The worker's engine hangs,
+the worker ends when that has lasted `broker.hung_after_s`, and its supervisor starts another. To be safe from it, the
+CPU would have to wait for each copy, which is what events are there to avoid. `tests/gpu/run.py` tells what a GPU does.
 
 **Reuse.** A reader's view shows the pool itself, so a slot must not be written while a step that reads it may still
-run. The index keeps it pinned until PREFILLED, which the prefill worker says after the step. There are no checksums:
-they would need the data on the CPU.
+run. The index keeps it pinned until PREFILLED, which the prefill worker says after the step. A copy of a slot that was
+given away anew may still be queued, where its request was called off: the writer that has these bytes now lets its
+stream wait for such copies first, unless their writer is dead. There are no checksums: they would need the data on the
+CPU.
+
+**Containers.** They must share `/dev/shm`, where CUDA keeps what it needs for events too, and the namespace of process
+ids: others found that handles of memory cannot be opened in another one (UCX pull request 11513).
 
 **The owner must outlive its views.** CUDA does not define what freeing memory does that another process has open. So
 the daemon's `close` first retires the table, which makes every later read a stale slot, then frees.
@@ -32,14 +41,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.pools.base import PoolError, check_pool_id
-from cache.pools.cuda_ipc_headers import (
-    RING_EVENTS,
-    HeaderTable,
-    Location,
-    Record,
-    decode_location,
-    table_bytes,
-)
+from cache.pools.cuda_ipc_events import EVENTS, Events, Writer
+from cache.pools.cuda_ipc_headers import HeaderTable, Location, Record, decode_location, table_bytes
 from cache.pools.cuda_ipc_runtime import CupyRuntime, Runtime
 from cache.pools.shared_memory import DIRECTORY, SharedMemoryPool, SharedMemoryView
 from cache.slot import HEADER_BYTES, StaleSlotError, data_bytes, pack_header
@@ -127,14 +130,16 @@ class CudaIpcView:
     Args:
         pool: the pool.
         runtime: CUDA; CuPy's where it is None.
+        events: the events of this process.
 
     Raises:
         PoolKindError: there is no CUDA here.
         PoolError: the pool is not there, or its GPU is not visible to this process.
     """
 
-    def __init__(self, pool: Pool, *, runtime: Runtime | None = None) -> None:
+    def __init__(self, pool: Pool, *, runtime: Runtime | None = None, events: Events = EVENTS) -> None:
         self._runtime = runtime if runtime is not None else CupyRuntime()
+        self._events = events
         self._pool = pool
         location = decode_location(pool.name)
         segment = Pool(
@@ -153,8 +158,7 @@ class CudaIpcView:
         except BaseException:
             self._headers.close()
             raise
-        self._writer: _Writer | None = None
-        self._opened: dict[tuple[int, int, int], int] = {}  # events of others: writer, serial, ring -> event
+        self._writer: Writer | None = None
 
     @property
     def pool(self) -> Pool:
@@ -186,7 +190,7 @@ class CudaIpcView:
             raise ValueError("the tensor is on the CPU; this pool takes tensors on a GPU")
         with _explained(f"pool {self._pool.pool_id}: slot at {slot.offset} not written"):
             if self._writer is None:
-                self._writer = _Writer(self._runtime, table, device)
+                self._writer = Writer(self._runtime, table, self._events, device)
             self._writer.write(position, slot, header, self._show(slot), data, device)
 
     def read(self, slot: Slot, *, copy: bool = False) -> Any:
@@ -221,7 +225,7 @@ class CudaIpcView:
     def close(self) -> None:
         """Settles what this process wrote, and closes the view; its memory is unmapped with the last tensor of it.
 
-        Events are left to the end of the process: destroying one that another process still waits for is undefined.
+        Its events stay, see `Events`.
         """
         if self._headers is None:
             return
@@ -232,7 +236,6 @@ class CudaIpcView:
         self._headers.close()
         self._headers = None
         self._memory = None
-        self._opened.clear()
 
     def _table(self) -> HeaderTable:
         if self._headers is None:
@@ -248,71 +251,13 @@ class CudaIpcView:
 
     def _wait_for(self, slot: Slot, record: Record) -> None:
         table = self._table()
-        if (event := self._event_of(table, record)) is None:
+        if (event := self._events.find(record.event, table, self._runtime, self._device)) is None:
             if not table.check(slot).settled:  # it may have settled before it died
                 raise StaleSlotError(f"{record.owner} has died, and perhaps before it had written this")
             return
         self._runtime.wait(event, self._device)
         if table.check(slot)[:-1] != record[:-1]:
             raise StaleSlotError("written anew meanwhile")
-
-    def _event_of(self, table: HeaderTable, record: Record) -> int | None:
-        """The event that stands for a copy; None where its writer is dead."""
-        if self._writer is not None and (record.writer, record.serial) == (self._writer.index, self._writer.serial):
-            return self._writer.events[record.ring]  # an event cannot be opened in the process that made it
-        if (handle := table.event_handle(record)) is None:
-            return None
-        key = (record.writer, record.serial, record.ring)
-        if key not in self._opened:
-            self._opened[key] = self._runtime.open_event(self._device, handle)
-        return self._opened[key]
-
-
-class _Writer:
-    """What a process that writes has: its entry in the table, its ring of events, and the copies not known to be done.
-
-    All events belong to one GPU, that of the first tensor: an event can be recorded on streams of its own GPU only.
-    """
-
-    def __init__(self, runtime: Runtime, table: HeaderTable, device: int) -> None:
-        self._runtime = runtime
-        self._table = table
-        self._device = device
-        self.index = table.claim()
-        self.events = [runtime.create_event(device) for _ in range(RING_EVENTS)]
-        self.serial = table.enroll(self.index, [runtime.export_event(event) for event in self.events])
-        self._next = 0
-        self._pending: dict[int, tuple[int, int]] = {}  # position -> ring, generation; in order of writing
-
-    def write(self, position: int, slot: Slot, header: bytes, target: Any, source: Any, device: int) -> None:
-        """See `CudaIpcView.write`."""
-        if device != self._device:
-            raise ValueError(f"the tensor is on GPU {device}; this process writes from GPU {self._device}")
-        self.settle()
-        ring = self._next
-        self._next = (ring + 1) % RING_EVENTS
-        self._table.begin(position)
-        self._pending.pop(position, None)
-        self._runtime.copy(target, source)
-        self._runtime.wait(self.events[ring], device)  # its previous record, perhaps on another stream
-        self._runtime.record(self.events[ring], device)
-        self._table.publish(position, slot, header, self.index, self.serial, ring)
-        self._pending[position] = (ring, slot.generation)
-
-    def settle(self) -> None:
-        """Marks the copies that are done. A copy whose event came round again counts with the later one."""
-        while self._pending:
-            position, (ring, generation) = next(iter(self._pending.items()))
-            if not self._runtime.is_done(self.events[ring]):
-                return
-            self._table.settle(position, generation)
-            del self._pending[position]
-
-    def finish(self) -> None:
-        """Waits until all is done, and marks it."""
-        if self._pending:
-            self._runtime.synchronize(self._device)
-            self.settle()
 
 
 class _Segment:

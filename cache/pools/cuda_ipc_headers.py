@@ -8,7 +8,7 @@ The segment, little endian:
 | offset | bytes | what |
 |---|---|---|
 | 0 | 4096 | control: magic "EPDCUDA" and a zero byte (all zero once the pool is closed), version, sizes |
-| 4096 | `MAX_WRITERS` x `_WRITER_BYTES` | writers: serial number, then the handles of the events of its ring |
+| 4096 | `MAX_WRITERS` x `_WRITER_BYTES` | writers: serial number, the handles of the events of its ring, their spans |
 | `_ENTRIES_AT` | 128 each | headers: one for each `granule` bytes of the pool, at `slot.offset // granule` |
 
 A header is that of `cache.slot`, without a checksum, and in its zero bytes:
@@ -22,8 +22,12 @@ A header is that of `cache.slot`, without a checksum, and in its zero bytes:
 | 112 | 8 | offset of the slot |
 
 No slot is smaller than a granule, so no two slots that are in use share a header. A granule is as small as gives at
-most `MAX_ENTRIES` headers (64 MiB): 512 bytes for a pool of 256 MiB, 8 KiB for 4 GiB. The first 128 bytes of a slot on
-the GPU stay unused: the index counts slots as on CPUs.
+most `MAX_ENTRIES` headers (32 MiB, half of what Docker gives /dev/shm): 1 KiB for a pool of 256 MiB, 16 KiB for 4 GiB.
+The first 128 bytes of a slot on the GPU stay unused: the index counts slots as on CPUs.
+
+The span of an event is the bytes of the pool, from and to, that hold all copies it stands for and that may not have run
+yet; 0 to 0 where there are none. By these a writer finds the copies that its own must come after: slots have been freed
+and given away anew, at other offsets too, while a copy into them was still queued.
 
 Only writers write headers, so "settled" can be written by a writer that comes too late and whose slot is another's now:
 it then holds an old generation and counts for nothing.
@@ -46,16 +50,18 @@ from epd.messages import Slot, Struct
 
 MAX_WRITERS = 64
 RING_EVENTS = 32
-MAX_ENTRIES = 1 << 19
+MAX_ENTRIES = 1 << 18
 EVENT_HANDLE_BYTES = 64
 
 _TABLE_MAGIC = b"EPDCUDA\0"
-_TABLE_VERSION = 1
+_TABLE_VERSION = 2
 _CONTROL = struct.Struct("<8sHHHHQQ")  # magic, version, writers, ring, zero, granule, bytes of the pool
 _WRITERS_AT = 4096
 _SERIAL = struct.Struct("<Q")
 _HANDLES_AT = 64
-_WRITER_BYTES = _HANDLES_AT + RING_EVENTS * EVENT_HANDLE_BYTES
+_SPAN = struct.Struct("<QQ")  # from, to
+_SPANS_AT = _HANDLES_AT + RING_EVENTS * EVENT_HANDLE_BYTES
+_WRITER_BYTES = _SPANS_AT + RING_EVENTS * _SPAN.size
 _ENTRIES_AT = -(-(_WRITERS_AT + MAX_WRITERS * _WRITER_BYTES) // 4096) * 4096
 _EXTRA = struct.Struct("<HHIQQQ")  # writer, ring, zero, serial, settled, offset of the slot
 _EXTRA_AT = 88
@@ -92,13 +98,19 @@ def decode_location(name: str) -> Location:
         raise PoolError(f"no location of a pool in GPU memory: {error}") from None
 
 
+class EventId(NamedTuple):
+    """An event: the entry of the writer that made it, which of its ring it is, and the serial of the writer."""
+
+    writer: int
+    ring: int
+    serial: int
+
+
 class Record(NamedTuple):
     """What a header says beyond the slot: whose copy it is, which event stands for it, and whether it is done."""
 
     owner: str
-    writer: int
-    ring: int
-    serial: int
+    event: EventId
     settled: bool
 
 
@@ -166,10 +178,10 @@ class HeaderTable:
         """Nobody reads this slot until `publish`."""
         self._memory[position : position + len(MAGIC)] = bytes(len(MAGIC))
 
-    def publish(self, position: int, slot: Slot, header: bytes, writer: int, serial: int, ring: int) -> None:
+    def publish(self, position: int, slot: Slot, header: bytes, event: EventId) -> None:
         """Puts a header (`cache.slot.pack_header`) in its place, the magic last; not settled yet."""
         entry = bytearray(header)
-        _EXTRA.pack_into(entry, _EXTRA_AT, writer, ring, 0, serial, 0, slot.offset)
+        _EXTRA.pack_into(entry, _EXTRA_AT, event.writer, event.ring, 0, event.serial, 0, slot.offset)
         self._memory[position + len(MAGIC) : position + HEADER_BYTES] = entry[len(MAGIC) :]
         self._memory[position : position + len(MAGIC)] = MAGIC
 
@@ -196,7 +208,7 @@ class HeaderTable:
             raise StaleSlotError(f"the header is that of the slot at {offset}")
         if writer >= MAX_WRITERS or ring >= RING_EVENTS or serial == 0:
             raise StaleSlotError(f"no such event: writer {writer}, event {ring}, serial {serial}")
-        return Record(header.owner, writer, ring, serial, settled == _settled(slot.generation))
+        return Record(header.owner, EventId(writer, ring, serial), settled == _settled(slot.generation))
 
     # ---- writers ---------------------------------------------------------------------------------------------------
 
@@ -222,19 +234,41 @@ class HeaderTable:
         if len(handles) != RING_EVENTS or any(len(handle) != EVENT_HANDLE_BYTES for handle in handles):
             raise ValueError(f"{RING_EVENTS} handles of {EVENT_HANDLE_BYTES} bytes are needed")
         at, serial = _writer_at(index), secrets.randbits(63) | 1
-        self._memory[at + _HANDLES_AT : at + _WRITER_BYTES] = b"".join(handles)
+        spans = bytes(_WRITER_BYTES - _SPANS_AT)
+        self._memory[at + _HANDLES_AT : at + _WRITER_BYTES] = b"".join(handles) + spans
         _SERIAL.pack_into(self._memory, at, serial)
         return serial
 
-    def event_handle(self, record: Record) -> bytes | None:
-        """The handle of the event of `record`; None where its writer is dead, so that the event must not be used."""
-        at = _writer_at(record.writer)
-        start = at + _HANDLES_AT + record.ring * EVENT_HANDLE_BYTES
+    def event_handle(self, event: EventId) -> bytes | None:
+        """The handle of an event; None where its writer is dead, so that the event must not be used."""
+        at = _writer_at(event.writer)
+        start = at + _HANDLES_AT + event.ring * EVENT_HANDLE_BYTES
         handle = bytes(self._memory[start : start + EVENT_HANDLE_BYTES])
-        probe = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, record.writer))
+        probe = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, event.writer))
         alive = _FLOCK.unpack(probe)[0] != fcntl.F_UNLCK
         # The serial is read last: a new writer takes it away before it writes handles.
-        return handle if alive and _SERIAL.unpack_from(self._memory, at) == (record.serial,) else None
+        return handle if alive and _SERIAL.unpack_from(self._memory, at) == (event.serial,) else None
+
+    def cover(self, writer: int, ring: int, start: int, end: int) -> None:
+        """Sets the span of an event of this process's own entry."""
+        at = _writer_at(writer) + _SPANS_AT + ring * _SPAN.size
+        self._memory[at : at + _SPAN.size] = _SPAN.pack(start, end)  # at once, so that nobody reads half of it
+
+    def unfinished(self, start: int, end: int) -> list[EventId]:
+        """The events whose spans have bytes between `start` and `end`, of all writers, dead ones too."""
+        found = []
+        for writer in range(MAX_WRITERS):
+            at = _writer_at(writer)
+            (serial,) = _SERIAL.unpack_from(self._memory, at)
+            if serial == 0:
+                continue
+            spans = _SPAN.iter_unpack(self._memory[at + _SPANS_AT : at + _WRITER_BYTES])
+            found += [
+                EventId(writer, ring, serial)
+                for ring, (first, last) in enumerate(spans)
+                if first < end and start < last
+            ]
+        return found
 
 
 def _settled(generation: int) -> int:

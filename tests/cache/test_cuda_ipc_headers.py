@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cache.pools import cuda_ipc_headers as headers
 from cache.pools.base import PoolError
-from cache.pools.cuda_ipc_headers import MAX_ENTRIES, MAX_WRITERS, RING_EVENTS, HeaderTable, Location
+from cache.pools.cuda_ipc_headers import MAX_ENTRIES, MAX_WRITERS, RING_EVENTS, EventId, HeaderTable, Location
 from cache.pools.shared_memory import DIRECTORY
 from cache.slot import StaleSlotError, pack_header, slot_bytes
 from epd.messages import Slot
@@ -67,7 +67,7 @@ def table(memory, path):
 
 def publish(table, slot, *, writer=0, serial=9, ring=0):
     position = table.position(slot)
-    table.publish(position, slot, pack_header(slot, "w", None), writer, serial, ring)
+    table.publish(position, slot, pack_header(slot, "w", None), EventId(writer, ring, serial))
     return position
 
 
@@ -97,7 +97,7 @@ def test_slots_that_do_not_overlap_have_headers_of_their_own(nbytes, start, gap)
 
 def test_a_header_says_whose_copy_it_is_and_when_it_is_settled(table):
     position = publish(table, make_slot(512, 7), writer=3, serial=11, ring=5)
-    assert table.check(make_slot(512, 7)) == ("w", 3, 5, 11, False)
+    assert table.check(make_slot(512, 7)) == ("w", (3, 5, 11), False)
     table.settle(position, 6)
     assert not table.check(make_slot(512, 7)).settled
     table.settle(position, 7)
@@ -158,8 +158,8 @@ def test_slots_outside_the_pool_or_smaller_than_a_granule_have_no_header(table):
             table.position(wrong)
     big = 1 << 30
     large = HeaderTable(memoryview(bytearray(headers.table_bytes(big))), -1, big, make=True)
-    assert large.granule == 2048
-    with pytest.raises(ValueError, match=r"none under 2048: lower cache.pool_bytes"):
+    assert large.granule == 4096
+    with pytest.raises(ValueError, match=r"none under 4096: lower cache.pool_bytes"):
         large.position(make_slot())
 
 
@@ -177,6 +177,25 @@ def test_a_table_of_another_pool_or_that_is_retired_is_not_opened(table, memory)
         table.check(make_slot())
 
 
+def test_the_table_fits_into_half_of_what_docker_gives_shared_memory():
+    assert all(headers.table_bytes(1 << exponent) < 34 * MIB for exponent in range(20, 41))
+
+
+def test_copies_that_may_still_run_are_found_by_the_bytes_that_they_go_to(table):
+    assert table.unfinished(0, MIB) == []
+    serials = [table.enroll(writer, HANDLES) for writer in (0, 2)]
+    table.cover(0, 31, 512, 1024)
+    table.cover(2, 0, 1024, 4096)
+    first, second = EventId(0, 31, serials[0]), EventId(2, 0, serials[1])
+    assert table.unfinished(0, MIB) == table.unfinished(1023, 1025) == [first, second]
+    assert table.unfinished(512, 1024) == table.unfinished(0, 513) == [first]
+    assert table.unfinished(0, 512) == table.unfinished(4096, MIB) == []
+    table.cover(0, 31, 0, 0)
+    assert table.unfinished(0, MIB) == [second]
+    table.enroll(2, HANDLES)  # a new writer has the entry
+    assert table.unfinished(0, MIB) == []
+
+
 def test_a_writer_lives_as_long_as_its_process_however_that_ends(path):
     import mmap
 
@@ -188,19 +207,19 @@ def test_a_writer_lives_as_long_as_its_process_however_that_ends(path):
         assert process.stdout is not None
         index, serial = (int(word) for word in process.stdout.readline().split())
         publish(table, make_slot(), writer=index, serial=serial, ring=4)
-        record = table.check(make_slot())
-        assert table.event_handle(record) == HANDLES[4]
-        assert table.event_handle(record._replace(serial=serial + 1)) is None
-        assert table.event_handle(record._replace(writer=index + 1)) is None
+        event = table.check(make_slot()).event
+        assert table.event_handle(event) == HANDLES[4]
+        assert table.event_handle(event._replace(serial=serial + 1)) is None
+        assert table.event_handle(event._replace(writer=index + 1)) is None
         assert table.claim() == index + 1
         process.send_signal(signal.SIGKILL)
         process.wait(10)
-        assert table.event_handle(record) is None
+        assert table.event_handle(event) is None
         reader = os.open(path, os.O_RDWR)
         other = HeaderTable(memory, reader, MIB)
         assert other.claim() == index  # the dead writer's entry, under a new serial
         assert other.enroll(index, HANDLES) != serial
-        assert table.event_handle(record) is None
+        assert table.event_handle(event) is None
         os.close(reader)
     finally:
         process.kill()

@@ -88,6 +88,22 @@ print([name for name in ("torch", "cupy", "numpy") if name in sys.modules])
     assert pools.KINDS == ("shared_memory", "cuda_ipc")
 
 
+@pytest.mark.parametrize("error", ["ValueError('numpy.dtype size changed')", "AttributeError('float_')"])
+def test_a_cupy_that_cannot_be_imported_is_a_reason_whatever_it_raises(tmp_path, error):
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy" / "__init__.py").write_text(f"raise {error}\n")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from cache.pools.cuda_ipc_runtime import why_unavailable
+print(why_unavailable())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == error.replace("('", ": ").removesuffix("')")
+
+
 @pytest.mark.skipif(why_unavailable() is None, reason="there is a GPU")
 def test_without_a_gpu_the_kind_is_refused_with_the_reason():
     named = Pool(pool_id="g3", kind="cuda_ipc", name="{}", nbytes=MIB, host="h")

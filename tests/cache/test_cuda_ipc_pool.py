@@ -1,170 +1,16 @@
 """Pools in GPU memory over a fake of CUDA: what is written, read and refused, with streams that run only when told."""
 
-import itertools
-import os
-from collections import defaultdict
-
 import msgspec
 import pytest
 
 from cache.pools import PoolError
 from cache.pools.cuda_ipc import CudaIpcPool, CudaIpcView
 from cache.pools.cuda_ipc_headers import RING_EVENTS, decode_location
-from cache.pools.shared_memory import DIRECTORY, sweep_stale
-from cache.slot import StaleSlotError, slot_bytes
-from epd.messages import Slot
+from cache.pools.shared_memory import sweep_stale
+from cache.slot import StaleSlotError
+from tests.cache.fake_cuda import BUS_ID, MIB, die, make_slot, rows
 
 torch = pytest.importorskip("torch")
-
-MIB = 1 << 20
-BUS_ID = "0000:1b:00.0"
-
-
-class FakeCuda:
-    """CUDA in one process: memory is tensors on the CPU, a stream runs its copies when somebody waits for them.
-
-    `stream` is the current one. Each entry of a stream's queue is a function; an event is the queue and how much of it
-    there was when it was recorded.
-    """
-
-    def __init__(self):
-        self.memory = {}
-        self.queues = defaultdict(list)
-        self.done = defaultdict(int)
-        self.events = {}
-        self.ids = itertools.count(1)
-        self.stream = "main"
-        self.calls = []
-        self.fail = None
-        self.free_bytes = 64 * MIB
-
-    def bus_id(self, device):
-        return BUS_ID
-
-    def device_at(self, bus_id):
-        if bus_id != BUS_ID:
-            raise RuntimeError("cudaErrorInvalidValue")
-        return 0
-
-    def allocate(self, device, nbytes):
-        if nbytes > self.free_bytes:
-            raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
-        address = next(self.ids)
-        self.memory[address] = torch.full((nbytes,), 0xEE, dtype=torch.uint8)
-        return address
-
-    def free(self, device, address):
-        del self.memory[address]
-
-    def export_memory(self, device, address):
-        return address.to_bytes(64, "little")
-
-    def open_memory(self, device, handle, nbytes):
-        try:
-            return self.memory[int.from_bytes(handle, "little")][:nbytes]
-        except KeyError:
-            raise RuntimeError("cudaErrorInvalidResourceHandle") from None
-
-    def create_event(self, device):
-        event = next(self.ids)
-        self.events[event] = None
-        return event
-
-    def export_event(self, event):
-        return event.to_bytes(64, "little")
-
-    def open_event(self, device, handle):
-        self.calls.append("open_event")
-        event = int.from_bytes(handle, "little")
-        assert event in self.events
-        return event
-
-    def record(self, event, device):
-        self.calls.append("record")
-        self.events[event] = (self.stream, len(self.queues[self.stream]))
-
-    def wait(self, event, device):
-        self.calls.append("wait")
-        record = self.events[event]
-        if record is not None:
-            self.queues[self.stream].append(lambda: self.run(*record))
-
-    def is_done(self, event):
-        record = self.events[event]
-        return record is None or self.done[record[0]] >= record[1]
-
-    def synchronize(self, device):
-        for stream in list(self.queues):
-            self.run(stream)
-
-    def device_of(self, tensor):
-        return getattr(tensor, "fake_device", 0) if tensor.device.type == "cpu" and not tensor.is_sparse else None
-
-    def copy(self, target, source):
-        if self.fail is not None:
-            raise RuntimeError(self.fail)
-        self.calls.append("copy")
-        self.queues[self.stream].append(lambda: target.copy_(source))
-
-    def run(self, stream, until=None):
-        """Runs what is in a stream, up to a place in it."""
-        queue = self.queues[stream]
-        while self.done[stream] < (len(queue) if until is None else until):
-            self.done[stream] += 1
-            queue[self.done[stream] - 1]()
-
-
-@pytest.fixture
-def shm():
-    folder = DIRECTORY / f"epd-cuda-test-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
-@pytest.fixture
-def cuda():
-    return FakeCuda()
-
-
-@pytest.fixture
-def pool(cuda, shm):
-    owner = CudaIpcPool("g1", MIB, runtime=cuda, directory=shm)
-    yield owner
-    owner.close()
-
-
-@pytest.fixture
-def opened(pool, cuda):
-    """Opens views; each is one more process as far as the table can tell, since its file is its own."""
-    views = []
-
-    def open_one():
-        views.append(CudaIpcView(pool.descriptor(), runtime=cuda))
-        return views[-1]
-
-    yield open_one
-    for view in views:
-        view.close()
-
-
-def make_slot(index=0, generation=1, dtype="bfloat16", shape=(3, 40)):
-    nbytes = slot_bytes(*shape, dtype)
-    return Slot(
-        pool_id="g1",
-        offset=index * nbytes,
-        nbytes=nbytes,
-        generation=generation,
-        num_tokens=shape[0],
-        width=shape[1],
-        dtype=dtype,
-    )
-
-
-def rows(value, dtype="bfloat16", shape=(3, 40)):
-    return torch.full(shape, value, dtype=getattr(torch, dtype))
 
 
 def test_the_descriptor_says_all_that_a_worker_needs(pool, shm, cuda):
@@ -313,12 +159,6 @@ def test_the_writer_itself_may_read_without_opening_its_own_event(opened, cuda):
     assert "open_event" not in cuda.calls
     cuda.synchronize(0)
     assert torch.equal(embeddings, rows(1)) and torch.equal(view.read(make_slot(), copy=True), rows(1))
-
-
-def die(view):
-    """What the end of a process does to its view: the files are closed, nothing is settled."""
-    view._writer = None
-    view.close()
 
 
 def test_what_a_dead_writer_did_not_settle_is_refused_and_what_it_did_is_read(opened, cuda):
