@@ -112,6 +112,7 @@ class Arena:
         Returns:
             None, with nothing changed, where they do not fit at present.
         """
+        sizes = self._slots(sizes)
         free_bytes = self.capacity_bytes - self.used_bytes
         if sum(sizes.values()) > free_bytes + self._evictable_bytes:
             return None
@@ -157,7 +158,7 @@ class Arena:
     def fits_empty(self, sizes: Mapping[str, int]) -> bool:
         """Whether `sizes` fit together into these pools when they are empty."""
         largest = max((memory.extents.capacity_bytes for memory in self._memories.values()), default=0)
-        if sum(map(align, sizes.values())) <= largest:
+        if sum(map(align, self._slots(sizes).values())) <= largest:
             return True  # one after the other, in that pool alone
         return self._plan_empty(sizes) is not None
 
@@ -165,6 +166,7 @@ class Arena:
         """Where `sizes` go in these pools when they are empty: as `place` has it, else by any packing."""
         if placement := Arena(self.pools).place(sizes):
             return placement.extents
+        sizes = self._slots(sizes)
         rooms = {pool_id: memory.extents.capacity_bytes for pool_id, memory in self._memories.items()}
         packing = pack({key: align(nbytes) for key, nbytes in sizes.items()}, rooms)
         if packing is None:
@@ -173,6 +175,11 @@ class Arena:
         extents = {key: _allocate(empty._memories[pool_id], sizes[key]) for key, pool_id in packing.items()}
         assert all(extents.values()), "a packing does not fit"
         return {key: extent for key, extent in extents.items() if extent is not None}
+
+    def _slots(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The bytes that `sizes` take: a patch may go to any pool, so none takes less than in any of them."""
+        least = max((memory.pool.min_slot_bytes for memory in self._memories.values()), default=0)
+        return {key: max(nbytes, least) for key, nbytes in sizes.items()}
 
     def _find(self, nbytes: int, prefer: str | None, victims: list[_Victim]) -> Extent | None:
         everywhere = [m for m in self._memories.values() if m.extents.capacity_bytes >= nbytes]

@@ -42,7 +42,7 @@ from typing import Any
 
 from cache.pools.base import PoolError, check_pool_id
 from cache.pools.cuda_ipc_events import EVENTS, Events, Writer
-from cache.pools.cuda_ipc_headers import HeaderTable, Location, Record, decode_location, table_bytes
+from cache.pools.cuda_ipc_headers import HeaderTable, Location, Record, decode_location, granule_for, table_bytes
 from cache.pools.cuda_ipc_runtime import CupyRuntime, Runtime
 from cache.pools.shared_memory import DIRECTORY, SharedMemoryPool, SharedMemoryView
 from cache.slot import HEADER_BYTES, StaleSlotError, data_bytes, pack_header
@@ -106,6 +106,7 @@ class CudaIpcPool:
             nbytes=nbytes,
             host=this_host(),
             checksum=False,
+            min_slot_bytes=granule_for(nbytes),
         )
 
     def descriptor(self) -> Pool:

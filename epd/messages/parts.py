@@ -30,7 +30,8 @@ class Struct(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, fro
 class Pool(Struct, frozen=True):
     """A block of memory that holds embeddings. `name` is what `cache.pools` opens it by; `nbytes` its size.
 
-    `address` is where processes of other hosts than `host` reach it; empty where they cannot.
+    `address` is where processes of other hosts than `host` reach it; empty where they cannot. No slot of it may be
+    smaller than `min_slot_bytes`.
     """
 
     pool_id: str
@@ -40,6 +41,7 @@ class Pool(Struct, frozen=True):
     host: str
     checksum: bool = True
     address: str = ""
+    min_slot_bytes: int = 0
 
     def reached_from(self, host: str) -> bool:
         """Whether a process of `host` can read and write it."""

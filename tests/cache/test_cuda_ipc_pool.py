@@ -5,7 +5,7 @@ import pytest
 
 from cache.pools import PoolError
 from cache.pools.cuda_ipc import CudaIpcPool, CudaIpcView
-from cache.pools.cuda_ipc_headers import RING_EVENTS, decode_location
+from cache.pools.cuda_ipc_headers import RING_EVENTS, decode_location, granule_for
 from cache.pools.shared_memory import sweep_stale
 from cache.slot import StaleSlotError
 from tests.cache.fake_cuda import BUS_ID, MIB, die, make_slot, rows
@@ -18,6 +18,7 @@ def test_the_descriptor_says_all_that_a_worker_needs(pool, shm, cuda):
     location = decode_location(descriptor.name)
     assert (descriptor.kind, descriptor.nbytes, descriptor.checksum) == ("cuda_ipc", MIB, False)
     assert (location.device, location.headers) == (BUS_ID, str(shm / "epd-g1"))
+    assert descriptor.min_slot_bytes == granule_for(MIB), "the index gives no slot that could not be written"
     assert next(iter(cuda.memory.values())).nbytes == 2 * MIB  # an allocation of its own
 
 

@@ -1,5 +1,6 @@
 """The cache index, one rule at a time."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -179,6 +180,20 @@ def test_what_a_patch_costs_is_what_was_known_when_it_was_last_used():
     put(index, need("a", cost_s=0.1))
     put(index, need("d", cost_s=0.1))
     assert present(index, "abcd") == set("acd")
+
+
+def test_no_slot_is_smaller_than_the_least_of_any_pool():
+    index = index_of(4)
+    index.add_pool(msgspec.structs.replace(pool(8, "gpu"), min_slot_bytes=4 * UNIT))
+    assert [item.slot.nbytes for item in index.acquire_all(needs("ab"), "r")] == [4 * UNIT] * 2
+    assert index.acquire_all([need("c", 5)], "r") is None
+    assert index.could_ever_fit([need("c", 5), need("d")])
+    assert not index.could_ever_fit([need("c", 5), need("d"), need("e")])
+    index.release("r")
+    index.remove_pool("gpu")
+    index.drop("a", index.slot("a").generation) if index.slot("a") else None
+    index.drop("b", index.slot("b").generation) if index.slot("b") else None
+    assert [item.slot.nbytes for item in index.acquire_all(needs("c"), "r")] == [UNIT]
 
 
 def test_several_patches_leave_for_a_large_one():

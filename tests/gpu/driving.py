@@ -6,17 +6,17 @@ The writer names slots to the reader over a pipe right after `write` returns, be
 from __future__ import annotations
 
 import random
-import time
+from collections import Counter
 
 import msgspec
 
 from cache.pools.cuda_ipc import CudaIpcView
 from epd.messages import Pool
-from tests.gpu.common import ITEMSIZE, MIB, POOL_BYTES, make_slot, pattern, spread
+from tests.gpu import measuring
+from tests.gpu.common import ITEMSIZE, MIB, POOL_BYTES, contents, differs, make_slot, pattern
 
 BATCH = 100
-SLEEP_CYCLES = 200_000  # about 0.1 ms of a busy stream
-BUSY_CYCLES = 4_000_000  # about 2 ms
+SLEEP_CYCLES = 40_000_000  # about 20 ms of a busy stream: longer than it takes to queue a batch
 
 
 def drive(parent, pool, peer, num_writes):
@@ -24,34 +24,39 @@ def drive(parent, pool, peer, num_writes):
     import torch
 
     torch.cuda.set_device(0)
-    writer = Writer(CudaIpcView(Pool(**pool)), peer)
-    results = {"correctness": writer.correctness(num_writes)}
-    results["correctness"]["wrong_without_events"] = writer.control()
+    writer = Writer(CudaIpcView(Pool(**pool)), CudaIpcView(Pool(**pool)), peer)
+    results = {
+        "correctness": writer.correctness(num_writes),
+        "without_events": writer.control(),
+        "two_views": writer.two_views(),
+        "reuse": writer.reuse(),
+    }
     source = pattern(500_000_000, 3).view(torch.bfloat16)
-    results["views"] = writer.views(source)
-    results["bandwidth"] = writer.bandwidth(source)
-    results["handover"] = writer.handover(source)
+    results["views"] = measuring.views(writer, source)
+    results["bandwidth"] = measuring.bandwidth(writer, source)
+    results["handover"] = measuring.handover(writer, source)
     del source
     torch.cuda.synchronize()
     parent.send(("ok", results))
     parent.recv()
     writer.view.close()
+    writer.second.close()
     parent.send(("ok", None))
 
 
-def write_slowly(parent, pool):
-    """Writes one slot to the end and one behind a long kernel, then waits to be killed."""
+def write_slowly(parent, pool, generation):
+    """Writes one slot to the end and one behind a kernel of about 2 s, then waits to be killed."""
     import torch
 
     torch.cuda.set_device(0)
     view = CudaIpcView(Pool(**pool))
-    slots = [make_slot(0, 2 << 40, MIB, "bfloat16"), make_slot(16 * MIB, 3 << 40, MIB, "bfloat16")]
-    data = pattern(MIB, 1).view(torch.bfloat16).view(-1, 512)
-    view.write(slots[0], data, "doomed")
+    slots = [make_slot(index * 16 * MIB, generation + index, MIB, "bfloat16") for index in range(2)]
+    data = [contents(slot) for slot in slots]
+    view.write(slots[0], data[0], "doomed")
     torch.cuda.synchronize()
     view.settle()
-    torch.cuda._sleep(1000 * BUSY_CYCLES)  # about 2 s
-    view.write(slots[1], data, "doomed")
+    torch.cuda._sleep(100 * SLEEP_CYCLES)
+    view.write(slots[1], data[1], "doomed")
     parent.send(("ok", [msgspec.to_builtins(slot) for slot in slots]))
     parent.recv()
 
@@ -68,15 +73,18 @@ WRONG = (
 
 
 class Writer:
-    """The phases; `peer` is the pipe to the reader."""
+    """The phases; `second` is another view of the pool, as vLLM has two in a process; `peer` the pipe to the reader."""
 
-    def __init__(self, view, peer):
+    def __init__(self, view, second, peer):
         import torch
 
         self.torch = torch
         self.view = view
+        self.second = second
         self.peer = peer
         self.generation = 0
+        self.rng = random.Random(1)
+        self.streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
 
     def ask(self, name, *arguments):
         """A request to the reader, and its answer."""
@@ -88,59 +96,10 @@ class Writer:
         self.generation += 1
         return make_slot(offset, self.generation, nbytes, dtype)
 
-    def correctness(self, num_writes):
-        """Random writes over several streams, some behind a kernel that takes a while; some slots that must be refused.
-
-        The reader is told of each right away, so that it often comes before the copy has run.
-        """
-        torch, rng = self.torch, random.Random(1)
-        streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
-        written = mismatches = accepted = refused = num_bytes = 0
-        while written < num_writes:
-            # A batch takes 840 MiB at most, so that it never laps itself.
-            offset = rng.randrange(0, POOL_BYTES // 256) * 256
-            for _ in range(min(BATCH, num_writes - written)):
-                dtype = rng.choice(sorted(ITEMSIZE))
-                nbytes = 1024 * int(2 ** rng.uniform(0, 13))
-                slot = self.slot(offset, nbytes, dtype)
-                if slot.offset + slot.nbytes > POOL_BYTES:
-                    slot = self.slot(0, nbytes, dtype)
-                offset = slot.offset + slot.nbytes
-                with torch.cuda.stream(rng.choice(streams)):
-                    if rng.random() < 0.1:
-                        torch.cuda._sleep(SLEEP_CYCLES)
-                    data = pattern(nbytes, slot.generation).view(getattr(torch, dtype)).view(slot.num_tokens, -1)
-                    self.view.write(slot, data, "writer")
-                named = msgspec.to_builtins(slot)
-                self.peer.send(("check", named, slot.generation))
-                if rng.random() < 0.1:
-                    self.peer.send(("refuse", {**named, **rng.choice(WRONG)(slot)}))
-                written += 1
-                num_bytes += nbytes
-            wrong, let_in, out = self.ask("end")
-            mismatches, accepted, refused = mismatches + wrong, accepted + let_in, refused + out
-        return {
-            "writes": written,
-            "bytes": num_bytes,
-            "mismatches": mismatches,
-            "stale_accepted": accepted,
-            "stale_refused": refused,
-        }
-
-    def control(self):
-        """The same without waiting for events, behind long kernels: slots that come out wrong, of 20."""
-        self.ask("without_events", True)
-        for index in range(20):
-            self.torch.cuda._sleep(5 * BUSY_CYCLES)
-            slot = self.slot(index * 4 * MIB, MIB)
-            self.view.write(
-                slot, pattern(MIB, slot.generation).view(self.torch.bfloat16).view(slot.num_tokens, -1), "w"
-            )
-            self.peer.send(("check", msgspec.to_builtins(slot), slot.generation))
-        wrong, _, _ = self.ask("end")
-        self.torch.cuda.synchronize()
-        self.ask("without_events", False)
-        return wrong
+    def write(self, slot):
+        """Writes the contents of a slot; the slot as others are told of it."""
+        self.view.write(slot, contents(slot), "writer")
+        return msgspec.to_builtins(slot)
 
     def put(self, source, offset, nbytes):
         """Writes the first `nbytes` of the source; the slot as others are told of it."""
@@ -149,76 +108,80 @@ class Writer:
         self.view.write(slot, data, "writer")
         return msgspec.to_builtins(slot)
 
-    def views(self, source):
-        """Views of sets of embeddings: 5 MB, 500 MB in one slot, 500 MB in 500 slots."""
-        results = {}
-        for name, count, nbytes in (("5 MB", 1, 5_000_000), ("500 MB", 1, 500_000_000), ("500 x 1 MB", 500, 1_000_000)):
-            handovers = []
-            for _ in range(20):
-                slots = [self.put(source, index * 2 * MIB, nbytes) for index in range(count)]
-                self.torch.cuda.synchronize()
-                began = time.perf_counter()
-                self.ask("touch", slots)
-                handovers.append((time.perf_counter() - began) * 1e6)
-            times, allocated, inside = self.ask("time_reads", slots, 200 if count == 1 else 20)
-            results[name] = {
-                **spread("read_us", times),
-                **spread("handover_us", handovers),
-                "bytes_allocated": allocated,
-                "inside_pool": inside,
-            }
-        return results
+    def correctness(self, num_writes):
+        """Random writes in batches, and some slots that must be refused: what the reader has counted."""
+        counts = Counter(writes=0, bytes=0)
+        while counts["writes"] < num_writes:
+            size = min(BATCH, num_writes - counts["writes"])
+            counts.update(writes=size, bytes=self._batch(size))
+            counts.update(self.ask("end"))
+        return dict(counts)
 
-    def bandwidth(self, source):
-        """Writes into the pool against plain copies of the same size on the same stream, timed by CUDA events."""
-        torch, results = self.torch, {}
-        target = torch.empty(256 * MIB, dtype=torch.uint8, device="cuda").view(torch.bfloat16)
-        for mib in (1, 8, 64, 256):
-            count, nbytes = max(5, 512 // mib), mib * MIB
-            rates = {}
-            for name in ("plain", "pool", "plain", "pool"):  # the first two warm up
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                for _ in range(count):
-                    if name == "pool":
-                        self.put(source, 0, nbytes)
-                    else:
-                        target[: nbytes // 2].copy_(source[: nbytes // 2])
-                stop.record()
-                stop.synchronize()
-                rates[name] = count * nbytes / start.elapsed_time(stop) / 1e6
-            results[f"{mib} MiB"] = {
-                "pool_gb_s": rates["pool"],
-                "plain_gb_s": rates["plain"],
-                "ratio": rates["pool"] / rates["plain"],
-            }
-        return results
+    def control(self):
+        """A batch of the same, read without waiting for events: what the reader has counted."""
+        self.ask("without_events", True)
+        self._batch(BATCH)
+        counts = self.ask("end")
+        self.torch.cuda.synchronize()
+        self.ask("without_events", False)
+        return counts
 
-    def handover(self, source):
-        """One patch of 1 MiB at a time from `write` to the end of its use: events against waiting on the CPU.
+    def _batch(self, size):
+        """Writes so many slots behind long kernels on all streams, and tells of each right away; the bytes in all."""
+        torch, rng, num_bytes = self.torch, self.rng, 0
+        for stream in self.streams:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(SLEEP_CYCLES)
+        # A batch takes 840 MiB at most, so that it never laps itself.
+        offset = rng.randrange(0, POOL_BYTES // 256) * 256
+        for _ in range(size):
+            dtype = rng.choice(sorted(ITEMSIZE))
+            nbytes = 1024 * int(2 ** rng.uniform(0, 13))
+            slot = self.slot(offset, nbytes, dtype)
+            if slot.offset + slot.nbytes > POOL_BYTES:
+                slot = self.slot(0, nbytes, dtype)
+            offset = slot.offset + slot.nbytes
+            with torch.cuda.stream(rng.choice(self.streams)):
+                named = self.write(slot)
+            self.peer.send(("check", named))
+            if rng.random() < 0.1:
+                self.peer.send(("refuse", {**named, **rng.choice(WRONG)(slot)}))
+            num_bytes += nbytes
+        return num_bytes
 
-        "beside other work" has a kernel of about 2 ms running on another stream of the writer.
-        """
-        torch, results = self.torch, {}
-        other = torch.cuda.Stream()
-        waits = {
-            "events": lambda: None,
-            "stream sync": lambda: torch.cuda.current_stream().synchronize(),
-            "device sync": torch.cuda.synchronize,
-        }
-        for beside in ("", " beside other work"):
-            for name, cpu_wait in waits.items():
-                busy, total = [], []
-                for index in range(220):
-                    if beside:
-                        with torch.cuda.stream(other):
-                            torch.cuda._sleep(BUSY_CYCLES)
-                    began = time.perf_counter()
-                    slot = self.put(source, index % 100 * 2 * MIB, MIB)
-                    cpu_wait()
-                    busy.append((time.perf_counter() - began) * 1e6)
-                    self.ask("consume", slot)
-                    total.append((time.perf_counter() - began) * 1e6)
-                    torch.cuda.synchronize()
-                results[name + beside] = {**spread("writer_us", busy[20:]), **spread("total_us", total[20:])}
-        return results
+    def two_views(self):
+        """Slots whose copy is pending, read by two views in the reader, and here by a view that did not write them."""
+        torch, other = self.torch, self.streams[1]
+        with torch.cuda.stream(other):
+            wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+        for index in range(20):
+            torch.cuda._sleep(SLEEP_CYCLES)
+            slot = self.slot(index * 2 * MIB, MIB)
+            self.peer.send(("check_by_both", self.write(slot)))
+            with torch.cuda.stream(other):
+                wrong += differs(self.second.read(slot), slot)
+        counts = self.ask("end")
+        with torch.cuda.stream(other):
+            return {"reader": counts, "writer_mismatches": int(wrong.item())}
+
+    def reuse(self):
+        """Slots given away anew, at the same offset or another, while a copy is pending: how many are wrong, of 20."""
+        torch, (slow, fast) = self.torch, self.streams[1:]
+        wrong = {}
+        for who in ("same process", "another process"):
+            wrong[who] = 0
+            for index in range(20):
+                first = self.slot(4 * MIB, 2 * MIB)
+                second = self.slot(4 * MIB + index % 2 * MIB // 2, MIB)
+                with torch.cuda.stream(slow):
+                    torch.cuda._sleep(SLEEP_CYCLES)
+                    self.write(first)
+                if who == "same process":
+                    with torch.cuda.stream(fast):
+                        self.write(second)
+                else:
+                    self.ask("rewrite", msgspec.to_builtins(second))
+                torch.cuda.synchronize()
+                self.peer.send(("check", msgspec.to_builtins(second)))
+                wrong[who] += self.ask("end")["mismatches"]
+        return wrong

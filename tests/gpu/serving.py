@@ -1,4 +1,4 @@
-"""The processes of `tests/gpu/run.py` that answer: the owner of the pool, and the reader.
+"""The processes of `tests/gpu/run.py` that answer: the owner of the pool, the reader, and a reader that is killed.
 
 The reader answers a batch when it has checked it on the GPU; only then does the writer use those slots again, as
 the index pins them in production.
@@ -6,6 +6,8 @@ the index pins them in production.
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
 from multiprocessing.connection import wait
@@ -14,10 +16,19 @@ from pathlib import Path
 import msgspec
 
 from cache.pools.cuda_ipc import CudaIpcPool, CudaIpcView
-from cache.pools.shared_memory import sweep_stale
+from cache.pools.cuda_ipc_runtime import CupyRuntime
+from cache.pools.shared_memory import DIRECTORY, sweep_stale
 from cache.slot import HEADER_BYTES, StaleSlotError
 from epd.messages import Pool, Slot
-from tests.gpu.common import POOL_BYTES, POOL_ID, pattern
+from tests.gpu.common import POOL_BYTES, POOL_ID, consume, contents, differs, why_not
+
+COMPUTE_MODES = ("default", "exclusive thread", "prohibited", "exclusive process")
+STUCK_S = 5.0
+
+
+def tell_why_not(parent):
+    """Sends why nothing can run here, or None."""
+    parent.send(("ok", why_not()))
 
 
 def own(parent):
@@ -33,12 +44,15 @@ def own(parent):
     try:
         machine = {
             "gpu": runtime.getDeviceProperties(0)["name"].decode(),
+            "compute mode": COMPUTE_MODES[runtime.deviceGetAttribute(runtime.cudaDevAttrComputeMode, 0)],
             "driver": driver_version(),
-            "cuda_driver": runtime.driverGetVersion(),
-            "cuda_runtime": runtime.runtimeGetVersion(),
+            "cuda driver": runtime.driverGetVersion(),
+            "cuda runtime": runtime.runtimeGetVersion(),
             "cupy": cupy.__version__,
             "torch": importlib.metadata.version("torch"),
             "python": sys.version.split()[0],
+            "kernel": os.uname().release,
+            "shm bytes": shutil.disk_usage(DIRECTORY).total,
         }
         parent.send(("ok", (machine, msgspec.to_builtins(pool.descriptor()))))
         while True:
@@ -61,52 +75,83 @@ def driver_version():
 
 
 def read(parent, pool, peer):
-    """Answers the writer's and the parent's requests until the parent says close."""
+    """Answers the writer's and the parent's requests until the parent says close, or is gone."""
+    import cupy
     import torch
 
     torch.cuda.set_device(0)
-    torch.cuda.init()
+    torch.zeros(1, device="cuda")
+    cupy.cuda.runtime.deviceSynchronize()
     began = time.perf_counter()
-    view = CudaIpcView(Pool(**pool))
+    plain = CudaIpcView(Pool(**pool))
     parent.send(("ok", (time.perf_counter() - began) * 1e3))
     connections = [parent, peer]
     with torch.cuda.stream(torch.cuda.Stream()):
-        reader = Reader(view)
+        reader = Reader(pool, plain)
         while True:
             for connection in wait(connections):
                 try:
                     name, *arguments = connection.recv()
                 except EOFError:
+                    if connection is parent:
+                        return
                     connections.remove(connection)
                     continue
                 if name == "close":
-                    view.close()
+                    reader.close()
                     parent.send(("ok", None))
                     return
                 if (answer := getattr(reader, name)(*arguments)) is not None:
                     connection.send(("ok", answer))
 
 
-class Reader:
-    """What the reader can be asked; a method that gives None sends no answer."""
+class CountingRuntime(CupyRuntime):
+    """Counts the events that are waited for, and those of them that are pending then."""
 
-    def __init__(self, view):
+    def __init__(self):
+        super().__init__()
+        self.waited = self.pending = 0
+
+    def wait(self, event, device):
+        self.waited += 1
+        self.pending += not self.is_done(event)
+        super().wait(event, device)
+
+
+class Reader:
+    """What the reader can be asked; a method that gives None sends no answer.
+
+    It has two views, as vLLM's two connectors in one process have: one counts what it waits for, `plain` is timed.
+    """
+
+    def __init__(self, pool, plain):
         import torch
 
         self.torch = torch
-        self.view = view
-        self.wait_for = view._wait_for
+        self.runtime = CountingRuntime()
+        self.view = CudaIpcView(Pool(**pool), runtime=self.runtime)
+        self.plain = plain
+        self.wait_for = self.view._wait_for
         self.start()
 
     def start(self):
         """A new batch."""
         self.bad = self.torch.zeros((), dtype=self.torch.int64, device="cuda")
-        self.stale_accepted = self.stale_refused = 0
+        self.checked = self.stale_accepted = self.stale_refused = 0
+        self.runtime.waited = self.runtime.pending = 0
 
-    def check(self, slot, seed):
+    def check(self, slot):
         """Reads a slot and compares it, on the GPU."""
-        tensor = self.view.read(Slot(**slot))
-        self.bad += (tensor.view(self.torch.int32).reshape(-1) != pattern(tensor.nbytes, seed)).any()
+        self._check(self.view, Slot(**slot))
+
+    def check_by_both(self, slot):
+        """The same by both views."""
+        for view in (self.view, self.plain):
+            self._check(view, Slot(**slot))
+
+    def _check(self, view, slot):
+        self.bad += differs(view.read(slot), slot)
+        self.checked += 1
 
     def refuse(self, slot):
         """Reads a slot that must be refused."""
@@ -117,48 +162,99 @@ class Reader:
             self.stale_refused += 1
 
     def end(self):
-        """Waits for the batch; how many slots were wrong, accepted though stale, and refused."""
-        answer = (int(self.bad.item()), self.stale_accepted, self.stale_refused)
+        """Waits for the batch; what was counted in it."""
+        counts = {
+            "checked": self.checked,
+            "mismatches": int(self.bad.item()),
+            "stale_accepted": self.stale_accepted,
+            "stale_refused": self.stale_refused,
+            "waited": self.runtime.waited,
+            "waited_for_pending": self.runtime.pending,
+        }
         self.start()
-        return answer
+        return counts
 
     def without_events(self, off):
         """From now on, reads do not wait for events (or do again)."""
         self.view._wait_for = (lambda slot, record: None) if off else self.wait_for
         return True
 
+    def rewrite(self, slot):
+        """Writes a slot, whose bytes were another's, and answers before it is copied."""
+        slot = Slot(**slot)
+        self.view.write(slot, contents(slot), "reader")
+        return True
+
     def time_reads(self, slots, repeats):
-        """The times of reading these slots in us, the bytes torch has allocated for it, and whether all are views."""
+        """Times reading these slots.
+
+        Gives the times in us, the bytes torch has allocated for it, whether all are views, and how many are settled.
+        """
         slots = [Slot(**slot) for slot in slots]
-        self.view.read(slots[0])
-        base = self.view._memory.data_ptr()
+        settled = sum(self.plain._table().check(slot).settled for slot in slots)
+        self.plain.read(slots[0])
+        base = self.plain._memory.data_ptr()
         before, times, inside = self.torch.cuda.memory_allocated(), [], True
         for _ in range(repeats):
             began = time.perf_counter()
-            tensors = [self.view.read(slot) for slot in slots]
+            tensors = [self.plain.read(slot) for slot in slots]
             times.append((time.perf_counter() - began) * 1e6)
             for slot, tensor in zip(slots, tensors, strict=True):
                 inside &= tensor.data_ptr() == base + slot.offset + HEADER_BYTES
                 inside &= slot.offset + HEADER_BYTES + tensor.nbytes <= POOL_BYTES
-        return times, self.torch.cuda.memory_allocated() - before, inside
+        return times, self.torch.cuda.memory_allocated() - before, inside, settled
 
     def touch(self, slots):
         """Makes views of these slots and answers at once."""
         for slot in slots:
-            self.view.read(Slot(**slot))
+            self.plain.read(Slot(**slot))
         return True
 
     def consume(self, slot):
         """Reads a slot, uses it on the GPU, and answers when that is done."""
-        self.view.read(Slot(**slot)).sum()
-        self.torch.cuda.current_stream().synchronize()
+        consume(self.plain, Slot(**slot))
         return True
 
     def after_death(self, slots):
         """What is read of a writer that was killed: a settled slot, and one whose copy never ran."""
         settled, unfinished = slots
         self.start()
-        self.check(settled, 1)
+        self.check(settled)
         self.refuse(unfinished)
-        wrong, accepted, _ = self.end()
-        return {"settled_right": wrong == 0, "unfinished_refused": accepted == 0}
+        counts = self.end()
+        return {"settled_right": counts["mismatches"] == 0, "unfinished_refused": counts["stale_refused"] == 1}
+
+    def close(self):
+        """Closes both views."""
+        self.view.close()
+        self.plain.close()
+
+
+def sacrifice(parent, pool):
+    """Lets a stream wait for a copy whose writer is killed then, tells what becomes of it, and waits to be killed.
+
+    Nothing here waits for the GPU after that, since it might be for ever.
+    """
+    import torch
+
+    torch.cuda.set_device(0)
+    view = CudaIpcView(Pool(**pool))
+    parent.send(("ok", None))
+    (slots,) = parent.recv()
+    settled, unfinished = (Slot(**slot) for slot in slots)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        stream = torch.cuda.current_stream()
+        consume(view, settled)  # loads the kernel, which may wait for the device
+        view.read(unfinished).sum()
+        parent.send(("ok", not stream.query()))
+        parent.recv()
+        began = time.monotonic()
+        try:
+            while not stream.query() and time.monotonic() - began < STUCK_S:
+                time.sleep(0.01)
+            seconds = time.monotonic() - began
+            outcome = f"released within {seconds:.2f} s" if stream.query() else f"stuck for {seconds:.2f} s"
+        except RuntimeError as error:
+            outcome = f"failed: {error}"
+        parent.send(("ok", outcome))
+        parent.recv()

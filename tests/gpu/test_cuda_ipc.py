@@ -1,6 +1,5 @@
 """Pools in GPU memory on a real GPU: runs `tests/gpu/run.py` once and asks for each thing that has to hold."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -8,21 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cache.pools.cuda_ipc_runtime import why_unavailable
+from tests.gpu.common import why_not
+from tests.gpu.report import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def why_not():
-    """Why this cannot run here; None where it can."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
-    if (reason := why_unavailable()) is not None:
-        return f"no CUDA for pools: {reason}"
-    import torch
-
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(360)]
 
@@ -38,21 +26,7 @@ def results(tmp_path_factory):
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "nothing read wrong",
-        "everything stale refused",
-        "without waiting for events, data would be wrong",
-        "every view inside the pool",
-        "no view copies",
-        "a view's time does not grow with its size",
-        "write bandwidth 0.9 of a plain copy (256 MiB)",
-        "at most 4 GB of device memory",
-        "dead writer's unfinished slot refused",
-        "dead writer's settled slot read",
-    ],
-)
+@pytest.mark.parametrize("what", CHECKS)
 def test_it_holds_on_this_gpu(results, what):
     assert results["verdict"][what]
 
