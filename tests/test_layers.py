@@ -32,6 +32,7 @@ ENGINE_FILES = (
     "epd/demo/*",
     "workers/*",
     "cache/ec_connector.py",
+    "cache/tensors.py",
     "cache/pools/cuda*.py",
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cache.pools.base import PoolError, PoolKindError, PoolOwner, PoolView
+from cache.pools.base import DevicePoolView, PoolError, PoolKindError, PoolOwner, PoolView
 from cache.pools.shared_memory import KIND as SHARED_MEMORY
 from cache.pools.shared_memory import SharedMemoryPool, SharedMemoryView
 from epd.hosts import this_host
@@ -19,6 +19,7 @@ __all__ = [
     "DEVICE_KINDS",
     "KINDS",
     "SHARED_MEMORY",
+    "DevicePoolView",
     "PoolError",
     "PoolKindError",
     "PoolOwner",

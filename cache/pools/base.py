@@ -70,6 +70,18 @@ class PoolView(Protocol):
         ...
 
 
+class DevicePoolView(PoolView, Protocol):
+    """A view of a pool on a device: reading from it makes a stream wait, checking does not."""
+
+    def check(self, slot: Slot) -> None:
+        """Whether a slot could be read now.
+
+        Raises:
+            StaleSlotError: `read` would raise it.
+        """
+        ...
+
+
 def check_pool_id(pool_id: str) -> None:
     """Refuses what cannot be part of a file's name.
 

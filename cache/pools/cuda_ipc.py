@@ -213,6 +213,17 @@ class CudaIpcView:
             tensor = self._show(slot)
             return tensor.clone() if copy else tensor
 
+    def check(self, slot: Slot) -> None:
+        """Whether a slot could be read now; no stream waits for anything.
+
+        Raises:
+            StaleSlotError, PoolError: as `read`.
+        """
+        record = self._table().check(slot)
+        if not record.settled:
+            with _explained(f"pool {self._pool.pool_id}: slot at {slot.offset} not checked"):
+                self._event_of(slot, record)
+
     def settle(self) -> None:
         """Marks what this process wrote and what is done since, so that it outlives this process. Costs microseconds.
 
@@ -251,14 +262,19 @@ class CudaIpcView:
         return data.view(getattr(torch, slot.dtype)).view(slot.num_tokens, slot.width)
 
     def _wait_for(self, slot: Slot, record: Record) -> None:
-        table = self._table()
-        if (event := self._events.find(record.event, table, self._runtime, self._device)) is None:
-            if not table.check(slot).settled:  # it may have settled before it died
-                raise StaleSlotError(f"{record.owner} has died, and perhaps before it had written this")
+        if (event := self._event_of(slot, record)) is None:
             return
         self._runtime.wait(event, self._device)
-        if table.check(slot)[:-1] != record[:-1]:
+        if self._table().check(slot)[:-1] != record[:-1]:
             raise StaleSlotError("written anew meanwhile")
+
+    def _event_of(self, slot: Slot, record: Record) -> int | None:
+        """The event that stands for the copy into a slot; None where that is done."""
+        table = self._table()
+        event = self._events.find(record.event, table, self._runtime, self._device)
+        if event is None and not table.check(slot).settled:  # it may have settled before it died
+            raise StaleSlotError(f"{record.owner} has died, and perhaps before it had written this")
+        return event
 
 
 class _Segment:

@@ -34,6 +34,20 @@ def test_a_reader_sees_what_was_written_once_its_stream_has_waited(opened, cuda)
     assert reader.read(make_slot()).data_ptr() == embeddings.data_ptr()  # a view of the pool, not a copy
 
 
+def test_a_slot_is_checked_without_any_stream_waiting_for_it(opened, cuda):
+    writer, reader = opened(), opened()
+    cuda.stream = "encode"
+    writer.write(make_slot(), rows(5), "w-1")
+    cuda.stream = "prefill"
+    before = list(cuda.calls)
+    reader.check(make_slot())
+    assert "wait" not in cuda.calls[len(before) :]
+    with pytest.raises(StaleSlotError):
+        reader.check(msgspec.structs.replace(make_slot(), generation=99))
+    assert torch.equal(reader.read(make_slot()), rows(5)) is False, "the copy has not run, and reading waits for it"
+    assert "wait" in cuda.calls[len(before) :]
+
+
 def test_a_write_records_its_event_before_it_publishes_and_never_waits_for_the_gpu(opened, cuda):
     opened().write(make_slot(), rows(1), "w")
     assert cuda.calls == ["copy", "wait", "record"]
@@ -169,8 +183,10 @@ def test_what_a_dead_writer_did_not_settle_is_refused_and_what_it_did_is_read(op
     writer.write(make_slot(1), rows(2), "w-1")  # settles the first
     die(writer)
     assert torch.equal(reader.read(make_slot(0)), rows(1))
-    with pytest.raises(StaleSlotError, match="w-1 has died"):
-        reader.read(make_slot(1))
+    reader.check(make_slot(0))
+    for look in (reader.read, reader.check):
+        with pytest.raises(StaleSlotError, match="w-1 has died"):
+            look(make_slot(1))
     opened().write(make_slot(2), rows(3), "w-2")  # takes over the entry of the dead one
     with pytest.raises(StaleSlotError, match="w-1 has died"):
         reader.read(make_slot(1))

@@ -10,7 +10,7 @@ import pytest
 from cache.slot import StaleSlotError
 from epd.messages import Slot
 from epd.multimodal.joined import identifier_of, patches_of
-from tests.cache.test_ec_connector import POOL, DeviceView
+from tests.cache.test_tensors import POOL, DeviceView
 
 pytestmark = pytest.mark.engine
 ITEM = identifier_of(["a", "b", "a"])
@@ -21,10 +21,11 @@ def connector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """A reader whose pool is a stand-in in this process: one that it copies out of, or one that it reads in place."""
     from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 
-    from cache import ec_connector
+    from cache import ec_connector, tensors
 
-    monkeypatch.setattr(ec_connector, "open_view", DeviceView)
-    monkeypatch.setattr(ec_connector, "DEVICE_KINDS", {POOL.kind} if request.param == "device" else set())
+    monkeypatch.setattr(tensors, "open_view", DeviceView)
+    for module in (ec_connector, tensors):
+        monkeypatch.setattr(module, "DEVICE_KINDS", {POOL.kind} if request.param == "device" else set())
     monkeypatch.setattr(ec_connector, "_verified", {})
     ec = SimpleNamespace(is_ec_producer=False, is_ec_consumer=True, ec_connector_extra_config={"min_overlap_tokens": 8})
     config = SimpleNamespace(ec_transfer_config=ec, device_config=SimpleNamespace(device="cpu"))

@@ -15,9 +15,9 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from cache.ec_connector import tensor_bytes
 from cache.pools import create, open_view
 from cache.slot import slot_bytes
+from cache.tensors import tensor_bytes
 from epd.builtin import model_path
 from epd.config import Config, PrefillConfig
 from epd.messages import Role, Slot

@@ -1,4 +1,4 @@
-"""The tensors that the EC connector puts into pools and takes out of them, by kind of pool."""
+"""The tensors that workers put into pools and take out of them, by kind of pool."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ class DeviceView:
             raise StaleSlotError(f"generation {generation} is here")
         return data
 
+    def check(self, slot):
+        self.read(slot)
+
     def settle(self):
         self.settled += 1
 
@@ -53,7 +56,7 @@ def embeddings():
 
 
 def test_embeddings_survive_a_pool_in_host_memory(embeddings) -> None:
-    from cache.ec_connector import PoolTable, read_tensor, write_tensor
+    from cache.tensors import PoolTable, read_tensor, write_tensor
 
     owner, pools = create(SHARED_MEMORY, secrets.token_hex(4), 1 << 16, True), PoolTable()
     try:
@@ -72,14 +75,14 @@ def test_embeddings_survive_a_pool_in_host_memory(embeddings) -> None:
 
 
 def test_a_pool_on_a_device_is_given_the_tensor_and_shows_it_without_a_copy(monkeypatch, embeddings) -> None:
-    from cache import ec_connector
+    from cache import tensors
 
-    monkeypatch.setattr(ec_connector, "open_view", DeviceView)
-    pools = ec_connector.PoolTable()
+    monkeypatch.setattr(tensors, "open_view", DeviceView)
+    pools = tensors.PoolTable()
     pools.update([POOL])
     slot = slot_in("device")
-    ec_connector.write_tensor(pools, slot, embeddings, "e0")
-    found = ec_connector.read_tensor(pools, slot)
+    tensors.write_tensor(pools, slot, embeddings, "e0")
+    found = tensors.read_tensor(pools, slot)
     assert found.data_ptr() == embeddings.data_ptr()
     assert tuple(found.shape) == (4, 8)
     pools.settle()
