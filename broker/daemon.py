@@ -1,7 +1,7 @@
 """The broker daemon: one loop that owns the ROUTER socket and performs what the decision core decides.
 
 It reads headers only and forwards opaque frames untouched. A malformed message is counted and logged, at most once a
-second, and costs its sender only.
+second, and costs its sender only. With `broker.record` all that the core sees is recorded (`broker.recorder`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import zmq
 
 from broker.board import Send
 from broker.core import Core
+from broker.recorder import Recorder
 from epd import held, service, wire
-from epd.config import Config
+from epd.config import Config, ConfigError
 from epd.sockets import MessageSocket
 
 log = structlog.get_logger()
@@ -31,11 +32,13 @@ class Broker:
 
     Raises:
         zmq.ZMQError: it cannot bind there.
+        ConfigError: it cannot record where it should.
     """
 
     def __init__(self, config: Config) -> None:
         # Generations start at the time in microseconds: no earlier broker of the same pools can have got so far.
-        self.core = Core(config.broker, first_generation=time.time_ns() // 1000)
+        first_generation = time.time_ns() // 1000
+        self.core = Core(config.broker, first_generation)
         self._context = zmq.Context()
         sock = self._context.socket(zmq.ROUTER)
         sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
@@ -48,6 +51,16 @@ class Broker:
             self._context.destroy(linger=0)
             raise
         self.address: str = sock.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._recorder: Recorder | None = None
+        if config.broker.record:
+            try:
+                self._recorder = Recorder(
+                    config.broker.record, config.broker.record_bytes, config.broker, first_generation
+                )
+            except OSError as error:
+                self._context.destroy(linger=0)
+                raise ConfigError(f"broker.record {config.broker.record}: {error.strerror or error}") from None
+            log.info("recording", file=str(self._recorder.path))
         self._bound = sock
         self._socket: MessageSocket | None = None
         self.num_malformed = 0
@@ -59,10 +72,16 @@ class Broker:
         try:
             while True:
                 await asyncio.sleep(TICK_S)
-                self.core.board.process_held = held.of_process()
-                self._perform(self.core.tick(time.monotonic()))
+                now, process_held = time.monotonic(), held.of_process()
+                self.core.board.process_held = process_held
+                sends = self.core.tick(now)
+                if self._recorder:
+                    self._recorder.tick(now, process_held, sends)
+                self._perform(sends)
         finally:
             self._socket.close()
+            if self._recorder:
+                self._recorder.close()
 
     def close(self) -> None:
         """Closes the socket; after `serve` has ended."""
@@ -75,11 +94,14 @@ class Broker:
         except wire.WireError as error:
             self._complain(peer_id, str(error))
             return
+        now = time.monotonic()
         try:
-            sends = self.core.handle(peer_id, message, frames, time.monotonic())
+            sends = self.core.handle(peer_id, message, frames, now)
         except Exception:  # an error in the core is ours, but one request's message must not end all others
             log.exception("not handled", peer=peer_id, command=type(message).__name__)
             sends = self.core.board.take()
+        if self._recorder:
+            self._recorder.message(now, peer_id, parts[1:], sends)
         self._perform(sends)
 
     def _perform(self, sends: list[Send]) -> None:

@@ -32,6 +32,9 @@ class BrokerConfig(_Section):
     A request that loses a worker is tried `max_attempts` times in all. While a stage (or the cache) has been absent for
     less than `absence_grace_s`, requests and uploads wait for it; 0 refuses them at once. A worker that holds
     something and whose engine makes no step for `hung_after_s` is taken for lost, and ends itself.
+
+    `record` is a folder where the broker records what it sees, for `epd replay`: no pixels and no prompts, but the
+    numbers of the tokens of answers. A recording ends after `record_bytes`; of earlier ones as much is kept.
     """
 
     address: str = "tcp://127.0.0.1:5840"
@@ -49,6 +52,8 @@ class BrokerConfig(_Section):
     max_attempts: int = 3
     absence_grace_s: float = 30.0
     hung_after_s: float = 60.0
+    record: str = ""
+    record_bytes: int = 1 << 30
 
 
 class CacheConfig(_Section):

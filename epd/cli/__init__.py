@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "run a pipeline with the built-in model and show what it does"),
     "models": ("models", "say what a model's pictures, videos and sounds are spread by"),
     "ask": ("ask", "ask a running endpoint a question, with or without pictures, videos and sounds"),
+    "replay": ("replay", "do again what a broker has recorded"),
     "memory": ("memory", "show what a model needs on one GPU, by stage"),
     "endpoint": ("daemons", "run the HTTP endpoint"),
     "broker": ("daemons", "run the broker"),

@@ -271,6 +271,8 @@ class CoreMachine(UnluckyPeers):
         assert not self.world.core.board.legs
         assert self.world.core.board.counters().cache_bytes_pinned == 0
         assert self.world.core.board.counters().cache_bytes_quarantined == 0
+        with self.folder:
+            assert self.world.core.replayed().first_difference == 0, "the same events give the same decisions"
 
 
 @pytest.mark.timeout(3600)

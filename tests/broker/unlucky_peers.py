@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
@@ -10,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine
 from epd import messages as m
 from epd.config import BrokerConfig
 from epd.messages import Role
+from tests.broker.recorded import RecordedCore
 from tests.broker.world import SLOT_BYTES, World, decode_info, encode_info, prefill_info
 
 NAMES = {
@@ -64,6 +67,8 @@ class UnluckyPeers(RuleBasedStateMachine):
             hung_after_s=20,
         )  # fmt: skip
         self.world = World(config)
+        self.folder = tempfile.TemporaryDirectory()
+        self.world.core = RecordedCore(config, Path(self.folder.name))
         self.live: dict[str, str] = {}  # the incarnation of each name that is there
         self.jobs: dict[str, list[m.EncodeJob]] = {}
         self.legs: dict[str, dict[str, Leg]] = {}  # by incarnation, also of those that are gone

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.servers import Running, plain_vllm
+from broker.replay import replay
 from tests.pipeline.chats import ask, tokens
 from tests.soak.leftovers import descendants, pool_files, pools_of
 from tests.soak.outcomes import Choices
@@ -30,7 +31,10 @@ def soak(plan: Plan) -> Result:
     prompts = make_prompts()
     truths = plain_answers(prompts)
     before = set(descendants(os.getpid()))
-    running = Running(soak_config(), restart=True, **WORKERS)
+    recordings = tempfile.TemporaryDirectory()
+    config = soak_config()
+    config.broker.record = recordings.name
+    running = Running(config, restart=True, **WORKERS)
     run_dir = running.pipeline.run_dir
     pools: set[Path] = set()
     closed = False
@@ -52,8 +56,24 @@ def soak(plan: Plan) -> Result:
         if not closed:
             with contextlib.suppress(Exception):
                 running.close()
+    with recordings:
+        result.complaints += replays(Path(recordings.name), 1 + result.faults.get("kill broker", 0))
     result.complaints += leftovers(before, run_dir, pools, running)
     return result
+
+
+def replays(folder: Path, num_brokers: int) -> list[str]:
+    """What is wrong with the recordings of all brokers there were, most of which were killed."""
+    found = []
+    files = sorted(folder.iterdir())
+    if len(files) < num_brokers:
+        found.append(f"{len(files)} recordings of {num_brokers} brokers")
+    for path in files:
+        with path.open("rb") as file:
+            done = replay(file)
+        if done.errors or done.first_difference:
+            found.append(f"{path.name}: differs from event {done.first_difference} on; {done.errors}")
+    return found
 
 
 @contextlib.contextmanager
