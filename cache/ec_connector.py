@@ -63,13 +63,14 @@ class Written:
     """What a model runner has written since it was last asked: jobs that are in their slots, and why others are not.
 
     Those that are `storing` are on their way to a slot of another host; `unstored` are done but for a pool that could
-    not be reached, which is no fault of theirs.
+    not be reached, which is no fault of theirs. `num_unsettled` copies on a device are not known to have run.
     """
 
     done: set[str] = dataclasses.field(default_factory=set)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     unstored: dict[str, str] = dataclasses.field(default_factory=dict)
     storing: set[str] = dataclasses.field(default_factory=set)
+    num_unsettled: int = 0
 
 
 def take_written(worker: Any) -> Written:
@@ -103,6 +104,7 @@ class PatchCacheConnector(ECConnectorBase):
         self._write_slots: dict[str, Slot] = {}
         self._read_slots: dict[str, Slot] = {}
         self._fetching: dict[str, Slot] = {}
+        self._unwritten: dict[str, Slot] = {}
         self._readers: dict[str, set[str]] = {}
         self._wants: dict[str, set[str]] = {}
         self._needed: dict[str, list[str]] = {}
@@ -130,7 +132,7 @@ class PatchCacheConnector(ECConnectorBase):
             self._readers.setdefault(patch_hash, set()).add(request_id)
 
     def patch_ready(self, patch_hash: str, slot: Slot) -> Future[memoryview] | None:
-        """Reads and verifies a slot; from now on its patch is available.
+        """Reads and verifies a slot; from now on its patch is available, or from when `look_at_unwritten` finds it so.
 
         Returns:
             None, but for a slot of another host: when it has been fetched, which `patch_fetched` is then to be told.
@@ -146,12 +148,31 @@ class PatchCacheConnector(ECConnectorBase):
                 return None
             self._fetching[patch_hash] = slot
             return view.fetch(slot)
-        if view.pool.kind in DEVICE_KINDS:
-            cast(DevicePoolView, view).check(slot)  # it is read beside the model runner, whose stream then waits for it
+        if view.pool.kind in DEVICE_KINDS:  # it is read beside the model runner
+            self._unwritten.pop(patch_hash, None)
+            if not cast(DevicePoolView, view).check(slot):
+                self._unwritten[patch_hash] = slot
+                return None
         else:
             _verified[patch_hash] = read_tensor(self._pools, slot)
         self._read_slots[patch_hash] = slot
         return None
+
+    @property
+    def num_unwritten(self) -> int:
+        """Patches on a device whose writer has said that they are there, and whose copy has not run yet."""
+        return len(self._unwritten)
+
+    def look_at_unwritten(self) -> list[tuple[str, Slot, str]]:
+        """Makes those available that are written by now; returns those that never will be, with the reason."""
+        stale = []
+        waiting, self._unwritten = self._unwritten, {}
+        for patch_hash, slot in waiting.items():
+            try:
+                self.patch_ready(patch_hash, slot)
+            except StaleSlotError as error:
+                stale.append((patch_hash, slot, str(error)))
+        return stale
 
     def patch_fetched(self, patch_hash: str, slot: Slot, fetch: Future[memoryview]) -> None:
         """A fetch that `patch_ready` has begun is done; from now on its patch is available, if it is still wanted.
@@ -183,6 +204,7 @@ class PatchCacheConnector(ECConnectorBase):
                 del self._readers[patch_hash]
                 self._read_slots.pop(patch_hash, None)
                 self._fetched.pop(patch_hash, None)
+                self._unwritten.pop(patch_hash, None)
                 _verified.pop(patch_hash, None)
 
     def forget_job(self, job: str) -> None:
@@ -202,7 +224,7 @@ class PatchCacheConnector(ECConnectorBase):
     @property
     def num_held(self) -> int:
         """Patches held or being fetched for requests, plus write slots of jobs that are not done."""
-        return len(self._read_slots) + len(self._fetching) + len(self._write_slots)
+        return sum(map(len, (self._read_slots, self._fetching, self._unwritten, self._write_slots)))
 
     # ---- called by vLLM beside the scheduler -----------------------------------------------------------------------
 
@@ -295,7 +317,7 @@ class PatchCacheConnector(ECConnectorBase):
 
     def take_report(self) -> Written:
         """What was written since the last call."""
-        self._pools.settle()
+        self._report.num_unsettled = self._pools.settle()
         for name in [name for name, store in self._stores.items() if store.done()]:
             if (error := self._stores.pop(name).exception()) is None:
                 self._report.done.add(name)

@@ -50,10 +50,9 @@ class PoolTable:
             reason = self._closed.get(slot.pool_id, f"pool {slot.pool_id} is gone")
             raise StaleSlotError(reason) from None
 
-    def settle(self) -> None:
-        """Lets every pool note which of this process's writes have been done."""
-        for view in self._views.values():
-            view.settle()
+    def settle(self) -> int:
+        """Lets every pool note which of this process's writes have been done; returns how many have not."""
+        return sum(view.settle() for view in self._views.values())
 
     def close(self) -> None:
         """Closes all of them."""

@@ -78,6 +78,7 @@ class DecodeStage(ReadingStage):
 
     def step(self) -> bool:
         """Decodes one token of every request that has its KV."""
+        self._look_at_slots()
         outputs, executed = self.engine.step()
         for output in outputs:
             request_id = output.request_id
@@ -144,7 +145,8 @@ class DecodeStage(ReadingStage):
             return 0.0
         if self._arriving and num_idle_steps < _NUM_FAST_POLLS:
             return _ARRIVING_POLL_S
-        return _WAIT_POLL_S
+        slots_s = super().poll_s(num_idle_steps)
+        return _WAIT_POLL_S if slots_s is None else slots_s
 
     def held(self) -> dict[str, int]:
         """As `Stage`, and the requests that this stage knows."""

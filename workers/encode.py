@@ -7,7 +7,7 @@ import time
 from epd.messages import DropEncode, Encode, Encoded, EncodedJob, EncodeFailed, EncodeJob, Message, Role
 from workers.stage import Frames, Stage, ever_later
 
-# How often it is looked whether a slot of another host is written: at first, and at most.
+# How often it is looked whether slots are written, of another host or on a device: at first, and at most.
 _STORE_POLL_S = (0.0005, 0.02)
 
 
@@ -24,6 +24,7 @@ class EncodeStage(Stage):
         self.info = with_units(self.info, prove_units(self.engine))
         self._jobs: dict[str, EncodeJob] = {}
         self._storing: dict[str, float] = {}  # what is on its way to another host, and how long it took to encode
+        self._num_unsettled = 0
 
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in ENCODE and DROP_ENCODE."""
@@ -73,6 +74,7 @@ class EncodeStage(Stage):
         num_new = len((written.done | written.storing) - self._storing.keys())
         share_s = {name: self._storing.get(name, took_s / max(1, num_new)) for name in written.done | written.storing}
         self._storing = {name: share_s[name] for name in written.storing}
+        self._num_unsettled = written.num_unsettled
         done = [(share_s[name], job) for name in written.done if (job := self._end(name))]
         if done:
             jobs = [EncodedJob(job_id=job.job_id, generation=job.slot.generation) for _, job in done]
@@ -96,12 +98,12 @@ class EncodeStage(Stage):
         return self._jobs.pop(name, None)
 
     def has_work(self) -> bool:
-        """As `Stage`; also while embeddings are on their way to another host."""
-        return super().has_work() or bool(self._storing)
+        """As `Stage`; also while embeddings are on their way to another host, or copies on a device have not run."""
+        return super().has_work() or bool(self._storing or self._num_unsettled)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
-        """What another host stores is looked after ever less often; else a step only clears what has finished."""
-        if self._storing:
+        """What is being written is looked after ever less often; else a step only clears what has finished."""
+        if self._storing or self._num_unsettled:
             return ever_later(_STORE_POLL_S, num_idle_steps)
         return 0.0 if num_idle_steps < 3 else 0.05
 

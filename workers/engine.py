@@ -300,6 +300,7 @@ class Engine:
             written.failed |= report.failed
             written.unstored |= report.unstored
             written.storing |= report.storing
+            written.num_unsettled += report.num_unsettled
         return written
 
     def pack(self, output: EngineCoreOutput) -> list[bytes]:

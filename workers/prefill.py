@@ -79,6 +79,7 @@ class PrefillStage(ReadingStage):
     def step(self) -> bool:
         """Prefills what is ready, and notices pushes that are done."""
         started = time.monotonic()
+        self._look_at_slots()
         outputs, executed = self.engine.step()
         for output in outputs:
             leg = self._legs.get(output.request_id)
@@ -127,6 +128,8 @@ class PrefillStage(ReadingStage):
 
     def poll_s(self, num_idle_steps: int) -> float | None:
         """A push in flight is looked after ever less often; patches announce themselves."""
+        if (slots_s := super().poll_s(num_idle_steps)) is not None:
+            return slots_s
         return ever_later(_PUSH_POLL_S, num_idle_steps) if self._pushing else _PATCH_POLL_S
 
     def held(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the stages that read embeddings share: slots that are ready are read, or fetched while the engine goes on.
+"""What the stages that read embeddings share: slots that are ready are read, or waited for while the engine goes on.
 
 Lives in a worker's engine thread.
 """
@@ -12,7 +12,9 @@ from functools import partial
 
 from cache.slot import StaleSlotError
 from epd.messages import PatchReady
-from workers.stage import Stage
+from workers.stage import Stage, ever_later
+
+_SLOT_POLL_S = (0.0002, 0.005)
 
 
 class ReadingStage(Stage):
@@ -36,6 +38,17 @@ class ReadingStage(Stage):
         except StaleSlotError as error:
             for request_id in self.engine.connector.readers(patch.patch_hash):
                 self._stale(request_id, patch, str(error))
+
+    def _look_at_slots(self) -> None:
+        """Patches on a device may have been written since."""
+        for patch_hash, slot, reason in self.engine.connector.look_at_unwritten():
+            patch = PatchReady(patch_hash=patch_hash, slot=slot)
+            for request_id in self.engine.connector.readers(patch_hash):
+                self._stale(request_id, patch, reason)
+
+    def poll_s(self, num_idle_steps: int) -> float | None:
+        """Slots that are not written yet are looked at ever less often."""
+        return ever_later(_SLOT_POLL_S, num_idle_steps) if self.engine.connector.num_unwritten else None
 
     @abc.abstractmethod
     def _stale(self, request_id: str, patch: PatchReady, reason: str) -> None:

@@ -61,8 +61,8 @@ class PoolView(Protocol):
         """
         ...
 
-    def settle(self) -> None:
-        """Notes which of this process's writes have been done; pools whose writes are done at once do nothing."""
+    def settle(self) -> int:
+        """Notes which of this process's writes have been done, and tells how many have not; 0 where all are at once."""
         ...
 
     def close(self) -> None:
@@ -71,13 +71,13 @@ class PoolView(Protocol):
 
 
 class DevicePoolView(PoolView, Protocol):
-    """A view of a pool on a device: reading from it makes a stream wait, checking does not."""
+    """A view of a pool on a device, where a slot is written some time after its writer has said so."""
 
-    def check(self, slot: Slot) -> None:
-        """Whether a slot could be read now.
+    def check(self, slot: Slot) -> bool:
+        """Whether a slot is written, so that from now on `read` waits for nothing; asked without waiting.
 
         Raises:
-            StaleSlotError: `read` would raise it.
+            StaleSlotError: the slot holds anything else, or may never be written since its writer is dead.
         """
         ...
 

@@ -5,7 +5,8 @@ Lives in the cache daemon (`CudaIpcPool`, which owns the memory and the header t
 opening and closing. A view belongs to one thread; a process may have several of one pool.
 
 **Handover.** A writer puts its copy on its stream, records an event behind it, and publishes the header, which names
-the event. A reader checks the header, lets its stream wait for that event and gets a tensor that shows the slot. Each
+the event. A reader checks the header, and `read` lets its stream wait for that event and gives a tensor that shows the
+slot. Workers `check` first, which asks whether the event is done, and read when it is (ADR 18). Each
 writer has a ring of events and publishes their handles once. When an event comes round again while a reader has not
 waited yet, the reader waits for a later copy than it needs: before an event is recorded anew, the stream waits for its
 previous record, whatever stream that was on, so a record always covers the ones before it.
@@ -16,8 +17,8 @@ no event and outlives its writer. A slot that is not settled and whose writer is
 that dies between this check and the end of its copy. `write` returns before the encoder has run, so that takes as long
 as all that is queued on the writer's stream: up to hundreds of milliseconds. A stream that waits for the event then may
 wait for ever, and with it all that waits for the whole device, as unmapping the pool does. The worker's engine hangs,
-the worker ends when that has lasted `broker.hung_after_s`, and its supervisor starts another. To be safe from it, the
-CPU would have to wait for each copy, which is what events are there to avoid. `tests/gpu/run.py` tells what a GPU does.
+the worker ends when that has lasted `broker.hung_after_s`, and its supervisor starts another. A reader that has seen
+`check` succeed is safe from it: nothing waits then, and the slot is settled. `tests/gpu/run.py` tells what a GPU does.
 
 **Reuse.** A reader's view shows the pool itself, so a slot must not be written while a step that reads it may still
 run. The index keeps it pinned until PREFILLED, which the prefill worker says after the step. A copy of a slot that was
@@ -213,26 +214,40 @@ class CudaIpcView:
             tensor = self._show(slot)
             return tensor.clone() if copy else tensor
 
-    def check(self, slot: Slot) -> None:
-        """Whether a slot could be read now; no stream waits for anything.
+    def check(self, slot: Slot) -> bool:
+        """Whether the copy into a slot is done; if so it is settled, and `read` will not fail for its writer's death.
 
         Raises:
             StaleSlotError, PoolError: as `read`.
         """
-        record = self._table().check(slot)
-        if not record.settled:
-            with _explained(f"pool {self._pool.pool_id}: slot at {slot.offset} not checked"):
-                self._event_of(slot, record)
+        table = self._table()
+        record = table.check(slot)
+        if record.settled:
+            return True
+        with _explained(f"pool {self._pool.pool_id}: slot at {slot.offset} not checked"):
+            event = self._event_of(slot, record)
+            if event is not None and not self._runtime.is_done(event):
+                return False
+            if event is not None and self._event_of(slot, record) is None:
+                return True
+        if table.check(slot)[:-1] != record[:-1]:
+            raise StaleSlotError("written anew meanwhile")
+        table.settle(table.position(slot), slot.generation)
+        return True
 
-    def settle(self) -> None:
+    def settle(self) -> int:
         """Marks what this process wrote and what is done since, so that it outlives this process. Costs microseconds.
+
+        Returns:
+            How many copies are not known to be done.
 
         Raises:
             PoolError: CUDA fails.
         """
-        if self._writer is not None:
-            with _explained(f"pool {self._pool.pool_id}: a copy has failed"):
-                self._writer.settle()
+        if self._writer is None:
+            return 0
+        with _explained(f"pool {self._pool.pool_id}: a copy has failed"):
+            return self._writer.settle()
 
     def close(self) -> None:
         """Settles what this process wrote, and closes the view; its memory is unmapped with the last tensor of it.

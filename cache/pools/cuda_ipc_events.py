@@ -90,15 +90,19 @@ class Writer:
             if other != number and start <= first < last <= end:
                 self._cover(other, 0, 0)
 
-    def settle(self) -> None:
-        """Marks the copies that are done. A copy whose event came round again counts with the later one."""
+    def settle(self) -> int:
+        """Marks the copies that are done; returns how many are not.
+
+        A copy whose event came round again counts with the later one.
+        """
         while self._pending:
             position, (number, generation) = next(iter(self._pending.items()))
             if not self._runtime.is_done(self._ring[number]):
-                return
+                break
             self._table.settle(position, generation)
             self._cover(number, 0, 0)
             del self._pending[position]
+        return len(self._pending)
 
     def finish(self) -> None:
         """Waits until all is done, and marks it."""

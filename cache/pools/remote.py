@@ -95,8 +95,9 @@ class RemoteView:
         """Fetches a slot and waits for it; raises what `fetch` does."""
         return self.fetch(slot).result()
 
-    def settle(self) -> None:
+    def settle(self) -> int:
         """Nothing to note: `store` tells when a write is done."""
+        return 0
 
     def close(self) -> None:
         """Ends what is under way, and the thread. Closing twice is fine."""

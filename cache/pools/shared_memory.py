@@ -115,8 +115,9 @@ class SharedMemoryView:
         """
         return slots.read(self.memory, slot, self._pool.checksum, copy)
 
-    def settle(self) -> None:
+    def settle(self) -> int:
         """Nothing to note: a write is done when it returns."""
+        return 0
 
     def close(self) -> None:
         """Unmaps the segment, or leaves that to the last slot that was read without a copy and is still in use."""

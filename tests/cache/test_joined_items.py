@@ -67,6 +67,31 @@ def load(connector: Any, request: Any) -> dict[str, Any]:
     return cache
 
 
+@pytest.mark.parametrize("connector", ["device"], indirect=True)
+def test_a_patch_on_a_device_is_available_once_it_is_written(connector: Any) -> None:
+    connector.expect("r", ["a", "b"])
+    slots = {"a": slot_of(connector, 1, 2), "b": slot_of(connector, 2, 1)}
+    view = connector._pools.view(slots["a"])
+    view.unwritten = {slot.offset for slot in slots.values()}
+    for name, slot in slots.items():
+        connector.patch_ready(name, slot)
+    assert (connector.num_unwritten, connector.num_held) == (2, 2)
+    assert connector.look_at_unwritten() == []
+    assert not connector.has_cache_item("a")
+    view.unwritten.discard(slots["a"].offset)
+    del view.tensors[slots["b"].offset]  # its writer has died
+    [(name, slot, reason)] = connector.look_at_unwritten()
+    assert (name, slot) == ("b", slots["b"])
+    assert "is here" in reason
+    assert connector.has_cache_item("a")
+    assert (connector.num_unwritten, connector.num_held) == (0, 1)
+    connector.expect("r", ["c"])
+    view.unwritten = {3 << 10}
+    connector.patch_ready("c", slot_of(connector, 3, 1))
+    connector.forget("r")
+    assert (connector.num_unwritten, connector.num_held) == (0, 0)
+
+
 def test_an_item_is_available_when_all_its_patches_are(connector: Any) -> None:
     connector.expect("r", patches_of(ITEM))
     request = request_of("c", ITEM)

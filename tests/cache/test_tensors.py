@@ -19,7 +19,7 @@ class DeviceView:
     """A stand-in for a pool on a device: it takes and gives tensors."""
 
     def __init__(self, pool: Pool) -> None:
-        self.pool, self.tensors, self.settled = pool, {}, 0
+        self.pool, self.tensors, self.settled, self.unwritten = pool, {}, 0, set()
 
     def write(self, slot, data, owner):
         self.tensors[slot.offset] = (slot.generation, owner, data)
@@ -32,9 +32,11 @@ class DeviceView:
 
     def check(self, slot):
         self.read(slot)
+        return slot.offset not in self.unwritten
 
     def settle(self):
         self.settled += 1
+        return len(self.unwritten)
 
     def close(self):
         self.tensors.clear()

@@ -128,6 +128,11 @@ class Connector:
     def take_needed(self) -> dict[str, list[str]]:
         return {}
 
+    def look_at_unwritten(self) -> list[Any]:
+        return []
+
+    num_unwritten = 0
+
 
 @dataclasses.dataclass
 class Written:
@@ -137,6 +142,7 @@ class Written:
     failed: dict[str, str] = dataclasses.field(default_factory=dict)
     unstored: dict[str, str] = dataclasses.field(default_factory=dict)
     storing: set[str] = dataclasses.field(default_factory=set)
+    num_unsettled: int = 0
 
 
 class Engine:

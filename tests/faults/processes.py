@@ -247,7 +247,7 @@ class WorkerProcess(Peer):
         self.stage.engine = self.engine  # type: ignore[assignment]
         match self.stage:
             case EncodeStage():
-                self.stage._jobs, self.stage._storing = {}, {}
+                self.stage._jobs, self.stage._storing, self.stage._num_unsettled = {}, {}, 0
             case PrefillStage():
                 self.stage._legs, self.stage._pushing = {}, set()
             case DecodeStage():

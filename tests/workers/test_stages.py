@@ -36,11 +36,17 @@ class StandIn:
         self.is_last = False
         self.given: list[tuple] = []
         self.lacking: set[str] = set()
-        self.written = SimpleNamespace(done={"1"}, failed={}, unstored={}, storing=set())
+        self.written = SimpleNamespace(done={"1"}, failed={}, unstored={}, storing=set(), num_unsettled=0)
         self.has_requests = lambda: False
         nothing = lambda *_: None  # noqa: E731
         self.connector = SimpleNamespace(
-            forget=nothing, forget_job=nothing, patch_ready=nothing, expect=nothing, take_needed=dict
+            forget=nothing,
+            forget_job=nothing,
+            patch_ready=nothing,
+            expect=nothing,
+            take_needed=dict,
+            look_at_unwritten=list,
+            num_unwritten=0,
         )
 
     def info(self) -> m.WorkerInfo:
@@ -75,7 +81,10 @@ class StandIn:
         return outputs, True
 
     def take_written(self) -> SimpleNamespace:
-        written, self.written = self.written, SimpleNamespace(done=set(), failed={}, unstored={}, storing=set())
+        written, self.written = (
+            self.written,
+            SimpleNamespace(done=set(), failed={}, unstored={}, storing=set(), num_unsettled=0),
+        )
         return written
 
     def holds(self, request_id: str) -> bool:
@@ -130,7 +139,7 @@ def test_a_draining_encode_worker_hands_back_what_it_has_not_started(said: list[
 def test_what_is_on_its_way_to_another_host_is_reported_when_it_is_there(said: list[m.Message]) -> None:
     stage, engine = make(EncodeStage, said)
     stage.handle(m.Encode(jobs=[job(1), job(2), job(3)]), [])
-    engine.written = SimpleNamespace(done={"1"}, failed={}, unstored={}, storing={"2", "3"})
+    engine.written = SimpleNamespace(done={"1"}, failed={}, unstored={}, storing={"2", "3"}, num_unsettled=0)
     engine.outputs = [SimpleNamespace(request_id=name, finished=True, finish_reason="length") for name in "123"]
     stage.step()
     assert [[one.job_id for one in each.jobs] for each in said] == [[1]]
@@ -139,7 +148,9 @@ def test_what_is_on_its_way_to_another_host_is_reported_when_it_is_there(said: l
     took_s = said[0].took_s
     stage.handle(m.DropEncode(job_id=2), [])
     assert not engine.aborted, "it is in its slot soon"
-    engine.written = SimpleNamespace(done={"2"}, failed={}, unstored={"3": "its host does not answer"}, storing=set())
+    engine.written = SimpleNamespace(
+        done={"2"}, failed={}, unstored={"3": "its host does not answer"}, storing=set(), num_unsettled=0
+    )
     stage.step()
     assert [one.job_id for one in said[1].jobs] == [2]
     assert said[1].took_s == pytest.approx(took_s), "what its encoding took"
@@ -151,9 +162,12 @@ def test_what_is_on_its_way_to_another_host_is_reported_when_it_is_there(said: l
 def test_an_encode_worker_that_loses_its_broker_waits_for_what_is_on_its_way(said: list[m.Message]) -> None:
     stage, engine = make(EncodeStage, said)
     stage.handle(m.Encode(jobs=[job(1)]), [])
-    engine.written = SimpleNamespace(done=set(), failed={}, unstored={}, storing={"1"})
+    engine.written = SimpleNamespace(done=set(), failed={}, unstored={}, storing={"1"}, num_unsettled=0)
     stage.step()
-    ways = [SimpleNamespace(done=set(), failed={}, unstored={}, storing=set(storing)) for storing in (["1"], [])]
+    ways = [
+        SimpleNamespace(done=set(), failed={}, unstored={}, storing=set(storing), num_unsettled=0)
+        for storing in (["1"], [])
+    ]
     engine.take_written = lambda: ways.pop(0)
     stage.reset()
     assert not ways, "the next broker's first job is number 1 too"
@@ -291,3 +305,31 @@ def test_a_prefill_worker_keeps_no_kv_for_an_answer_of_one_token(said: list[m.Me
     stage.step()
     assert [(one.token_ids, one.finish_reason) for one in said] == [([5], "length")]
     assert not stage._pushing
+
+
+def test_an_encode_worker_looks_after_copies_that_have_not_run(said: list[m.Message]) -> None:
+    stage, engine = make(EncodeStage, said)
+    stage.handle(m.Encode(jobs=[job(1)]), [])
+    engine.written.num_unsettled = 1
+    stage.step()
+    assert [one.job_id for one in said[-1].jobs] == [1], "readers see when it is written"
+    assert stage.has_work(), "should it die, only what is settled can be read"
+    assert 0 < stage.poll_s(1) < 0.01
+    stage.step()
+    assert not stage.has_work()
+
+
+@pytest.mark.parametrize("kind", [PrefillStage, DecodeStage])
+def test_slots_that_are_not_written_yet_are_looked_at_often_and_may_never_be(said: list[m.Message], kind: type) -> None:
+    stage, engine = make(kind, said)
+    peer = m.KvPeer(engine_id="e", host="h", port=1)
+    stage.handle(m.Prefill(request_id="r~1") if kind is PrefillStage else m.Decode(request_id="r~1", prefill=peer), [])
+    engine.kv_arrived = lambda: False
+    slow_s = stage.poll_s(5)
+    engine.connector.num_unwritten = 1
+    assert stage.poll_s(5) < slow_s
+    engine.connector.readers = lambda _: ["r~1"]
+    engine.connector.look_at_unwritten = lambda: [("h", job(7).slot, "its writer is dead")]
+    stage.step()
+    assert said[0].request_id == "r~1"
+    assert "its writer is dead" in (said[0].reason if kind is PrefillStage else said[0].message)
