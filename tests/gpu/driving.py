@@ -29,6 +29,7 @@ def drive(parent, pool, peer, num_writes):
         "correctness": writer.correctness(num_writes),
         "without_events": writer.control(),
         "two_views": writer.two_views(),
+        "looked_at": writer.looked_at(),
         "reuse": writer.reuse(),
     }
     source = pattern(500_000_000, 3).view(torch.bfloat16)
@@ -163,6 +164,13 @@ class Writer:
         counts = self.ask("end")
         with torch.cuda.stream(other):
             return {"reader": counts, "writer_mismatches": int(wrong.item())}
+
+    def looked_at(self):
+        """Slots whose copy is pending, looked at until it has run and then read without waiting, as workers do it."""
+        for index in range(20):
+            self.torch.cuda._sleep(SLEEP_CYCLES)
+            self.peer.send(("look_until_written", self.write(self.slot(index * 2 * MIB, MIB))))
+        return self.ask("end")
 
     def reuse(self):
         """Slots given away anew, at the same offset or another, while a copy is pending: how many are wrong, of 20."""

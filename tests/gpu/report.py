@@ -30,6 +30,11 @@ CHECKS = {
     "one read in 10 waited for a pending copy": _one_in(10, "waited_for_pending"),
     "without waiting for events, data would be wrong": lambda results: results["without_events"]["mismatches"] > 0,
     "several views of one process read right": _two_views,
+    "what is looked at until it is written is read right, and waits for nothing": lambda results: (
+        results["looked_at"]["checked"] == 20
+        and results["looked_at"]["looks"] > 0
+        and results["looked_at"]["mismatches"] == results["looked_at"]["waited"] == 0
+    ),
     "a slot given away anew holds what was written last": lambda results: set(results["reuse"].values()) == {0},
     "every view inside the pool": lambda results: all(row["inside_pool"] for row in results["views"].values()),
     "no view allocates": lambda results: all(row["bytes_allocated"] == 0 for row in results["views"].values()),
@@ -59,6 +64,7 @@ def table(results):
         "wrong without waiting for events, of 100": results["without_events"]["mismatches"],
         "two views of the reader: wrong": results["two_views"]["reader"]["mismatches"],
         "a view that did not write, in the writer: wrong": results["two_views"]["writer_mismatches"],
+        "looked at until written: wrong, of 20": results["looked_at"]["mismatches"],
         **{f"given away anew, by {who}: wrong, of 20": wrong for who, wrong in results["reuse"].items()},
         **results["dead_writer"],
         "device_memory_bytes": results["device_memory_bytes"],

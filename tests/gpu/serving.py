@@ -137,7 +137,7 @@ class Reader:
     def start(self):
         """A new batch."""
         self.bad = self.torch.zeros((), dtype=self.torch.int64, device="cuda")
-        self.checked = self.stale_accepted = self.stale_refused = 0
+        self.checked = self.stale_accepted = self.stale_refused = self.looks = 0
         self.runtime.waited = self.runtime.pending = 0
 
     def check(self, slot):
@@ -152,6 +152,14 @@ class Reader:
     def _check(self, view, slot):
         self.bad += differs(view.read(slot), slot)
         self.checked += 1
+
+    def look_until_written(self, slot):
+        """Looks at a slot until it is written, for `STUCK_S` at most, then reads it, which must not wait any more."""
+        until = time.monotonic() + STUCK_S
+        while not self.view.check(Slot(**slot)) and time.monotonic() < until:
+            self.looks += 1
+            time.sleep(0.0002)
+        self.check(slot)
 
     def refuse(self, slot):
         """Reads a slot that must be refused."""
@@ -170,6 +178,7 @@ class Reader:
             "stale_refused": self.stale_refused,
             "waited": self.runtime.waited,
             "waited_for_pending": self.runtime.pending,
+            "looks": self.looks,
         }
         self.start()
         return counts
