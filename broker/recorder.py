@@ -12,6 +12,7 @@ tokens. What cannot be written ends the recording and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import zlib
@@ -70,7 +71,7 @@ class Recorder:
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         head = (FORMAT, __version__, began, msgspec.to_builtins(config), first_generation)
         self._write(dict(zip(HEAD_FIELDS, head, strict=True)))
-        self._file.flush()
+        self._flush()
 
     def message(self, now: float, peer_id: str, parts: Sequence[bytes], sends: Iterable[Send]) -> None:
         """A message, as the frames that came (`epd.wire`), and what the core sent for it."""
@@ -83,10 +84,7 @@ class Recorder:
         if self._file.closed:
             return
         self._write([now, dict(process_held), digest(sends)])
-        try:
-            self._file.flush()
-        except OSError as error:
-            self._stop(str(error))
+        self._flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -106,9 +104,18 @@ class Recorder:
         except OSError as error:
             self._stop(str(error))
 
+    def _flush(self) -> None:
+        """A file that is full is no reason not to start, nor to stop."""
+        try:
+            if not self._file.closed:
+                self._file.flush()
+        except OSError as error:
+            self._stop(str(error))
+
     def _stop(self, reason: str) -> None:
         log.warning("flight recorder stopped", file=str(self.path), reason=reason)
-        self.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _make_room(folder: Path, max_bytes: int) -> None:

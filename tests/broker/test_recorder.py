@@ -128,16 +128,16 @@ def test_earlier_recordings_go_the_oldest_first_and_nobody_else_reads_them(tmp_p
     assert recorder.path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_disk_that_is_full_ends_the_recording_only(tmp_path: Path) -> None:
-    recorder = Recorder(str(tmp_path), 1 << 20, BrokerConfig(), 1)
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, recorder._file.fileno())
-    os.close(full)
-    with capture_logs() as logs:
-        recorder.tick(1.0, {}, [])
-        recorder.tick(2.0, {}, [])
-        recorder.close()
-    assert "No space left" in logs[0]["reason"]
+def test_a_disk_that_is_full_ends_the_recording_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_open = os.open
+    with monkeypatch.context() as patch, capture_logs() as logs:
+        patch.setattr(os, "open", lambda *_: really_open("/dev/full", os.O_WRONLY))
+        recorder = Recorder(str(tmp_path), 1 << 20, BrokerConfig(), 1)
+    recorder.tick(1.0, {}, [])
+    recorder.message(2.0, "peer", [b"", b""], [])
+    recorder.close()
+    [told] = logs
+    assert "No space left" in told["reason"]
 
 
 def test_epd_replay_tells_what_came_of_it_in_any_process(tmp_path: Path) -> None:
