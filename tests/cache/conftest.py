@@ -1,4 +1,4 @@
-"""A pool in GPU memory over a fake of CUDA, and views of it."""
+"""Pools for tests: a folder for segments, a pool in GPU memory over a fake of CUDA, a pool of another host."""
 
 import os
 
@@ -10,7 +10,8 @@ from cache.pools.shared_memory import DIRECTORY
 
 @pytest.fixture
 def shm():
-    folder = DIRECTORY / f"epd-cuda-test-{os.getpid()}"
+    """A folder of its own in /dev/shm, so that no other test's segments are in reach."""
+    folder = DIRECTORY / f"epd-test-{os.getpid()}"
     folder.mkdir()
     yield folder
     for path in folder.iterdir():
@@ -47,3 +48,13 @@ def opened(pool, cuda):
     yield open_one
     for view in views:
         view.close()
+
+
+@pytest.fixture
+def served():
+    """A pool of a host called "far"."""
+    from tests.cache.served import Served
+
+    made = Served()
+    yield made
+    made.close()

@@ -17,13 +17,6 @@ from tests.cache.served import DATA, Served
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture
-def served() -> Iterator[Served]:
-    made = Served()
-    yield made
-    made.close()
-
-
 def connector_of(served: Served, monkeypatch: pytest.MonkeyPatch, *, writes: bool = False, ranks: int = 1) -> Any:
     """A connector, as beside a scheduler and a model runner in one process; its pool is another host's."""
     from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole

@@ -21,13 +21,6 @@ from tests.cache.served import DATA, NBYTES, Served
 
 
 @pytest.fixture
-def served() -> Iterator[Served]:
-    made = Served()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def view(served: Served) -> Iterator[RemoteView]:
     made = pools.open_view(served.pool)
     assert isinstance(made, RemoteView)

@@ -55,17 +55,6 @@ def run(code, *arguments):
 
 
 @pytest.fixture
-def shm(tmp_path_factory):
-    """A folder of its own in /dev/shm, so that no other test's segments are in reach."""
-    folder = DIRECTORY / f"epd-test-{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
-@pytest.fixture
 def pool(shm):
     owner = SharedMemoryPool("a1", MIB, directory=shm)
     yield owner
