@@ -155,6 +155,10 @@ class Board:
         while len(self._stories) > self.config.story_keep:
             self._stories.popitem(last=False)
 
+    def told(self) -> list[str]:
+        """The ids of the requests whose stories are held, the ended ones first."""
+        return [*self._stories, *self.requests]
+
     def story(self, request_id: str) -> m.Story:
         """A request's story so far, whether it is in flight or has ended."""
         if request := self.requests.get(request_id):

@@ -24,7 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "say what came of the requests. The status is 1 where it decides otherwise than it did then.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a recording (broker-*.mpk)")
-    parser.add_argument("--request", default="", metavar="ID", help="tell the story of this request too")
+    parser.add_argument(
+        "--request", default="", metavar="ID", help="tell the stories of the requests with this in their ids"
+    )
     parser.set_defaults(run=run)
 
 
@@ -38,8 +40,12 @@ def run(args: argparse.Namespace) -> int:
         return USAGE
     print("\n".join(summary(done)))
     if args.request:
-        story = done.core.board.story(args.request)
-        print("\n".join(["", *tell(story)]))
+        board = done.core.board
+        stories = [board.story(one) for one in board.told() if args.request in one]
+        for story in stories:
+            print("\n".join(["", *tell(story)]))
+        if not stories:
+            print(f"\nno request {args.request} in the recording, or it is forgotten (broker.story_keep)")
     return DIFFERS if done.first_difference or done.errors else 0
 
 
@@ -65,8 +71,6 @@ def summary(done: Replayed) -> list[str]:
 
 def tell(story: Story) -> list[str]:
     """A request's story in lines."""
-    if not story.found:
-        return [f"request {story.request_id}: not in the recording, or forgotten (broker.story_keep)"]
     lines = [f"request {story.request_id}: {story.state}"]
     for event in story.events:
         patch = f"patch {event.patch[:8]}" if event.patch else ""

@@ -154,7 +154,19 @@ def test_epd_replay_tells_what_came_of_it_in_any_process(tmp_path: Path) -> None
     assert "replay     as it was then, in every event" in text
     assert "failures   engine_failed 1" in text
     assert "request r1: finished" in text
+    assert "request r2" not in text
     assert "  retried " in text
+
+
+def test_epd_replay_finds_requests_by_a_part_of_their_ids(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The endpoint adds to the ids that its clients know."""
+    recorded(tmp_path).core.recorder.close()
+    assert main(["replay", str(recording(tmp_path)), "--request", "r"]) == 0
+    assert re.findall(r"^request (\w+): (\w+)$", capsys.readouterr().out, re.M) == [
+        ("r2", "failed"), ("r1", "finished"), ("r3", "prefilling"),
+    ]  # fmt: skip
+    assert main(["replay", str(recording(tmp_path)), "--request", "unknown"]) == 0
+    assert "no request unknown in the recording" in capsys.readouterr().out
 
 
 def test_no_pixels_and_no_prompts_are_recorded(tmp_path: Path) -> None:
