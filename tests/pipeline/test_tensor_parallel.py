@@ -9,9 +9,10 @@ import pytest
 
 from benchmarks.servers import Running
 from epd.builtin import DEMO_QUESTION
-from epd.config import PrefillConfig, StageConfig
+from epd.config import CacheConfig, PrefillConfig, StageConfig
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
 from tests.pipeline.conftest import config
+from tests.pipeline.test_two_hosts import on_another_host
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -24,14 +25,16 @@ BODIES = [
 
 
 @contextlib.contextmanager
-def pipeline(encode: int = 1, prefill: int = 1, decode: int = 1) -> Iterator[Running]:
-    """One worker of each stage, of so many processes."""
+def pipeline(encode: int, prefill: int, decode: int, far: str) -> Iterator[Running]:
+    """One worker of each stage, of so many processes; the worker `far`, if any, is on another host than the cache."""
     settings = config()
     settings.engine |= {"kv_cache_memory_bytes": 64 << 20}
     sizes = [{"tensor_parallel_size": size} if size > 1 else {} for size in (encode, prefill, decode)]
     settings.encode, settings.decode = StageConfig(engine=sizes[0]), StageConfig(engine=sizes[2])
     settings.prefill = PrefillConfig(engine=sizes[1])
-    running = Running(settings, encode=1, prefill=1, decode=1)
+    settings.cache = CacheConfig(address="tcp://127.0.0.1:*" if far else "")
+    with on_another_host(far):
+        running = Running(settings, encode=1, prefill=1, decode=1)
     try:
         yield running
         running.wait_idle()
@@ -46,20 +49,19 @@ def parameters(running: Running) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> tuple[list, dict[str, tuple[int, int]]]:
+def expected(running: Running) -> tuple[list, dict[str, tuple[int, int]]]:
     """Answers and parameters of workers of one process each."""
-    with pipeline() as running:
-        return [tokens(ask(running.http, body)) for body in BODIES], parameters(running)
+    return [tokens(ask(running.http, body)) for body in BODIES], parameters(running)
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [(2, 1, 2), (1, 2, 1), (1, 2, 2)],
-    ids=["encode and decode", "prefill", "prefill and decode"],
+    ("sizes", "far"),
+    [((2, 1, 2), ""), ((1, 2, 1), ""), ((1, 2, 2), "prefill-0")],
+    ids=["encode and decode", "prefill", "prefill on another host, and decode"],
 )
-def test_stages_of_two_processes_give_the_same_answers(expected: tuple, sizes: tuple[int, int, int]) -> None:
+def test_stages_of_two_processes_give_the_same_answers(expected: tuple, sizes: tuple[int, int, int], far: str) -> None:
     answers, whole = expected
-    with pipeline(*sizes) as running:
+    with pipeline(*sizes, far) as running:
         assert [tokens(ask(running.http, body)) for body in BODIES] == answers
         held = parameters(running)
     for stage, size in zip(("encode", "prefill", "decode"), sizes, strict=True):

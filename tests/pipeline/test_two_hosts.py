@@ -13,7 +13,7 @@ import pytest
 from benchmarks.servers import Running
 from epd import hosts
 from epd.builtin import DEMO_QUESTION
-from epd.config import CacheConfig, PrefillConfig
+from epd.config import CacheConfig
 from epd.local import LocalPipeline
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
 from tests.pipeline.conftest import config
@@ -25,8 +25,8 @@ PICTURES = [demo(), *map(scribble, range(500, 504))]
 
 
 @contextmanager
-def started(*far: str, address: str = "tcp://127.0.0.1:*", prefill_processes: int = 1) -> Iterator[Running]:
-    """A pipeline some of whose daemons think that they are on another host."""
+def on_another_host(*far: str) -> Iterator[None]:
+    """Pipelines that are started meanwhile have daemons that think that they are on another host."""
     specs = LocalPipeline._specs
 
     def elsewhere(pipeline: LocalPipeline) -> list:
@@ -36,66 +36,70 @@ def started(*far: str, address: str = "tcp://127.0.0.1:*", prefill_processes: in
                 spec.env[hosts.VARIABLE] = "far"
         return found
 
-    settings = config(warm_up=False)
-    settings.cache = CacheConfig(address=address)
-    if prefill_processes > 1:
-        settings.engine |= {"kv_cache_memory_bytes": 64 << 20}
-        settings.prefill = PrefillConfig(engine={"tensor_parallel_size": prefill_processes})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalPipeline, "_specs", elsewhere)
-        running = Running(settings, encode=2, prefill=1, decode=1)
+        yield
+
+
+@contextmanager
+def started(*far: str, address: str = "tcp://127.0.0.1:*") -> Iterator[Running]:
+    """A pipeline some of whose daemons are on another host."""
+    settings = config(warm_up=False)
+    settings.cache = CacheConfig(address=address)
+    with on_another_host(*far):
+        running = Running(settings, restart=True, encode=2, prefill=1, decode=1)
     try:
         yield running
     finally:
         running.close()
 
 
-def answers(running: Running) -> list:
-    return [tokens(ask(running.http, chat(DEMO_QUESTION, [one], max_tokens=12))) for one in PICTURES]
+def answers(running: Running, **more: str) -> list:
+    return [tokens(ask(running.http, chat(DEMO_QUESTION, [one], max_tokens=12, **more))) for one in PICTURES]
 
 
 @pytest.fixture(scope="module")
-def expected() -> list:
+def expected(running: Running) -> list:
     """What a pipeline on one host answers."""
-    with started(address="") as running:
-        return answers(running)
+    return answers(running)
 
 
-@pytest.mark.parametrize("far", [("encode-0", "encode-1"), ("prefill-0",), ("encode-1", "decode-0")])
-def test_answers_are_the_same_whoever_is_on_another_host(expected: list, far: tuple[str, ...]) -> None:
-    with started(*far) as running:
-        assert answers(running) == expected
-        again = ask(running.http, chat(DEMO_QUESTION, [PICTURES[0]], max_tokens=12, cache_salt="not seen"))
-        encoded = of(story(running.http, again), "encoded")
-        assert {one["worker"] for one in encoded} == {"encode-0", "encode-1"}
-        running.wait_idle()
+@pytest.fixture(
+    scope="module",
+    params=[("encode-0", "encode-1"), ("encode-1", "prefill-0", "decode-0")],
+    ids=["all that encode", "all that read, and one that encodes"],
+)
+def far(request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A pipeline whose cache is on another host than these."""
+    with started(*request.param) as made:
+        yield made
 
 
-@pytest.mark.timeout(400)
-def test_a_model_in_several_processes_gets_what_one_of_them_has_fetched(expected: list) -> None:
-    with started("prefill-0", prefill_processes=2) as running:
-        assert tokens(ask(running.http, chat(DEMO_QUESTION, [PICTURES[0]], max_tokens=12))) == expected[0]
-        running.wait_idle()
+def test_answers_are_the_same_whoever_is_on_another_host(expected: list, far: Running) -> None:
+    assert answers(far) == expected
+    again = ask(far.http, chat(DEMO_QUESTION, [PICTURES[0]], max_tokens=12, cache_salt="not seen"))
+    encoded = of(story(far.http, again), "encoded")
+    assert {one["worker"] for one in encoded} == {"encode-0", "encode-1"}
+    far.wait_idle()
 
 
-def test_a_cache_that_is_killed_and_comes_back_is_reached_again(expected: list) -> None:
-    with started("encode-0", "encode-1") as running:
-        assert answers(running)[:2] == expected[:2]
-        running.signal("cache", signal.SIGKILL)
-        assert answers(running) == expected
-        running.wait_idle()
-
-
-@pytest.mark.parametrize("far", [("encode-0", "encode-1"), ("prefill-0",)])
-def test_a_cache_that_is_silent_for_a_moment_costs_no_request(expected: list, far: tuple[str, ...]) -> None:
+def test_a_cache_that_is_silent_for_a_moment_costs_no_request(expected: list, far: Running) -> None:
     """Longer than a question to it may take; it may or may not be taken for lost by then."""
-    with started(*far) as running, ThreadPoolExecutor() as pool:
-        running.signal("cache", signal.SIGSTOP)
-        answer = pool.submit(answers, running)
+    with ThreadPoolExecutor() as pool:
+        far.signal("cache", signal.SIGSTOP)
+        answer = pool.submit(answers, far, cache_salt="silent")
         time.sleep(2.6)
-        running.signal("cache", signal.SIGCONT)
+        far.signal("cache", signal.SIGCONT)
         assert answer.result(60) == expected
-        running.wait_idle()
+    far.wait_idle()
+
+
+def test_a_cache_that_is_killed_and_comes_back_is_reached_again(expected: list, far: Running) -> None:
+    before = far.pid("cache")
+    far.signal("cache", signal.SIGKILL)
+    assert answers(far, cache_salt="killed") == expected
+    assert far.pid("cache") != before
+    far.wait_idle()
 
 
 def test_without_an_address_only_workers_that_reach_the_pool_encode(expected: list) -> None:
