@@ -322,8 +322,9 @@ class PatchCacheConnector(ECConnectorBase):
             if (error := self._stores.pop(name).exception()) is None:
                 self._report.done.add(name)
             else:
-                reasons = self._report.unstored if isinstance(error, PoolError) else self._report.failed
-                reasons[name] = str(error)
+                # "Gone" comes of a cache that was started again, before the broker knows of it.
+                is_away = isinstance(error, PoolError | StaleSlotError)
+                (self._report.unstored if is_away else self._report.failed)[name] = str(error)
         report, self._report = self._report, Written()
         report.storing = set(self._stores)
         return report

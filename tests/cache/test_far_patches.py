@@ -138,6 +138,27 @@ def test_a_fetch_that_nobody_waits_for_any_more_leaves_nothing(served: Served, r
     assert reader.num_held == 0
 
 
+def test_a_cache_that_was_started_again_at_its_address_is_no_fault_of_the_patch(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers before the broker has heard of it."""
+    import torch
+
+    writer = connector_of(served, monkeypatch, writes=True)
+    assert served.server
+    served.server._pool = msgspec.structs.replace(served.pool, pool_id="next")
+    writer.set_write_slot("1", served.slot())
+    writer.update_state_after_alloc(request_of("1"), 0)
+    writer.bind_connector_metadata(writer.build_connector_meta(None))
+    writer.save_caches({"1": torch.zeros(3, 8)}, "1")
+    until = time.monotonic() + 5
+    while (report := writer.take_report()).storing and time.monotonic() < until:
+        time.sleep(0.001)
+    assert "is gone" in report.unstored["1"]
+    assert not report.failed
+    writer.shutdown()
+
+
 def test_a_write_is_reported_when_it_is_there(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
