@@ -18,10 +18,11 @@ from typing import Any
 
 import msgspec
 
-from epd import config, link, wire
+from epd import config
 from epd.errors import HTTP_STATUS
 from epd.messages import Role, Struct
 from epd.protocol import PROTOCOL_VERSION, TABLE, Command
+from epd.transport import link, wire
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOTE = "<!-- Written by `python -m epd.docs` (`make docs`) from {source}. Do not edit this page. -->\n"

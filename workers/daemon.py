@@ -17,10 +17,10 @@ from typing import Any
 
 import structlog
 
-from epd import held, service
 from epd.config import Config, ConfigError
-from epd.link import BrokerLink
 from epd.messages import Draining, Message, Pools, Role, Welcome, WorkerInfo
+from epd.process import resources, service
+from epd.transport.link import BrokerLink
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
 from workers.prefill import PrefillStage
@@ -62,7 +62,7 @@ class Worker:
             on_registered=self._on_registered,
             on_lost=self._on_lost,
             steps=lambda: self._thread.num_steps,
-            held=lambda: held.of_process() | self._thread.held,
+            held=lambda: resources.of_process() | self._thread.held,
         )
 
     async def serve(self, stop: asyncio.Event) -> int:

@@ -23,9 +23,9 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
-from epd.multimodal.joined import patches_of
+from epd.multimodal.item_identifiers import patches_of
 from epd.multimodal.positions import positions_for
-from workers import calm, options, parameters
+from workers import options, parameters, quiet_threads
 from workers.adapters import Adapters
 from workers.handover import Handover
 
@@ -78,9 +78,9 @@ class Engine:
     def __init__(self, config: Config, role: Role, name: str) -> None:
         started = time.monotonic()
         self.role = role
-        calm.share_process_group()
+        quiet_threads.share_process_group()
         if role is not Role.ENCODE:
-            calm.calm_nixl()
+            quiet_threads.calm_nixl()
         self.vllm_config = options.vllm_config(config, role, name)
         self._positions = positions_for(self.vllm_config)
         self.core = EngineCore(self.vllm_config, options.MakeExecutor(role), log_stats=False)

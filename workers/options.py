@@ -42,7 +42,7 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     if int(user.get("tensor_parallel_size", 1)) > 1 or int(user.get("pipeline_parallel_size", 1)) > 1:
         del options["distributed_executor_backend"]
         if role is not Role.ENCODE:
-            options["worker_extension_cls"] = "workers.beside.Beside"
+            options["worker_extension_cls"] = "workers.worker_extension.WorkerExtension"
     engine_id = f"{name}-{secrets.token_hex(4)}"
     ec = {
         "ec_connector": ec_connector.CONNECTOR,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from epd import activation
 from epd.cli import options
 from epd.config import Config, ConfigError
+from epd.process import activation
 
 STAGES = ("encode", "prefill", "decode")
 

@@ -46,8 +46,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was found; returns 1 where the model is refused."""
-    from epd import service
     from epd.local import environment
+    from epd.process import service
 
     config = environment.resolve_model(options.configure(args))
     environment.set_engine_environment(config.model, config.log.level)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from epd import containers
 from epd.client.errors import PictureError
+from epd.multimodal import containers
 
 __all__ = ["Clip", "clip_part", "clip_parts", "with_clip_urls"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import structlog
 
-from epd import service
 from epd.config import Config, ConfigError
+from epd.process import service
 
 log = structlog.get_logger()
 
@@ -29,7 +29,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
     """
     started_at = time.monotonic()
     _set_vllm_environment(config)
-    from epd.endpoint.server import Endpoint
+    from epd.endpoint.http.server import Endpoint
 
     imported_at = time.monotonic()
     endpoint = Endpoint(config, name)

@@ -38,7 +38,7 @@ class Spec:
         stop_rank: Daemons stop in ascending order of it, those of one rank together.
         stop_s: How long one may take to stop after SIGTERM.
         once: It is no daemon but ends by itself, with status 0 if all went well.
-        listens: It gets the supervisor's listening socket (`epd.activation`).
+        listens: It gets the supervisor's listening socket (`epd.process.activation`).
         tidies: It removes something outside its process when it ends, so even a stop at once begins with SIGTERM.
     """
 

@@ -49,7 +49,7 @@ def examine(config: Config) -> Examination:
 
     A model that the endpoint refuses may still be one that an encode worker can take apart.
     """
-    from epd.endpoint.options import serve_args, vllm_config_of
+    from epd.endpoint.http.options import serve_args, vllm_config_of
 
     started = time.monotonic()
     refused, proofs = "", []

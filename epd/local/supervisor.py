@@ -3,7 +3,7 @@
 Lives in the process of `epd up`, `epd demo`, a test or a benchmark; owns all processes below it, their notify sockets
 and the tasks that wait for them. It is to a pipeline what systemd is to the units, and speaks systemd's notify
 protocol with them. What happens if this process is killed is up to the daemons: those with a process of their own get
-SIGTERM from the kernel (`epd.service.die_with_parent`), those that the zygote forked get it from the zygote.
+SIGTERM from the kernel (`epd.process.service.die_with_parent`), those that the zygote forked get it from the zygote.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ import sys
 import threading
 from pathlib import Path
 
-from epd import activation
 from epd.local.environment import end_with_supervisor
-from epd.service import notify_systemd
+from epd.process import activation
+from epd.process.service import notify_systemd
 
 
 def serve(name: str = "stand-in") -> int:
