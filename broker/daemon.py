@@ -15,9 +15,10 @@ import zmq
 from broker.board import Send
 from broker.core import Core
 from broker.recorder import Recorder
-from epd import held, service, wire
 from epd.config import Config, ConfigError
-from epd.sockets import MessageSocket
+from epd.process import resources, service
+from epd.transport import wire
+from epd.transport.sockets import MessageSocket
 
 log = structlog.get_logger()
 
@@ -72,7 +73,7 @@ class Broker:
         try:
             while True:
                 await asyncio.sleep(TICK_S)
-                now, process_held = time.monotonic(), held.of_process()
+                now, process_held = time.monotonic(), resources.of_process()
                 self.core.board.process_held = process_held
                 sends = self.core.tick(now)
                 if self._recorder:

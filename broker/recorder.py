@@ -25,8 +25,9 @@ import msgspec
 import structlog
 
 from broker.board import Send
-from epd import __version__, wire
+from epd import __version__
 from epd.config import BrokerConfig
+from epd.transport import wire
 
 log = structlog.get_logger()
 
@@ -74,7 +75,7 @@ class Recorder:
         self._flush()
 
     def message(self, now: float, peer_id: str, parts: Sequence[bytes], sends: Iterable[Send]) -> None:
-        """A message, as the frames that came (`epd.wire`), and what the core sent for it."""
+        """A message, as the frames that came (`epd.transport.wire`), and what the core sent for it."""
         if not self._file.closed:
             prefix, header, *frames = parts
             self._write([now, peer_id, prefix, header, [len(frame) for frame in frames], digest(sends)])

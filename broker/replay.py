@@ -20,9 +20,9 @@ from broker.board import Send
 from broker.core import Core
 from broker.recorder import FORMAT, HEAD_FIELDS, digest
 from epd import messages as m
-from epd import wire
 from epd.config import BrokerConfig
-from epd.wire import MAX_HEADER_BYTES
+from epd.transport import wire
+from epd.transport.wire import MAX_HEADER_BYTES
 
 _MAX_RECORD_BYTES = 4 * MAX_HEADER_BYTES
 

@@ -16,10 +16,10 @@ import structlog
 
 from cache import pools
 from cache.pools.shared_memory import SharedMemoryView, sweep_stale
-from epd import held, service
 from epd.config import Config
-from epd.link import BrokerLink
 from epd.messages import Message, Pool, Role, Welcome
+from epd.process import resources, service
+from epd.transport.link import BrokerLink
 
 log = structlog.get_logger()
 
@@ -62,7 +62,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
             on_message=_unexpected,
             pools=lambda: [descriptor],
             on_registered=_registered,
-            held=lambda: held.of_process() | {"pools": 1},
+            held=lambda: resources.of_process() | {"pools": 1},
         ) as link:
             await stop.wait()
             service.notify_systemd("STOPPING=1")

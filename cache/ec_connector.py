@@ -9,8 +9,8 @@ Encode workers write: the item's identifier is the id of the encode job, the slo
 and the job is done once its model runner says that it is written. Prefill and decode workers read: a patch counts as
 available only after its slot was read and verified here, beside the scheduler; a slot that holds anything else is
 reported stale and never reaches the model. Slots of another host are fetched and stored while the engine goes on. An
-item of theirs may be made of several patches, which its identifier
-names (`epd.multimodal.joined`): it is available when they all are, and its embeddings are theirs, one after the other.
+item of theirs may be made of several patches, which its identifier names (`epd.multimodal.item_identifiers`): it is
+available when they all are, and its embeddings are theirs, one after the other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cache.pools.remote import RemoteView
 from cache.slot import StaleSlotError
 from cache.tensors import PoolTable, as_tensor, read_tensor, write_tensor
 from epd.messages import Pool, Slot
-from epd.multimodal.joined import patches_of
+from epd.multimodal.item_identifiers import patches_of
 
 CONNECTOR = "PatchCacheConnector"
 MODULE = __name__

@@ -25,7 +25,13 @@ ALLOWED = {
 # The only files that may import the engine.
 ENGINE = ("torch", "vllm")
 ENGINE_FILES = (
-    "epd/endpoint/*",
+    "epd/endpoint/engine/*",
+    "epd/endpoint/http/options.py",
+    "epd/endpoint/http/server.py",
+    "epd/endpoint/media/decoding.py",
+    "epd/endpoint/media/processor_cache.py",
+    "epd/endpoint/media/repeats.py",
+    "epd/endpoint/media/routes.py",
     "epd/multimodal/*",
     "epd/planning/weights.py",
     "epd/local/*",

@@ -17,10 +17,11 @@ from typing import Any
 
 import structlog
 
-from epd import held, service
 from epd.config import Config, ConfigError
-from epd.link import BrokerLink
+from epd.errors import one_line
 from epd.messages import Draining, Message, Pools, Role, Welcome, WorkerInfo
+from epd.process import resources, service
+from epd.transport.link import BrokerLink
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
 from workers.prefill import PrefillStage
@@ -62,7 +63,7 @@ class Worker:
             on_registered=self._on_registered,
             on_lost=self._on_lost,
             steps=lambda: self._thread.num_steps,
-            held=lambda: held.of_process() | self._thread.held,
+            held=lambda: resources.of_process() | self._thread.held,
         )
 
     async def serve(self, stop: asyncio.Event) -> int:
@@ -135,9 +136,11 @@ class Worker:
     def _close(self) -> int:
         if isinstance(self.error, ConfigError):
             log.error("engine not configured", reason=str(self.error))
+            service.notify_systemd(f"STATUS={one_line(self.error)}")
             return 2
         if self.error is not None:
             log.error("engine failed", error=repr(self.error), exc_info=self.error)
+            service.notify_systemd(f"STATUS={type(self.error).__name__}: {one_line(self.error)}")
             return 1
         self._thread.close(_STOP_S)
         return 0

@@ -16,9 +16,9 @@ from epd.messages import (
     Role,
     Tokens,
 )
-from workers.held import blocks
 from workers.leaks import LeakWatch
 from workers.reading import ReadingStage
+from workers.resources import blocks
 from workers.stage import Frames
 
 _ARRIVING_POLL_S = 0.0002

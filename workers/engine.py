@@ -23,10 +23,11 @@ from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config
 from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
-from epd.multimodal.joined import patches_of
+from epd.multimodal.item_identifiers import patches_of
 from epd.multimodal.positions import positions_for
-from workers import calm, options, parameters
+from workers import options, parameters, quiet_threads
 from workers.adapters import Adapters
+from workers.amx import permit_amx
 from workers.handover import Handover
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
@@ -78,9 +79,10 @@ class Engine:
     def __init__(self, config: Config, role: Role, name: str) -> None:
         started = time.monotonic()
         self.role = role
-        calm.share_process_group()
+        quiet_threads.share_process_group()
+        permit_amx()
         if role is not Role.ENCODE:
-            calm.calm_nixl()
+            quiet_threads.calm_nixl()
         self.vllm_config = options.vllm_config(config, role, name)
         self._positions = positions_for(self.vllm_config)
         self.core = EngineCore(self.vllm_config, options.MakeExecutor(role), log_stats=False)

@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from epd.messages import Abort, Failed, Message, PatchReady, Prefill, Prefilled, Pushed, Ready, Released, Role, Stale
-from workers.held import blocks
 from workers.leaks import LeakWatch
 from workers.reading import ReadingStage
+from workers.resources import blocks
 from workers.stage import Frames, ever_later
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import structlog
 
 from epd.config import Config
 from epd.messages import Message, Pool, Role, WorkerInfo
-from workers.held import of_engine
+from workers.resources import of_engine
 
 if TYPE_CHECKING:
     from workers.engine import Engine

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from cache.pools.base import DevicePoolView, PoolError, PoolKindError, PoolOwner, PoolView
 from cache.pools.shared_memory import KIND as SHARED_MEMORY
 from cache.pools.shared_memory import SharedMemoryPool, SharedMemoryView
-from epd.hosts import this_host
 from epd.messages import Pool
+from epd.process.hosts import this_host
 
 __all__ = [
     "CUDA_IPC",

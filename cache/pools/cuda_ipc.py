@@ -47,8 +47,8 @@ from cache.pools.cuda_ipc_headers import HeaderTable, Location, Record, decode_l
 from cache.pools.cuda_ipc_runtime import CupyRuntime, Runtime
 from cache.pools.shared_memory import DIRECTORY, SharedMemoryPool, SharedMemoryView
 from cache.slot import HEADER_BYTES, StaleSlotError, data_bytes, pack_header
-from epd.hosts import this_host
 from epd.messages import Pool, Slot
+from epd.process.hosts import this_host
 
 KIND = "cuda_ipc"
 

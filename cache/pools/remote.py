@@ -22,8 +22,8 @@ from cache import slot as slots
 from cache.pools.base import PoolError
 from cache.pools.server import Answer, Ask
 from cache.slot import StaleSlotError
-from epd import wire
 from epd.messages import Pool, Slot
+from epd.transport import wire
 
 # From the last sign of life of a host that owes an answer.
 TIMEOUT_S = 2.0

@@ -19,9 +19,9 @@ import zmq
 from cache import slot as slots
 from cache.pools.base import PoolError
 from cache.slot import StaleSlotError
-from epd import wire
 from epd.messages import Pool, Slot, Struct
-from epd.sockets import MessageSocket
+from epd.transport import wire
+from epd.transport.sockets import MessageSocket
 
 log = structlog.get_logger()
 

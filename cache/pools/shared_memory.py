@@ -17,8 +17,8 @@ from pathlib import Path
 
 from cache import slot as slots
 from cache.pools.base import PoolError, check_pool_id
-from epd.hosts import this_host
 from epd.messages import Pool, Slot
+from epd.process.hosts import this_host
 
 KIND = "shared_memory"
 DIRECTORY = Path("/dev/shm")

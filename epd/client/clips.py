@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 from typing import TypeAlias
 
-from epd import containers
 from epd.client.errors import PictureError
 from epd.client.given import File, is_file, read
+from epd.multimodal import containers
 
 __all__ = ["CLIP_FORMS", "Clip", "LocalClip", "clip_or_url"]
 

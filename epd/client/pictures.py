@@ -48,9 +48,9 @@ class LocalPicture:
     """A picture that is here, as it was when it was loaded: what is summed, sent and uploaded are the same pixels.
 
     ``load`` reads a path each time a picture is asked about, and ``digest`` sums what was read: a file that has changed
-    is never taken for what it was, whatever its size and times say. That costs 2.4 ms for a file of 5 MB, and about
-    12 ms for a PIL image of 12 megapixels (tests/client/picture_costs.py on one core of the machine that the benchmarks
-    name); PNG is written only where it is sent.
+    is never taken for what it was, whatever its size and times say. That takes 1.2 ms for a file of 5 MB (in the page
+    cache) and 79 ms for a PIL image of 12 megapixels (`python -m benchmarks hash`; 2 cores, x86_64, 2026-11-28). PNG is
+    written only where it is sent.
 
     Raises:
         PictureError: It is not in ``PICTURE_FORMS``, or an address.

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import structlog
 
-from epd import service
 from epd.config import Config, ConfigError
+from epd.errors import one_line
+from epd.process import service
 
 log = structlog.get_logger()
 
@@ -29,7 +30,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
     """
     started_at = time.monotonic()
     _set_vllm_environment(config)
-    from epd.endpoint.server import Endpoint
+    from epd.endpoint.http.server import Endpoint
 
     imported_at = time.monotonic()
     endpoint = Endpoint(config, name)
@@ -38,6 +39,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
             await stack.enter_async_context(endpoint)
         except (ConfigError, OSError) as error:
             log.error("the endpoint cannot start", reason=str(error))
+            service.notify_systemd(f"STATUS={one_line(error)}")
             return 2 if isinstance(error, ConfigError) else 1
         log.info(
             "listening",

@@ -38,7 +38,7 @@ class Spec:
         stop_rank: Daemons stop in ascending order of it, those of one rank together.
         stop_s: How long one may take to stop after SIGTERM.
         once: It is no daemon but ends by itself, with status 0 if all went well.
-        listens: It gets the supervisor's listening socket (`epd.activation`).
+        listens: It gets the supervisor's listening socket (`epd.process.activation`).
         tidies: It removes something outside its process when it ends, so even a stop at once begins with SIGTERM.
     """
 
@@ -113,6 +113,11 @@ class Daemon:
         except OSError:
             return []
         return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of what an exception says: of a traceback, what it is about."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 class StartError(RuntimeError):

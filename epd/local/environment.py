@@ -19,9 +19,10 @@ from typing import Any
 
 import msgspec
 
-from epd import activation, builtin
+from epd import builtin
 from epd.config import Config, ConfigError
-from epd.service import die_with_parent
+from epd.process import activation
+from epd.process.service import die_with_parent
 
 PARENT_PID = "EPD_PARENT_PID"  # set for daemons that are to end with the process of this id
 ORPHANED_S = 3.0  # how long forked daemons may take to stop when the supervisor has died

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from epd.activation import LISTEN_FD
 from epd.local.daemon import Spec
 from epd.local.environment import ORPHANED_S, python, scratch_environment
+from epd.process.activation import LISTEN_FD
 
 OnExit = Callable[[str, int, int], None]
 

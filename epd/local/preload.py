@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 import epd.endpoint.daemon
-import epd.endpoint.server
+import epd.endpoint.http.server
 import epd.local.targets
 import workers.daemon
 import workers.engine

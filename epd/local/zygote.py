@@ -9,8 +9,8 @@ left and goes too. It runs no thread and no event loop, because a fork keeps onl
 Both directions of the socket FD carry lines of JSON.
 
 In: `{"op": "fork", "name", "target", "args", "env", "log", "listens"}`, with `target` as "module:function" and
-`listens` for the one that keeps the listening socket (`epd.activation`) that the zygote was started with; `{"op":
-"watch", "pid"}` and `{"op": "unwatch", "pid"}` for processes of the supervisor's own that must not outlive it either.
+`listens` for the one that keeps the listening socket (`epd.process.activation`) that the zygote was started with;
+`{"op": "watch", "pid"}` and `{"op": "unwatch", "pid"}` for processes of the supervisor's own that must not outlive it.
 
 Out: `{"event": "imported", "took_s", "num_threads"}`, `{"event": "failed", "message"}`,
 `{"event": "forked", "name", "pid"}`, `{"event": "exited", "name", "pid", "status"}`.
@@ -34,9 +34,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from epd.activation import LISTEN_FD
 from epd.local.environment import ORPHANED_S, sweep, title
-from epd.service import die_with_parent
+from epd.process.activation import LISTEN_FD
+from epd.process.service import die_with_parent
 
 _MAX_LINE = 4 << 20
 
@@ -64,6 +64,7 @@ class Zygote:
         try:
             load_all(preload)
         except BaseException:
+            traceback.print_exc()
             self._send(event="failed", message=traceback.format_exc())
             return 1
         die_with_parent(0)

@@ -1,4 +1,5 @@
-"""Multimodal items as patches: how they are cut, and what each piece is called.
+"""Multimodal items: what kind of file they come in, how they are cut into patches, and what each patch is called.
 
-Importing this package loads nothing; its modules import vLLM.
+Importing this package loads nothing. `containers`, `item_identifiers` and `units` are plain Python, also for the client
+and the command line; all others import vLLM or torch.
 """

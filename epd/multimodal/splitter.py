@@ -15,13 +15,13 @@ from vllm.config import VllmConfig
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from epd.bounded import ByteCache
 from epd.messages import Patch
-from epd.multimodal.joined import identifier_of
+from epd.multimodal.item_identifiers import identifier_of
 from epd.multimodal.naming import digest_of, identity_of, patch_hash
 from epd.multimodal.positions import Positions, positions_for
 from epd.multimodal.rules import Rule, UnsupportedItemError, rule_of
 from epd.multimodal.units import Unit
+from epd.process.bounded import ByteCache
 
 
 class CutPiece(msgspec.Struct, frozen=True):

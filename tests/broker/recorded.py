@@ -8,9 +8,9 @@ from broker.board import Send
 from broker.core import Core
 from broker.recorder import Recorder
 from broker.replay import Replayed, replay
-from epd import wire
 from epd.config import BrokerConfig
 from epd.messages import Message
+from epd.transport import wire
 
 
 class RecordedCore(Core):

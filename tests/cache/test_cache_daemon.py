@@ -15,8 +15,8 @@ import zmq.asyncio
 from cache import daemon, pools
 from cache.pools.shared_memory import DIRECTORY, PREFIX
 from epd import config as configs
-from epd import wire
 from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Pools, Role, Unknown, Welcome
+from epd.transport import wire
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 20.0

@@ -9,7 +9,7 @@ import pytest
 
 from cache.slot import StaleSlotError
 from epd.messages import Slot
-from epd.multimodal.joined import identifier_of, patches_of
+from epd.multimodal.item_identifiers import identifier_of, patches_of
 from tests.cache.test_tensors import POOL, DeviceView
 
 pytestmark = pytest.mark.engine

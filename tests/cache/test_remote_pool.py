@@ -15,8 +15,8 @@ from cache.pools import PoolError, SharedMemoryView
 from cache.pools.remote import RemoteView
 from cache.pools.server import SlotServer
 from cache.slot import StaleSlotError
-from epd import hosts
 from epd.messages import Pool
+from epd.process import hosts
 from tests.cache.served import DATA, NBYTES, Served
 
 

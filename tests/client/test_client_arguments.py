@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -331,3 +333,21 @@ async def test_an_array_that_changes_during_a_call_is_sent_as_it_was(
     array[:] = 10
     await client.generate("?", images=array)
     assert endpoint.bodies[-1]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:")
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None  # importing it raises
+from PIL import Image
+from epd.client import Client
+from epd.client.chat import Chat
+chat = Chat("?", {"images": [Image.new(mode, (4, 4)) for mode in ("RGB", "P", "I", "F", "I;16", "CMYK")]})
+chat.load()
+chat.body()
+print(len({picture.digest for picture in chat.pictures}))
+"""
+
+
+def test_the_client_works_without_numpy() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT_NUMPY], capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("5\n", ""), "I and F of zeros are both L"

@@ -6,7 +6,6 @@ from collections import defaultdict
 import zmq
 import zmq.asyncio
 
-from epd import wire
 from epd.messages import (
     CacheState,
     Cancel,
@@ -33,6 +32,7 @@ from epd.messages import (
     WorkerInfo,
     WorkerStatus,
 )
+from epd.transport import wire
 
 STORY = [StoryEvent(at_s=0.0, event="accepted"), StoryEvent(at_s=0.5, event="finished", worker="decode-0")]
 ALL_STAGES = (Role.ENCODE, Role.PREFILL, Role.DECODE)

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.engine
 
 
 def checks(engine):
-    from epd.endpoint.adapters import AdapterChecks
-    from epd.endpoint.options import serve_args, vllm_config_of
+    from epd.endpoint.engine.adapters import AdapterChecks
+    from epd.endpoint.http.options import serve_args, vllm_config_of
 
     made = AdapterChecks()
     made._vllm_config = vllm_config_of(serve_args(config_for("tcp://x:1", engine)))

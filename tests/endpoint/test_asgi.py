@@ -8,7 +8,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from epd.endpoint.asgi import AsgiBridge, Lifespan
+from epd.endpoint.http.asgi import AsgiBridge, Lifespan
 
 
 @contextlib.asynccontextmanager

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from epd.endpoint.bodies import Bodies
+from epd.endpoint.http.bodies import Bodies
 
 from .asgi_call import call
 

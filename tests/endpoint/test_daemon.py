@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from epd import activation
 from epd.config import Config, ConfigError
+from epd.process import activation
 
 from .fake_broker import never, says
 from .serving import chat_body, config_for, events, serving, until
@@ -67,7 +67,7 @@ async def test_what_does_not_end_in_time_is_cut_off_with_a_reason(tmp_path):
 
 
 async def test_a_request_that_outlives_its_deadline_is_ended_here_too(tmp_path, monkeypatch):
-    from epd.endpoint import flights
+    from epd.endpoint.engine import flights
 
     monkeypatch.setattr(flights, "_DEADLINE_GRACE_S", 0.1)
     async with serving(tmp_path, request_timeout_s=0.2) as served:
@@ -78,7 +78,7 @@ async def test_a_request_that_outlives_its_deadline_is_ended_here_too(tmp_path, 
 
 
 async def test_a_dead_output_handler_ends_the_daemon_with_an_error(tmp_path, monkeypatch):
-    from epd.endpoint.engine_client import PipelineCore
+    from epd.endpoint.engine.engine_client import PipelineCore
 
     async with serving(tmp_path, exit_status=1) as served:
 
@@ -103,7 +103,7 @@ async def test_a_wrong_configuration_is_exit_status_2(config, capsys):
 
 
 async def test_the_broker_need_not_be_there_at_the_start(tmp_path, monkeypatch):
-    from epd.endpoint.server import Endpoint
+    from epd.endpoint.http.server import Endpoint
 
     async with Endpoint(config_for("tcp://127.0.0.1:9"), "endpoint-0") as endpoint:
         assert endpoint.port and not endpoint.view().registered
@@ -128,7 +128,7 @@ async def test_it_is_ready_after_a_first_request_of_its_own_has_gone_the_whole_w
 
 
 async def test_a_first_request_that_fails_does_not_keep_it_from_being_ready(tmp_path, monkeypatch):
-    from epd.endpoint import warmup
+    from epd.endpoint.ops import warmup
 
     monkeypatch.setattr(warmup, "TIMEOUT_S", 0.2)
     async with serving(tmp_path, script=never, warm_up=True) as served:

@@ -12,19 +12,19 @@ pytestmark = pytest.mark.engine
 def video_io(num_frames=8, limits=None, **kwargs):
     from vllm.multimodal.media.image import ImageMediaIO
 
-    from epd.endpoint.decoding import VideoIO
+    from epd.endpoint.media.decoding import VideoIO
 
     return VideoIO(ImageMediaIO(), limits or EndpointConfig(), num_frames=num_frames, **kwargs)
 
 
 def audio_io(**limits):
-    from epd.endpoint.decoding import AudioIO
+    from epd.endpoint.media.decoding import AudioIO
 
     return AudioIO(EndpointConfig(**limits))
 
 
 def refused(call, code):
-    from epd.endpoint.refusals import RefusedError
+    from epd.endpoint.http.refusals import RefusedError
 
     with pytest.raises(RefusedError) as error:
         call()
@@ -58,7 +58,7 @@ def test_samples_are_those_of_vllm(kind, tmp_path):
 
 
 def test_the_decoder_is_stopped_before_it_takes_room_for_too_many_frames(monkeypatch):
-    from epd.endpoint import probing
+    from epd.endpoint.media import probing
 
     content = files.video(count=20)
     monkeypatch.setattr(probing, "check_video", lambda *_: None)  # as if the header had told something else
@@ -74,7 +74,7 @@ def test_the_decoder_is_stopped_before_it_takes_room_for_too_many_frames(monkeyp
 
 
 def test_a_sound_that_is_longer_than_its_header_says_is_stopped(monkeypatch):
-    from epd.endpoint import probing
+    from epd.endpoint.media import probing
 
     monkeypatch.setattr(probing, "check_audio", lambda *_: None)
     for kind in ("wav", "m4a"):
@@ -87,7 +87,7 @@ def test_a_sound_that_is_longer_than_its_header_says_is_stopped(monkeypatch):
 
 
 def test_a_film_whose_length_nobody_knows_is_refused(monkeypatch):
-    from epd.endpoint import probing
+    from epd.endpoint.media import probing
 
     live = files.video("webm", live=True)
     assert "does not say how long" in refused(lambda: video_io().load_bytes(live), "invalid_video")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from epd.endpoint.failures import ExplicitErrors, Failure, current_exchange
+from epd.endpoint.http.failures import ExplicitErrors, Failure, current_exchange
 
 from .asgi_call import call
 

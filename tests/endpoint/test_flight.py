@@ -22,7 +22,7 @@ def flight(wants=False, num_prompt_tokens=9, may_resume=True, prefill_samples=Tr
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
-    from epd.endpoint.flight import Flight
+    from epd.endpoint.engine.flight import Flight
     from epd.multimodal.splitter import Split
 
     sampling = SamplingParams(temperature=0.0, prompt_logprobs=1 if wants else None, **params)
@@ -65,7 +65,7 @@ def test_outputs_wait_for_prompt_logprobs_that_come_late():
 
 
 def test_a_request_that_ends_without_them_is_an_error():
-    from epd.endpoint.flight import IncompleteOutputError
+    from epd.endpoint.engine.flight import IncompleteOutputError
 
     one = flight(wants=True)
     with pytest.raises(IncompleteOutputError):

@@ -33,10 +33,10 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        from epd.bounded import Beliefs
         from epd.config import EndpointConfig
-        from epd.endpoint.flights import Flights
-        from epd.endpoint.stories import Stories
+        from epd.endpoint.engine.flights import Flights
+        from epd.endpoint.ops.stories import Stories
+        from epd.process.bounded import Beliefs
 
         config = EndpointConfig(max_waiting=3, max_held_bytes=1000)
         self.loop = asyncio.new_event_loop()
@@ -107,7 +107,7 @@ class Machine(RuleBasedStateMachine):
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
-        from epd.endpoint.submission import PipelineError
+        from epd.endpoint.engine.submission import PipelineError
         from epd.multimodal.splitter import Split
 
         try:

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from epd.config import EndpointConfig
-from epd.endpoint.limits import Limits, check_json, read_json
-from epd.endpoint.refusals import RefusedError
+from epd.endpoint.http.limits import Limits, check_json, read_json
+from epd.endpoint.http.refusals import RefusedError
 
 from .asgi_call import call
 

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.engine
 
 
 def args_of(engine=ENGINE, **endpoint):
-    from epd.endpoint.options import serve_args
+    from epd.endpoint.http.options import serve_args
 
     return serve_args(config_for("tcp://x:1", engine, **endpoint))
 
@@ -61,7 +61,7 @@ def test_serve_options_are_checked_as_vllm_does():
 
 
 def test_a_model_is_needed():
-    from epd.endpoint.options import serve_args
+    from epd.endpoint.http.options import serve_args
 
     with pytest.raises(ConfigError, match="model"):
         serve_args(Config(endpoint=EndpointConfig()))
@@ -82,7 +82,7 @@ def mrope_model(folder, kind, architecture, **vision):
 
 
 def test_a_model_with_mrope_whose_positions_are_known_is_taken(tmp_path):
-    from epd.endpoint.options import serve_args, vllm_config_of
+    from epd.endpoint.http.options import serve_args, vllm_config_of
 
     config = mrope_model(
         tmp_path, "Qwen2VLConfig", "Qwen2VLForConditionalGeneration", depth=1, embed_dim=32, hidden_size=64, num_heads=2
@@ -91,7 +91,7 @@ def test_a_model_with_mrope_whose_positions_are_known_is_taken(tmp_path):
 
 
 def test_another_model_with_mrope_is_refused_with_the_reason(tmp_path):
-    from epd.endpoint.options import serve_args, vllm_config_of
+    from epd.endpoint.http.options import serve_args, vllm_config_of
 
     config = mrope_model(
         tmp_path, "Glm4vConfig", "Glm4vForConditionalGeneration", depth=1, hidden_size=32, num_heads=2,
@@ -102,7 +102,7 @@ def test_another_model_with_mrope_is_refused_with_the_reason(tmp_path):
 
 
 def test_pruning_of_videos_is_refused_for_models_with_mrope(tmp_path):
-    from epd.endpoint.options import serve_args, vllm_config_of
+    from epd.endpoint.http.options import serve_args, vllm_config_of
 
     config = mrope_model(
         tmp_path, "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration", depth=1, hidden_size=32, num_heads=2,
@@ -114,14 +114,14 @@ def test_pruning_of_videos_is_refused_for_models_with_mrope(tmp_path):
 
 
 def test_a_model_that_is_not_there_is_an_error_with_its_name():
-    from epd.endpoint.options import serve_args, vllm_config_of
+    from epd.endpoint.http.options import serve_args, vllm_config_of
 
     with pytest.raises(ConfigError, match="/no/such/model"):
         vllm_config_of(serve_args(Config(model="/no/such/model")))
 
 
 def test_adapters_of_the_language_model_are_taken_and_those_of_the_tower_refused():
-    from epd.endpoint.options import vllm_config_of
+    from epd.endpoint.http.options import vllm_config_of
 
     lora = ENGINE | {"enable_lora": True, "max_lora_rank": 8}
     args = args_of(lora, serve={"lora_modules": ["red=/adapters/red", "blue=/adapters/blue"]})

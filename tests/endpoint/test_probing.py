@@ -6,10 +6,10 @@ import struct
 import numpy as np
 import pytest
 
-from epd import containers
 from epd.config import EndpointConfig
-from epd.endpoint import probing
-from epd.endpoint.refusals import RefusedError
+from epd.endpoint.http.refusals import RefusedError
+from epd.endpoint.media import probing
+from epd.multimodal import containers
 from tests import media_files as files
 
 MP4, WEBM, AVI = files.video(), files.video("webm"), files.video("avi")

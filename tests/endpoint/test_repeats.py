@@ -102,7 +102,7 @@ async def test_an_upload_with_other_settings_is_processed_anew(served):
 async def test_questions_about_kept_pictures_skip_the_processor_and_reach_the_workers_the_same(served, monkeypatch):
     from vllm.model_executor.models.idefics3 import Idefics3MultiModalProcessor
 
-    from epd.endpoint import known
+    from epd.endpoint.media import repeats
 
     applied = []
     apply = Idefics3MultiModalProcessor.apply
@@ -118,8 +118,8 @@ async def test_questions_about_kept_pictures_skip_the_processor_and_reach_the_wo
     kept = [*media(ids[0], "first"), *media(ids[1], "second"), *media(ids[0], "the first again")]
     one_new = [*media(ids[0], "first"), *with_picture("new", image_url(picture()))]
     monkeypatch.setattr(Idefics3MultiModalProcessor, "apply", counting)
-    for most, content in ((known._MAX_TOKENS, kept), (0, kept), (known._MAX_TOKENS, one_new)):
-        monkeypatch.setattr(known, "_MAX_TOKENS", most)
+    for most, content in ((repeats._MAX_TOKENS, kept), (0, kept), (repeats._MAX_TOKENS, one_new)):
+        monkeypatch.setattr(repeats, "_MAX_TOKENS", most)
         answer, body = await served.chat(content=content, cache_salt="tenant")
         assert answer.status == 200, body
     assert applied == [3, 2], "only the prompt that is too long to look through at once, and the picture that is new"

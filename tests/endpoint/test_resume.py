@@ -38,14 +38,14 @@ def params(fields):
 
 @pytest.mark.parametrize("fields", FINE, ids=str)
 def test_what_sees_prompt_and_output_as_one_sequence_goes_on(fields):
-    from epd.endpoint.resume import resumable
+    from epd.endpoint.engine.resume import resumable
 
     assert resumable(params(fields))
 
 
 @pytest.mark.parametrize("fields", WRONG, ids=str)
 def test_what_sees_the_output_alone_or_keeps_state_does_not(fields):
-    from epd.endpoint.resume import resumable
+    from epd.endpoint.engine.resume import resumable
 
     assert not resumable(params(fields))
 
@@ -53,7 +53,7 @@ def test_what_sees_the_output_alone_or_keeps_state_does_not(fields):
 def test_grammars_and_repetition_detection_do_not_go_on():
     from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
-    from epd.endpoint.resume import resumable
+    from epd.endpoint.engine.resume import resumable
 
     detection = RepetitionDetectionParams(max_pattern_size=4, min_pattern_size=2, min_count=3)
     assert not resumable(params({"temperature": 0.0, "structured_outputs": StructuredOutputsParams(regex="a+")}))
@@ -63,7 +63,7 @@ def test_grammars_and_repetition_detection_do_not_go_on():
 def test_each_choice_of_several_goes_on_by_itself():
     from copy import copy
 
-    from epd.endpoint.resume import resumable
+    from epd.endpoint.engine.resume import resumable
 
     child = copy(params({"temperature": 0.7, "n": 2}))
     child.n = 1  # as vLLM makes them (`ParentRequest`)
@@ -71,7 +71,7 @@ def test_each_choice_of_several_goes_on_by_itself():
 
 
 def test_params_that_went_through_vllms_own_checks_still_go_on():
-    from epd.endpoint.resume import resumable
+    from epd.endpoint.engine.resume import resumable
 
     one = params({"temperature": 0.0})
     one.update_from_generation_config({}, 2)
@@ -82,10 +82,10 @@ def test_params_that_went_through_vllms_own_checks_still_go_on():
 def test_every_field_of_vllms_sampling_params_is_classified():
     from vllm import SamplingParams
 
-    from epd.endpoint.resume import DECIDED, HARMLESS, ONLY
+    from epd.endpoint.engine.resume import DECIDED, HARMLESS, ONLY
 
     known = HARMLESS | set(ONLY) | DECIDED
     fields = set(SamplingParams.__struct_fields__)
-    assert fields - known == set(), "new in vLLM: can a request with it go on elsewhere? Say so in epd.endpoint.resume"
-    assert known - fields == set(), "gone from vLLM: drop it from epd.endpoint.resume"
+    assert fields - known == set(), "new in vLLM: can a request with it go on elsewhere? Say so in resume.py"
+    assert known - fields == set(), "gone from vLLM: drop it from resume.py"
     assert len(HARMLESS) + len(ONLY) + len(DECIDED) == len(known), "each field stands in one place"

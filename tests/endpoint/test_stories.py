@@ -1,6 +1,6 @@
 """The stories of requests, found by the ids that clients know."""
 
-from epd.endpoint.stories import Stories, describe
+from epd.endpoint.ops.stories import Stories, describe
 from epd.messages import StoryEvent
 
 EVENTS = [StoryEvent(at_s=0.0, event="accepted"), StoryEvent(at_s=1.0, event="finished")]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from epd.endpoint.failures import ExplicitErrors, current_exchange
-from epd.endpoint.unreadable import UnreadableInput
+from epd.endpoint.http.failures import ExplicitErrors, current_exchange
+from epd.endpoint.http.unreadable import UnreadableInput
 
 from .asgi_call import call
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from epd.bounded import Beliefs, ByteCache
 from epd.config import EndpointConfig
-from epd.endpoint.kept import Kept
+from epd.endpoint.media.stored_picture import StoredPicture
 from epd.messages import DropUpload, Patch, Upload, Uploaded
+from epd.process.bounded import Beliefs, ByteCache
 
 pytestmark = pytest.mark.engine
 
@@ -14,7 +14,7 @@ class Pipeline:
     """A store with its clock and all that it sent."""
 
     def __init__(self, **config):
-        from epd.endpoint.uploads import Uploads
+        from epd.endpoint.media.uploads import Uploads
 
         self.now, self.sent, self.full = 100.0, [], False
         self.beliefs = Beliefs()
@@ -28,7 +28,7 @@ class Pipeline:
     def add(self, *names, owner="a", num_bytes=100):
         from epd.multimodal.splitter import Split
 
-        kept = Kept(b"x" * 10)
+        kept = StoredPicture(b"x" * 10)
         kept.item_bytes = num_bytes - 10
         patches = [Patch(patch_hash=name, modality="image", num_tokens=4, num_frames=1) for name in names]
         with self.uploads.room(owner):
@@ -38,7 +38,7 @@ class Pipeline:
         self.uploads.on_uploaded(Uploaded(upload_id=media.upload_id, code=code, message="why"))
 
     def refused(self, **options):
-        from epd.endpoint.submission import PipelineError
+        from epd.endpoint.engine.submission import PipelineError
 
         with pytest.raises(PipelineError) as caught:
             self.add("n", **options)

@@ -26,14 +26,14 @@ def test_the_engine_core_is_made_in_one_place_by_keywords():
     tree = ast.parse(textwrap.dedent(inspect.getsource(AsyncLLM.__init__)))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     (made,) = [call for call in calls if ast.unparse(call.func) == "EngineCoreClient.make_async_mp_client"]
-    assert not made.args, "epd.endpoint.engine_client substitutes it by a function of keywords"
+    assert not made.args, "epd.endpoint.engine.engine_client substitutes it by a function of keywords"
 
 
 def test_async_llm_asks_its_core_only_for_what_ours_or_the_base_has():
     from vllm.v1.engine import async_llm
     from vllm.v1.engine.core_client import EngineCoreClient
 
-    from epd.endpoint.engine_client import PipelineCore
+    from epd.endpoint.engine.engine_client import PipelineCore
 
     names = {
         node.attr
@@ -124,7 +124,7 @@ def test_pictures_come_through_the_connector_that_we_replace(monkeypatch):
     from vllm import envs
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
-    from epd.endpoint.processed import LimitedConnector, PictureIO
+    from epd.endpoint.media.processor_cache import LimitedConnector, PictureIO
 
     monkeypatch.delenv("VLLM_MEDIA_CONNECTOR", raising=False)
     assert envs.VLLM_MEDIA_CONNECTOR == "http" and "http" in MEDIA_CONNECTOR_REGISTRY.name2class

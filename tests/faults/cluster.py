@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from epd import wire
 from epd.config import BrokerConfig, Config
 from epd.messages import Message, Role
+from epd.transport import wire
 from tests.faults.engines import Ask
 from tests.faults.processes import (
     BROKER,

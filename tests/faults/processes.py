@@ -1,6 +1,7 @@
 """The daemons of the cluster: real core, real stages, and stand-ins for links, cache daemon and endpoint.
 
-What they stand in for is `broker.daemon`, `epd.link`, `cache.daemon`, `workers.daemon` and `epd.endpoint.flights`.
+What they stand in for is `broker.daemon`, `epd.transport.link`, `cache.daemon`, `workers.daemon` and
+`epd.endpoint.engine.flights`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import msgspec
 
 from broker.core import Core
 from epd import messages as m
-from epd import wire
 from epd.messages import Message, Role
+from epd.transport import wire
 from tests.faults.engines import DTYPE, WIDTH, Ask, Engine
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
@@ -129,7 +130,7 @@ class BrokerProcess(Process):
 
 
 class Peer(Process):
-    """A daemon with a link to the broker, as `epd.link` keeps it."""
+    """A daemon with a link to the broker, as `epd.transport.link` keeps it."""
 
     role: Role
 
@@ -313,7 +314,7 @@ class WorkerProcess(Peer):
 
 
 class EndpointProcess(Peer):
-    """Submits requests, holds them, and submits them again to the next broker, as `epd.endpoint.flights` does."""
+    """Submits requests, holds them, and submits them to the next broker too, as `epd.endpoint.engine.flights` does."""
 
     role = Role.ENDPOINT
 

@@ -39,7 +39,7 @@ def request_of(num_tokens: int, **sampling: Any) -> Any:
 
 
 def test_a_recurrent_state_is_told_from_vllms_configuration(recurrent: Config, ordinary: Config) -> None:
-    from epd.endpoint.options import serve_args, vllm_config_of
+    from epd.endpoint.http.options import serve_args, vllm_config_of
     from epd.multimodal.recurrent import has_recurrent_state
 
     assert has_recurrent_state(vllm_config_of(serve_args(recurrent)))
@@ -50,7 +50,7 @@ def test_a_recurrent_state_is_told_from_vllms_configuration(recurrent: Config, o
 def test_prompt_logprobs_are_refused_with_a_recurrent_state_only(asked: dict[str, Any]) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    from epd.endpoint.submission import check_request
+    from epd.endpoint.engine.submission import check_request
 
     check_request(request_of(9, **asked))
     check_request(request_of(9), recurrent=True)
@@ -62,7 +62,7 @@ def test_prompt_logprobs_are_refused_with_a_recurrent_state_only(asked: dict[str
 def test_a_prompt_that_leaves_prefill_one_token_is_refused_with_a_recurrent_state_only(num_tokens: int) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    from epd.endpoint.submission import check_request
+    from epd.endpoint.engine.submission import check_request
 
     check_request(request_of(num_tokens))
     check_request(request_of(3), recurrent=True)

@@ -200,7 +200,7 @@ def test_a_video_that_does_not_fit_its_tokens_has_no_pieces(length):
 
 
 def test_a_video_is_one_item_for_prefill_and_a_patch_for_each_grid():
-    from epd.multimodal.joined import patches_of
+    from epd.multimodal.item_identifiers import patches_of
     from epd.multimodal.splitter import assemble, cut
 
     item, place = everything("video"), placed(18)

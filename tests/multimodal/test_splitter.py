@@ -215,7 +215,7 @@ def test_the_identity_follows_the_model_and_its_settings(vllm_config):
 def test_a_prompt_that_ends_inside_a_picture_is_refused(render, demo):
     from vllm.exceptions import VLLMValidationError
 
-    from epd.endpoint.submission import check_request
+    from epd.endpoint.engine.submission import check_request
 
     check_request(render(demo))
     with pytest.raises(VLLMValidationError, match="must not end inside"):

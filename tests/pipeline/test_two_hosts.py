@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from benchmarks.servers import Running
-from epd import hosts
 from epd.builtin import DEMO_QUESTION
 from epd.config import CacheConfig
 from epd.local import LocalPipeline
+from epd.process import hosts
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
 from tests.pipeline.conftest import config
 from tests.pipeline.test_disaggregation import of, story

@@ -12,9 +12,9 @@ import zmq.asyncio
 
 from broker.daemon import Broker
 from epd import messages as m
-from epd import wire
 from epd.config import BrokerConfig, Config
-from epd.link import BrokerLink
+from epd.transport import wire
+from epd.transport.link import BrokerLink
 
 FAST = BrokerConfig(address="tcp://127.0.0.1:0", heartbeat_s=0.05, lost_after_s=0.6)
 

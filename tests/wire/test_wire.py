@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from epd import messages as m
-from epd import wire
 from epd.protocol import BY_STRUCT, PROTOCOL_VERSION, TABLE
+from epd.transport import wire
 
 EXAMPLES = {
     m.Submit: m.Submit(

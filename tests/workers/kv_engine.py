@@ -22,7 +22,7 @@ from epd.config import Config
 from epd.messages import KvPeer, Role
 from workers import push_connector
 from workers.engine import Engine
-from workers.held import blocks
+from workers.resources import blocks
 
 PROMPT = [100 + i % 50 for i in range(200)]
 

@@ -30,7 +30,7 @@ from cache.slot import slot_bytes
 from cache.tensors import tensor_bytes
 from epd.config import Config, PrefillConfig
 from epd.messages import Role, Slot
-from epd.multimodal.joined import identifier_of
+from epd.multimodal.item_identifiers import identifier_of
 from epd.multimodal.positions import PositionsError
 from tests.models.registry import FAMILIES
 from workers.engine import Engine

@@ -137,7 +137,7 @@ def test_a_finished_prefill_stays_with_the_scheduler_until_it_has_been_pushed() 
 def test_the_progress_thread_of_nixl_can_be_given_a_delay() -> None:
     from vllm.distributed import nixl_utils
 
-    from workers.calm import NIXL_PROGRESS_US, calm_nixl
+    from workers.quiet_threads import NIXL_PROGRESS_US, calm_nixl
 
     calm_nixl()
     calm_nixl()

@@ -6,8 +6,8 @@ byte to the end of its exchange, as its handler may keep it. Pure ASGI, no vLLM.
 
 from __future__ import annotations
 
-from epd.endpoint.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.failures import failure_of, send_failure
+from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
+from epd.endpoint.http.failures import failure_of, send_failure
 from epd.errors import ErrorCode
 
 _RETRY_AFTER_S = 1.0

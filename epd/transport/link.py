@@ -18,10 +18,11 @@ from typing import Self
 import structlog
 import zmq
 
-from epd import held, wire
-from epd.hosts import this_host
 from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Message, Pool, Role, Unknown, Welcome, WorkerInfo
-from epd.sockets import MessageSocket
+from epd.process import resources
+from epd.process.hosts import this_host
+from epd.transport import wire
+from epd.transport.sockets import MessageSocket
 
 log = structlog.get_logger()
 
@@ -66,7 +67,7 @@ class BrokerLink:
         on_registered: OnRegistered | None = None,
         on_lost: OnLost | None = None,
         steps: Callable[[], int] = int,
-        held: Callable[[], dict[str, int]] = held.of_process,
+        held: Callable[[], dict[str, int]] = resources.of_process,
     ) -> None:
         self._address, self._name, self._role = address, name, role
         self._info, self._pools, self._steps, self._held = info, pools, steps, held

@@ -19,16 +19,16 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.serial_utils import MsgpackDecoder
 
-from epd.bounded import Beliefs
 from epd.config import EndpointConfig
-from epd.endpoint.failures import Exchange, Failure, failure_of
-from epd.endpoint.flight import Flight, IncompleteOutputError
-from epd.endpoint.keys import tenant_of
-from epd.endpoint.stories import Stories
-from epd.endpoint.submission import PipelineError, submission, too_large, without_pixels
+from epd.endpoint.engine.flight import Flight, IncompleteOutputError
+from epd.endpoint.engine.submission import PipelineError, submission, too_large, without_pixels
+from epd.endpoint.http.failures import Exchange, Failure, failure_of
+from epd.endpoint.http.keys import tenant_of
+from epd.endpoint.ops.stories import Stories
 from epd.errors import HTTP_STATUS, ErrorCode
 from epd.messages import Cancel, Failed, Finished, Message, StoryEvent, Tokens
 from epd.multimodal.splitter import Split
+from epd.process.bounded import Beliefs
 
 log = structlog.get_logger()
 

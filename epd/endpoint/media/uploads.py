@@ -17,14 +17,14 @@ from typing import Any
 
 import structlog
 
-from epd.bounded import Beliefs
 from epd.config import EndpointConfig
-from epd.endpoint.failures import Failure
-from epd.endpoint.kept import Kept
-from epd.endpoint.submission import PipelineError, too_large
+from epd.endpoint.engine.submission import PipelineError, too_large
+from epd.endpoint.http.failures import Failure
+from epd.endpoint.media.stored_picture import StoredPicture
 from epd.errors import ErrorCode
 from epd.messages import DropUpload, Message, Upload, Uploaded
 from epd.multimodal.splitter import Split
+from epd.process.bounded import Beliefs
 
 log = structlog.get_logger()
 
@@ -53,7 +53,7 @@ class Media:
         retry_at: when the broker is asked again, after a failure that may pass, `retry_s` after the last time.
     """
 
-    def __init__(self, owner: str, kept: Kept, split: Split, ttl_s: float, now: float) -> None:
+    def __init__(self, owner: str, kept: StoredPicture, split: Split, ttl_s: float, now: float) -> None:
         self.id, self.upload_id = secrets.token_urlsafe(_ID_BYTES), secrets.token_hex(8)
         self.owner, self.kept, self.split = owner, kept, split
         self.num_bytes = kept.num_bytes
@@ -126,7 +126,7 @@ class Uploads:
             if not self._coming[owner]:
                 del self._coming[owner]
 
-    def add(self, owner: str, kept: Kept, split: Split) -> Media:
+    def add(self, owner: str, kept: StoredPicture, split: Split) -> Media:
         """Keeps a processed picture and has it encoded.
 
         Raises:

@@ -13,8 +13,8 @@ import torch
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
 from vllm.v1.outputs import LogprobsTensors
 
-from epd.endpoint.resume import resumable
-from epd.endpoint.submission import wants_prompt_logprobs
+from epd.endpoint.engine.resume import resumable
+from epd.endpoint.engine.submission import wants_prompt_logprobs
 from epd.multimodal.splitter import Split
 
 _TOKEN_BYTES = 8

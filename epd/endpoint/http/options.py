@@ -17,7 +17,8 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from epd.config import Config, ConfigError
-from epd.endpoint.adapters import check_options
+from epd.endpoint.engine.adapters import check_options
+from epd.errors import one_line
 from epd.multimodal.positions import UnsupportedModelError, positions_for
 
 # These choose how vLLM would start processes and sockets; here that is the pipeline's business.
@@ -46,7 +47,7 @@ def serve_args(config: Config) -> argparse.Namespace:
     wrong = sorted(set(_NOT_OURS) & set(options))
     if wrong:
         raise ConfigError(f"[endpoint.serve] and [engine] cannot set {', '.join(wrong)}")
-    # "lru" only counts what there is; the cache itself is ours (`processed.py`), of the size the user has set.
+    # "lru" only counts what there is; the cache itself is `epd.endpoint.media.processor_cache`, of the user's size.
     options |= {"model": config.model, "mm_processor_cache_type": "lru"}
     if config.served_model_name:
         options["served_model_name"] = [config.served_model_name]
@@ -62,7 +63,7 @@ def serve_args(config: Config) -> argparse.Namespace:
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"vLLM options: {error}") from None
+        raise ConfigError(f"vLLM options: {one_line(error)}") from None
     return args
 
 
@@ -74,8 +75,8 @@ def vllm_config_of(args: argparse.Namespace) -> VllmConfig:
     """
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{args.model}: {error}") from error
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        raise ConfigError(f"{args.model}: {one_line(error)}") from error
     model = config.model_config
     try:
         positions_for(config)

@@ -13,10 +13,10 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
-from epd import wire
-from epd.endpoint.failures import Failure
+from epd.endpoint.http.failures import Failure
 from epd.messages import Submit
 from epd.multimodal.splitter import Split
+from epd.transport import wire
 
 # vLLM's convolution on a CPU ends the engine where a prompt begins with a step of one token.
 _MIN_RECURRENT_TOKENS = 3

@@ -38,12 +38,12 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.renderers import BaseRenderer
 
 from epd.config import EndpointConfig
-from epd.endpoint import known
-from epd.endpoint.decoding import AudioIO, VideoIO, settle_resampling
-from epd.endpoint.failures import current_exchange
-from epd.endpoint.kept import SCHEME, Kept, current_media
-from epd.endpoint.probing import check_image
-from epd.endpoint.refusals import RefusedError
+from epd.endpoint.http.failures import current_exchange
+from epd.endpoint.http.refusals import RefusedError
+from epd.endpoint.media import repeats
+from epd.endpoint.media.decoding import AudioIO, VideoIO, settle_resampling
+from epd.endpoint.media.probing import check_image
+from epd.endpoint.media.stored_picture import SCHEME, StoredPicture, current_media
 
 _KNOWN_FILES = 65_536
 
@@ -52,7 +52,7 @@ class LazyPicture(MediaWithBytes[Image.Image]):
     """A picture whose pixels are decoded when somebody looks at them; `pixels` names them before that."""
 
     def __init__(
-        self, io: ImageMediaIO, file: bytes, pixels: str, kept: Kept | None, media: Image.Image | None
+        self, io: ImageMediaIO, file: bytes, pixels: str, kept: StoredPicture | None, media: Image.Image | None
     ) -> None:
         self._io, self._media = io, media
         self.original_bytes, self.io_config = file, None
@@ -82,7 +82,7 @@ class PictureIO(ImageMediaIO):
         """The largest file that is fetched."""
         return self.limits.max_body_bytes
 
-    def load_bytes(self, data: bytes, kept: Kept | None = None) -> LazyPicture:
+    def load_bytes(self, data: bytes, kept: StoredPicture | None = None) -> LazyPicture:
         """A picture; decoded now only if it was never decoded before.
 
         Raises:
@@ -201,7 +201,7 @@ class ProcessorCache(MultiModalProcessorOnlyCache):
         value = item.kept.value
         return (item.pixels, value) if value is not None and item.kept.key == item.pixels else None
 
-    def begin(self, kept: dict[str, Kept]) -> None:
+    def begin(self, kept: dict[str, StoredPicture]) -> None:
         """A request with these kept pictures, by their hashes, asks next."""
         self._local.kept = kept
         self._local.held = {key: each.value for key, each in kept.items() if each.value is not None}
@@ -255,7 +255,7 @@ def install(renderer: BaseRenderer[Any], config: VllmConfig, limits: EndpointCon
         """Names each item by its content; this is the one place where vLLM would take a client's word for it."""
         items = {modality: each.get_all_items_for_hash() for modality, each in inputs.mm_data_items.items()}
         found = vllm_hashes(replace(inputs, mm_uuid_items=_names(items)))
-        kept: dict[str, Kept] = {}
+        kept: dict[str, StoredPicture] = {}
         for modality, each in items.items():
             for item, key in zip(each, found[modality], strict=True):
                 if isinstance(item, LazyPicture) and item.kept is not None and item.kept.key in ("", key):
@@ -269,7 +269,7 @@ def install(renderer: BaseRenderer[Any], config: VllmConfig, limits: EndpointCon
         return {}
 
     processor._get_mm_hashes, renderer._process_mm_uuids = hashes, no_uuids
-    known.install(renderer, cache.find)
+    repeats.install(renderer, cache.find)
     return cache
 
 
@@ -294,7 +294,7 @@ def _explained() -> Iterator[None]:
         raise VLLMValidationError(str(error)) from error
 
 
-def _resolve(url: str) -> Kept:
+def _resolve(url: str) -> StoredPicture:
     kept = current_media.get().get(url.removeprefix(SCHEME))
     if kept is None:
         raise VLLMValidationError("media_not_found: no picture of this id is kept here")

@@ -21,14 +21,14 @@ from vllm.exceptions import VLLMError
 from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from epd.endpoint.engine_client import PipelineCore
-from epd.endpoint.failures import Failure, failure_of
-from epd.endpoint.kept import SCHEME, Kept, current_media
-from epd.endpoint.keys import owner_of
-from epd.endpoint.limits import MEDIA_PATH as PATH
-from epd.endpoint.limits import media_not_found
-from epd.endpoint.submission import PipelineError
-from epd.endpoint.uploads import Media
+from epd.endpoint.engine.engine_client import PipelineCore
+from epd.endpoint.engine.submission import PipelineError
+from epd.endpoint.http.failures import Failure, failure_of
+from epd.endpoint.http.keys import owner_of
+from epd.endpoint.http.limits import MEDIA_PATH as PATH
+from epd.endpoint.http.limits import media_not_found
+from epd.endpoint.media.stored_picture import SCHEME, StoredPicture, current_media
+from epd.endpoint.media.uploads import Media
 from epd.errors import ErrorCode
 
 
@@ -53,7 +53,7 @@ class MediaRoutes:
         """Who asks."""
         return owner_of(scope, has_keys=self._has_keys)
 
-    def find(self, scope: Scope, media_id: str) -> Kept | None:
+    def find(self, scope: Scope, media_id: str) -> StoredPicture | None:
         """The kept picture of this id, if whoever asks may use it."""
         media = self._core.uploads.find(media_id, self.owner_of(scope))
         return None if media is None else media.kept
@@ -90,13 +90,13 @@ class MediaRoutes:
             raise PipelineError(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
         owner, salt = self.owner_of(request.scope), request.query_params.get("cache_salt", "")
         with self._core.uploads.room(owner):
-            kept = Kept(await request.body())
+            kept = StoredPicture(await request.body())
             feature = await render(request.app.state.online_renderer, kept)
             split = await self._core.splitter.slow([feature], salt)
             return self._core.uploads.add(owner, kept, split).describe()
 
 
-async def render(renderer: OnlineRenderer, kept: Kept) -> MultiModalFeatureSpec:
+async def render(renderer: OnlineRenderer, kept: StoredPicture) -> MultiModalFeatureSpec:
     """Has a picture processed just as a chat's would be; `kept` then holds its item.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 
-from epd.endpoint.asgi import Scope
+from epd.endpoint.http.asgi import Scope
 
 _TENANT_CHARS = 16
 

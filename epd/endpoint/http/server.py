@@ -27,22 +27,22 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
-from epd import activation, held
 from epd.config import Config, ConfigError
-from epd.endpoint import readiness, stories
-from epd.endpoint.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
-from epd.endpoint.bodies import Bodies
-from epd.endpoint.engine_client import PipelineCore
-from epd.endpoint.failures import ExplicitErrors, failure_of
-from epd.endpoint.keys import owner_of
-from epd.endpoint.limits import Limits
-from epd.endpoint.llm import PipelineLLM
-from epd.endpoint.media import MediaRoutes
-from epd.endpoint.models import ModelRoutes
-from epd.endpoint.options import serve_args, vllm_config_of
-from epd.endpoint.unreadable import UnreadableInput
-from epd.endpoint.warmup import warm_up
+from epd.endpoint.engine.engine_client import PipelineCore
+from epd.endpoint.engine.llm import PipelineLLM
+from epd.endpoint.http.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
+from epd.endpoint.http.bodies import Bodies
+from epd.endpoint.http.failures import ExplicitErrors, failure_of
+from epd.endpoint.http.keys import owner_of
+from epd.endpoint.http.limits import Limits
+from epd.endpoint.http.options import serve_args, vllm_config_of
+from epd.endpoint.http.unreadable import UnreadableInput
+from epd.endpoint.media.routes import MediaRoutes
+from epd.endpoint.ops import readiness, stories
+from epd.endpoint.ops.models import ModelRoutes
+from epd.endpoint.ops.warmup import warm_up
 from epd.errors import ErrorCode
+from epd.process import activation, resources
 
 log = structlog.get_logger()
 
@@ -117,7 +117,7 @@ class Endpoint:
 
     def held(self) -> dict[str, int]:
         """What this process holds, by kind; may be called from any thread, as vLLM's /metrics does."""
-        return held.of_process(self._loop) | self.core.held() | {"exchanges": self.bridge.num_active}
+        return resources.of_process(self._loop) | self.core.held() | {"exchanges": self.bridge.num_active}
 
     async def _warm_up(self, *, has_tls: bool) -> None:
         """Once the pipeline is complete, has a request go through every prefill and decode worker."""

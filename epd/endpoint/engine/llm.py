@@ -1,6 +1,7 @@
 """vLLM's `AsyncLLM` with a `PipelineCore` where its engine core would be.
 
-Lives in the endpoint process; owns the one place where vLLM is patched. Written against vLLM 0.32
+Lives in the endpoint process; owns the one place where a module of vLLM is patched (its renderer and processor, which
+are objects, are patched by `media/processor_cache` and `media/repeats`). Written against vLLM 0.32
 (`vllm.v1.engine.async_llm`).
 """
 
@@ -15,8 +16,8 @@ from vllm.v1.engine import async_llm
 from vllm.v1.executor import Executor
 
 from epd.config import EndpointConfig
-from epd.endpoint import processed
-from epd.endpoint.engine_client import PipelineCore
+from epd.endpoint.engine.engine_client import PipelineCore
+from epd.endpoint.media import processor_cache
 
 
 class PipelineLLM(async_llm.AsyncLLM):
@@ -34,7 +35,7 @@ class PipelineLLM(async_llm.AsyncLLM):
         with _core_instead_of_processes(core):
             super().__init__(vllm_config, executor_class=Executor, log_stats=log_stats, log_requests=log_requests)
         core.attach(self.output_processor)
-        processed.install(self.renderer, vllm_config, limits)
+        processor_cache.install(self.renderer, vllm_config, limits)
         core.output_task = self.output_handler
 
 
@@ -42,8 +43,7 @@ class PipelineLLM(async_llm.AsyncLLM):
 def _core_instead_of_processes(core: PipelineCore) -> Iterator[None]:
     """While inside, `AsyncLLM.__init__` gets `core` where it would start engine processes.
 
-    The one place where vLLM is patched: its constructor has no argument for this. It is synchronous, and nothing
-    else constructs engines in this process.
+    vLLM's constructor has no argument for this. It is synchronous, and nothing else constructs engines in this process.
     """
     original = async_llm.EngineCoreClient
     async_llm.EngineCoreClient = SimpleNamespace(make_async_mp_client=lambda **_: core)

@@ -20,19 +20,16 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import SchedulerStats
 
-from epd import held
-from epd.bounded import Beliefs
 from epd.config import Config
-from epd.endpoint.adapters import AdapterChecks
-from epd.endpoint.failures import Failure, current_exchange, failure_of
-from epd.endpoint.flights import Flights
-from epd.endpoint.questions import Questions
-from epd.endpoint.resume import SAMPLER_OPTIONS
-from epd.endpoint.stories import Stories
-from epd.endpoint.submission import PipelineError, check_request
-from epd.endpoint.uploads import Uploads
+from epd.endpoint.engine.adapters import AdapterChecks
+from epd.endpoint.engine.flights import Flights
+from epd.endpoint.engine.questions import Questions
+from epd.endpoint.engine.resume import SAMPLER_OPTIONS
+from epd.endpoint.engine.submission import PipelineError, check_request
+from epd.endpoint.http.failures import Failure, current_exchange, failure_of
+from epd.endpoint.media.uploads import Uploads
+from epd.endpoint.ops.stories import Stories
 from epd.errors import ErrorCode
-from epd.link import BrokerLink, LinkOverloadedError
 from epd.messages import (
     CacheState,
     Failed,
@@ -50,6 +47,9 @@ from epd.messages import (
 from epd.multimodal.recurrent import has_recurrent_state
 from epd.multimodal.splitter import Split, Splitter
 from epd.multimodal.units import agreed_units
+from epd.process import resources
+from epd.process.bounded import Beliefs
+from epd.transport.link import BrokerLink, LinkOverloadedError
 
 log = structlog.get_logger()
 
@@ -96,7 +96,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
             on_message=self.on_message,
             on_registered=self.on_registered,
             on_lost=self.on_lost,
-            held=lambda: held.of_process() | self.held(),
+            held=lambda: resources.of_process() | self.held(),
         )
 
     def attach(self, processor: OutputProcessor) -> None:

@@ -17,9 +17,9 @@ import av
 import soundfile  # type: ignore[import-untyped]
 from PIL import Image
 
-from epd import containers
 from epd.config import EndpointConfig
-from epd.endpoint.refusals import RefusedError
+from epd.endpoint.http.refusals import RefusedError
+from epd.multimodal import containers
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 JPEG_FRAMES = "video/jpeg"

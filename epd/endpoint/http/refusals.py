@@ -5,7 +5,7 @@ Lives in the endpoint process; pure.
 
 from __future__ import annotations
 
-from epd.endpoint.failures import Failure
+from epd.endpoint.http.failures import Failure
 
 
 class RefusedError(Exception):

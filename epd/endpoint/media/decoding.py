@@ -22,10 +22,10 @@ from vllm.multimodal.media.audio import AudioMediaIO
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 
-from epd import containers
 from epd.config import EndpointConfig
-from epd.endpoint import probing
-from epd.endpoint.refusals import RefusedError
+from epd.endpoint.http.refusals import RefusedError
+from epd.endpoint.media import probing
+from epd.multimodal import containers
 
 
 class VideoIO(VideoMediaIO):

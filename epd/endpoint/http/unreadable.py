@@ -11,8 +11,8 @@ import traceback
 
 import structlog
 
-from epd.endpoint.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.failures import Failure, current_exchange, send_failure
+from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
+from epd.endpoint.http.failures import Failure, current_exchange, send_failure
 
 log = structlog.get_logger()
 

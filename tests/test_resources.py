@@ -4,17 +4,17 @@ import asyncio
 import os
 import threading
 
-from epd import held
+from epd.process import resources
 
 
 async def test_tasks_threads_and_file_descriptors_are_counted_and_come_back_to_where_they_were():
-    before = held.of_process()
+    before = resources.of_process()
     read_fd, write_fd = os.pipe()
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
     task = asyncio.create_task(asyncio.sleep(100))
-    during = held.of_process()
+    during = resources.of_process()
     assert {kind: during[kind] - before[kind] for kind in before} == {"tasks": 1, "threads": 1, "fds": 2}
     os.close(read_fd)
     os.close(write_fd)
@@ -22,9 +22,9 @@ async def test_tasks_threads_and_file_descriptors_are_counted_and_come_back_to_w
     thread.join()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert held.of_process() == before
+    assert resources.of_process() == before
 
 
 async def test_a_system_that_does_not_tell_its_file_descriptors_is_no_error(monkeypatch):
-    monkeypatch.setattr(held, "_FDS", "/nowhere")
-    assert held.of_process()["fds"] == -1
+    monkeypatch.setattr(resources, "_FDS", "/nowhere")
+    assert resources.of_process()["fds"] == -1

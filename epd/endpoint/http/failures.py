@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import structlog
 
-from epd.endpoint.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.keys import owner_of
+from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
+from epd.endpoint.http.keys import owner_of
 from epd.errors import HTTP_STATUS, ErrorCode
 
 log = structlog.get_logger()

@@ -15,7 +15,7 @@ from blake3 import blake3
 SCHEME = "epd-media://"
 
 
-class Kept:
+class StoredPicture:
     """A picture's file, and what vLLM's processor made of it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Kept:
 
 
 # What `epd-media://ID` stands for in the request that is being handled; nothing else is ever looked up.
-current_media: contextvars.ContextVar[Mapping[str, Kept]] = contextvars.ContextVar(
+current_media: contextvars.ContextVar[Mapping[str, StoredPicture]] = contextvars.ContextVar(
     "media",
     default=MappingProxyType({}),
 )

@@ -23,12 +23,12 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from epd.config import EndpointConfig
-from epd.containers import kind_of
-from epd.endpoint.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.failures import send_failure
-from epd.endpoint.kept import SCHEME, Kept, current_media
-from epd.endpoint.probing import JPEG_FRAMES, check_audio, check_frames, check_image, check_video
-from epd.endpoint.refusals import RefusedError
+from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
+from epd.endpoint.http.failures import send_failure
+from epd.endpoint.http.refusals import RefusedError
+from epd.endpoint.media.probing import JPEG_FRAMES, check_audio, check_frames, check_image, check_video
+from epd.endpoint.media.stored_picture import SCHEME, StoredPicture, current_media
+from epd.multimodal.containers import kind_of
 
 MAX_DEPTH = 64
 MEDIA_PATH = "/v1/media"
@@ -39,7 +39,7 @@ _SLOW = (b"video", b"audio")
 _CHECKS = {"image": check_image, "video": check_video, "audio": check_audio}
 
 Resolve = Callable[[str], list[str]]
-FindMedia = Callable[[Scope, str], "Kept | None"]
+FindMedia = Callable[[Scope, str], "StoredPicture | None"]
 
 
 class Limits:
@@ -72,7 +72,7 @@ class Limits:
             body = await self._read(scope, receive)
             if body is None:
                 return
-            kept: dict[str, Kept] = {}
+            kept: dict[str, StoredPicture] = {}
             if path == MEDIA_PATH:
                 check_upload(body, self._config)
             elif body and _is_json(scope):
@@ -134,8 +134,8 @@ def check_json(
     body: bytes,
     config: EndpointConfig,
     resolve: Resolve,
-    find: Callable[[str], Kept | None] = lambda _id: None,
-) -> dict[str, Kept]:
+    find: Callable[[str], StoredPicture | None] = lambda _id: None,
+) -> dict[str, StoredPicture]:
     """Checks a JSON body and the media in it; blocking where names have to be resolved.
 
     Returns:
@@ -158,7 +158,7 @@ def check_json(
     for kind, limit in (("image", config.max_images), ("video", config.max_videos), ("audio", config.max_audios)):
         if sum(each == kind for each, _ in media) > limit:
             raise RefusedError(400, f"too_many_{kind}s", f"more than {limit} {kind}s in one request")
-    kept: dict[str, Kept] = {}
+    kept: dict[str, StoredPicture] = {}
     for kind, url in media:
         if kind == "image" and url.startswith(SCHEME):
             media_id = url.removeprefix(SCHEME)

@@ -1,0 +1,1 @@
+"""The pipeline as vLLM's engine core: requests to the broker, and their outputs back, each exactly once."""

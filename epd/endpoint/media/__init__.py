@@ -1,0 +1,1 @@
+"""Media at the endpoint: their headers, their decoders, vLLM's processor and its cache, and pictures kept ahead."""

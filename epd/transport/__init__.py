@@ -1,0 +1,1 @@
+"""How messages travel between EPD's processes: frames, ZeroMQ sockets and a peer's link to the broker."""
