@@ -15,11 +15,12 @@ from epd.client.errors import PictureError
 
 __all__ = ["Array", "from_array", "is_array", "plain"]
 
-_AS_IT_IS = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+_AS_IT_IS = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 _WITH_ALPHA = {"PA": "RGBA", "RGBa": "RGBA", "La": "LA"}
 _NUMBERS = frozenset("buif")  # numpy's kinds of bool, int, uint and float
 _BATCH_NDIM = 4
 _CHANNELS = (1, 2, 3, 4)
+_WIDE = 0xFFFF
 
 
 class Array(Protocol):
@@ -39,8 +40,9 @@ def is_array(given: Any) -> bool:
 def plain(image: Image.Image) -> Image.Image:
     """Return a copy that stands upright and is of a mode that PNG has.
 
-    It is turned as its EXIF orientation says, if it still carries one, as the server turns files. Grey of 16 bits
-    stays so, and the server scales it. ``I`` and ``F`` have no range of their own: see ``_whole`` and ``_real``.
+    It is turned as its EXIF orientation says, if it still carries one. Grey of more bits becomes grey of 8. ``I`` and
+    ``F`` do not tell their scale: it is the smallest usual one that has all values, 0 to 255 or 65535, and for ``F``
+    also 0 to 1. The server does the same with files.
 
     Raises:
         PictureError: Its numbers are no brightness.
@@ -57,20 +59,21 @@ def plain(image: Image.Image) -> Image.Image:
     mode = upright.mode
     if mode in _AS_IT_IS:
         return upright
-    if mode == "I":
-        return _whole(upright)
     if mode == "F":
         return _real(upright)
-    if mode.startswith("I;16"):  # other orders of bytes
-        return upright.convert("I").convert("I;16")
+    if mode == "I":
+        white = _white_of_whole(*upright.getextrema())
+        return _grey(upright) if white == _WIDE else upright.convert("L")
+    if mode.startswith("I;16"):
+        return _grey(upright.convert("I"))
     return upright.convert(_WITH_ALPHA.get(mode, "RGB"))
 
 
 def from_array(array: Any) -> Image.Image:
     """Return an array as an image of a mode that PNG has.
 
-    ``uint8`` is taken as it is; ``uint16`` as 16 bits, of which colours keep the upper 8, as in files; of bools, True
-    is white. Other numbers have no range of their own: see ``_whole`` and ``_real``.
+    ``uint8`` is taken as it is, and ``uint16`` as 16 bits, of which colours keep the upper 8 and grey is rounded, as
+    files are read; of bools, True is white. Other numbers do not tell their scale: see ``plain``.
 
     Raises:
         PictureError: Its shape is not (height, width) or (height, width, 1 to 4), or its numbers are no brightness.
@@ -83,45 +86,50 @@ def from_array(array: Any) -> Image.Image:
         )
     if len(shape) == 3 and shape[2] == 1:
         array = array[:, :, 0]
-    if array.dtype.kind == "b":
-        array = array.astype("uint8") * 255
-    elif array.dtype.kind == "f":
-        factor = _factor_of_real(float(array.min()), float(array.max()))  # NaN if any is
-        array = (array * factor + 0.5).astype("uint8")
-    elif array.dtype.itemsize > 1:
-        is_wide = array.dtype.kind == "u" and array.dtype.itemsize == 2
-        array = array.astype("<u2" if is_wide or _is_wide(int(array.min()), int(array.max())) else "uint8")
-    elif array.dtype.kind == "i":
-        _is_wide(int(array.min()), int(array.max()))
-        array = array.astype("uint8")
-    if array.dtype.itemsize == 2 and array.ndim == 3:
-        array = (array >> 8).astype("uint8")
-    return Image.fromarray(array)
+    return Image.fromarray(_as_8_bits(array))
 
 
-def _whole(image: Image.Image) -> Image.Image:
-    """An ``I`` image as ``L`` if all its values are 0 to 255, else as ``I;16`` if they are 0 to 65535."""
-    low, high = image.getextrema()
-    return image.convert("I;16" if _is_wide(low, high) else "L")  # type: ignore[arg-type]
+def _as_8_bits(array: Any) -> Any:
+    kind, num_bytes = array.dtype.kind, array.dtype.itemsize
+    if kind == "b":
+        return array.astype("uint8") * 255
+    if kind == "u" and num_bytes == 1:
+        return array
+    low, high = array.min(), array.max()  # NaN if any is
+    if kind == "f":
+        factor = 255 / _white_of_real(float(low), float(high))
+        return (array.astype("float32" if num_bytes < 4 else array.dtype) * factor).round().astype("uint8")
+    is_wide = (kind == "u" and num_bytes == 2) or _white_of_whole(int(low), int(high)) == _WIDE
+    if not is_wide:
+        return array.astype("uint8")
+    wide = array.astype("uint32")
+    return ((wide + 128) // 257 if array.ndim == 2 else wide >> 8).astype("uint8")
+
+
+def _grey(wide: Image.Image) -> Image.Image:
+    """An ``I`` image of 16 bits as ``L``."""
+    return wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
 def _real(image: Image.Image) -> Image.Image:
-    """An ``F`` image as ``L``: values from 0 to 1 are stretched, if all are, else they are 0 to 255."""
-    low, high = image.getextrema()
-    mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))  # NaN if any is; the extrema pass over it
-    factor = _factor_of_real(*((low, high) if math.isfinite(mean) else (mean, mean)))  # type: ignore[arg-type]
+    """An ``F`` image as ``L``."""
+    extrema: Any = image.getextrema()
+    mean: Any = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))  # NaN if any is; the extrema pass over it
+    factor = 255 / _white_of_real(*(extrema if math.isfinite(mean) else (mean, mean)))
     return image.point(lambda value: value * factor + 0.5).convert("L")
 
 
-def _is_wide(low: int, high: int) -> bool:
-    """Whether whole numbers are brightness of 16 bits, rather than of 8."""
-    if low < 0 or high > 0xFFFF:
+def _white_of_whole(low: int, high: int) -> int:
+    """What white is among whole numbers from ``low`` to ``high``."""
+    if low < 0 or high > _WIDE:
         raise PictureError(f"these whole numbers, {low} to {high}, are no brightness: that is 0 to 255 or 0 to 65535")
-    return high > 0xFF
+    return 255 if high <= 255 else _WIDE
 
 
-def _factor_of_real(low: float, high: float) -> int:
-    """By what numbers of 0 to 1, or of 0 to 255, are multiplied to be brightness of 8 bits."""
-    if not (low >= 0 and high <= 255):  # also where one is NaN
-        raise PictureError(f"these numbers, {low:g} to {high:g}, are no brightness: that is 0 to 1 or 0 to 255")
-    return 255 if high <= 1 else 1
+def _white_of_real(low: float, high: float) -> int:
+    """What white is among numbers from ``low`` to ``high``."""
+    if not (low >= 0 and high <= _WIDE):  # also where one is NaN
+        raise PictureError(
+            f"these numbers, {low:g} to {high:g}, are no brightness: that is 0 to 1, 0 to 255 or 0 to 65535"
+        )
+    return 1 if high <= 1 else 255 if high <= 255 else _WIDE

@@ -23,7 +23,8 @@ ALPHA = Image.linear_gradient("L").resize((48, 32))
 WITH_ALPHA = Image.merge("RGBA", [*COLOUR.split(), ALPHA])
 PALETTE = COLOUR.quantize(40)
 BITS = GREY.convert("1")
-WIDE = np.asarray(GREY).astype(np.uint16) * 256 + 7
+WIDE = np.asarray(GREY).astype(np.uint16) * 257  # and a little, so that it must be rounded
+WIDE += np.where(WIDE < 65_000, 100, 0).astype(np.uint16)
 ARRAY = np.asarray(COLOUR)
 
 
@@ -37,7 +38,7 @@ def decoded(url: str) -> Image.Image:
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "I;16":
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     return image.convert("RGBA")
 
 
@@ -120,6 +121,7 @@ PICTURES: dict[str, tuple[Callable[[Path], Any], Image.Image]] = {
     "PIL I;16B": (lambda _: Image.fromarray(WIDE.astype(">u2")), GREY),
     "PIL F": (lambda _: GREY.convert("F"), GREY),
     "PIL F from 0 to 1": (lambda _: Image.fromarray(np.asarray(GREY).astype(np.float32) / 255), GREY),
+    "PIL F of 16 bits": (lambda _: Image.fromarray(WIDE.astype(np.float32)), GREY),
     "16-bit PNG": (lambda _: png(Image.fromarray(WIDE)), GREY),
     "numpy uint8": (lambda _: ARRAY, COLOUR),
     "numpy, not contiguous": (lambda _: np.asfortranarray(ARRAY[::-1])[::-1], COLOUR),
@@ -133,7 +135,8 @@ PICTURES: dict[str, tuple[Callable[[Path], Any], Image.Image]] = {
     "numpy float to 255": (lambda _: ARRAY.astype(np.float32), COLOUR),
     "numpy int64": (lambda _: ARRAY.astype(np.int64), COLOUR),
     "numpy int32 of 16 bits": (lambda _: ARRAY.astype(np.int32) * 257, COLOUR),
-    "numpy uint16": (lambda _: ARRAY.astype(np.uint16) * 257, COLOUR),
+    "numpy float of 16 bits": (lambda _: ARRAY * 257.0, COLOUR),
+    "numpy uint16": (lambda _: ARRAY.astype(np.uint16) * 256 + 200, COLOUR),
     "numpy uint16 grey": (lambda _: WIDE, GREY),
     "numpy uint16 grey, big-endian": (lambda _: WIDE.astype(">u2"), GREY),
 }
@@ -284,10 +287,10 @@ async def test_transparency_of_a_palette_and_of_a_colour_is_kept(endpoint: FakeE
 
 
 NO_PICTURES: dict[str, tuple[Any, str]] = {
-    "numbers above 255": (np.full((4, 4), 300.0), "0 to 1 or 0 to 255"),
-    "numbers below 0": (np.full((4, 4), -0.5), "0 to 1 or 0 to 255"),
-    "NaN": (np.array([[0.0, np.nan]] * 2), "0 to 1 or 0 to 255"),
-    "infinity": (np.array([[0.0, np.inf]] * 2), "0 to 1 or 0 to 255"),
+    "numbers above 65535": (np.full((4, 4), 70000.0), "0 to 1, 0 to 255 or 0 to 65535"),
+    "numbers below 0": (np.full((4, 4), -0.5), "0 to 1, 0 to 255 or 0 to 65535"),
+    "NaN": (np.array([[0.0, np.nan]] * 2), "0 to 1, 0 to 255 or 0 to 65535"),
+    "infinity": (np.array([[0.0, np.inf]] * 2), "0 to 1, 0 to 255 or 0 to 65535"),
     "whole numbers below 0": (np.full((4, 4), -1), "0 to 255 or 0 to 65535"),
     "int8 below 0": (np.full((4, 4), -1, np.int8), "0 to 255 or 0 to 65535"),
     "whole numbers above 65535": (np.full((4, 4), 65536), "0 to 255 or 0 to 65535"),
@@ -297,9 +300,9 @@ NO_PICTURES: dict[str, tuple[Any, str]] = {
     "a number": (np.float64(3), r"shape \(\)"),
     "nothing": (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
     "complex": (np.zeros((4, 4), np.complex64), "not ndarray"),
-    "PIL F above 255": (Image.fromarray(np.full((4, 4), 300, np.float32)), "0 to 1 or 0 to 255"),
-    "PIL F with NaN": (Image.fromarray(np.array([[0, np.nan]] * 2, np.float32)), "0 to 1 or 0 to 255"),
-    "PIL F with infinity": (Image.fromarray(np.array([[0, np.inf]] * 2, np.float32)), "0 to 1 or 0 to 255"),
+    "PIL F above 65535": (Image.fromarray(np.full((4, 4), 70000, np.float32)), "0 to 1, 0 to 255 or 0 to 65535"),
+    "PIL F with NaN": (Image.fromarray(np.array([[0, np.nan]] * 2, np.float32)), "0 to 1, 0 to 255 or 0 to 65535"),
+    "PIL F with infinity": (Image.fromarray(np.array([[0, np.inf]] * 2, np.float32)), "0 to 1, 0 to 255 or 0 to 65535"),
     "PIL I below 0": (Image.fromarray(np.full((4, 4), -1, np.int32)), "0 to 255 or 0 to 65535"),
     "PIL without pixels": (Image.new("RGB", (0, 4)), "cannot"),
     "a text file": (io.StringIO("x"), "binary mode"),
