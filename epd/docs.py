@@ -149,8 +149,9 @@ One TOML file for all daemons of a pipeline: `epd up --config epd.toml`, and the
 the daemon does not start. There is a commented example in [examples/systemd/epd.toml](../examples/systemd/epd.toml).
 
 Single values can be given on the command line, and win over the file: `--set SECTION.KEY=VALUE`, with the value in TOML
-(a bare word is a string), e.g. `--set broker.max_queued=64`. `--engine KEY=VALUE` is short for
-`--set engine.KEY=VALUE`; `epd up` also has `--encode-engine`, `--prefill-engine` and `--decode-engine`.
+or JSON (a bare word is a string), e.g. `--set broker.max_queued=64`. `--engine KEY=VALUE` is short for
+`--set engine.KEY=VALUE`, and takes what `vllm serve` takes: `--engine 'limit_mm_per_prompt={"image": 16}'`, `8k`.
+`epd up` also has `--encode-engine`, `--prefill-engine` and `--decode-engine`.
 
 `epd up` chooses the broker's address itself (a socket in its run directory), so `broker.address` has no effect there.
 
@@ -158,6 +159,7 @@ Single values can be given on the command line, and win over the file: `--set SE
 `[engine]` holds vLLM's engine options for all stages and for the endpoint, `[encode.engine]`, `[prefill.engine]` and
 `[decode.engine]` those of one stage; the stage's own win. The names are those of `vllm serve --help` with underscores.
 `[endpoint.serve]` takes further options of `vllm serve` for the HTTP server (tool parsers, TLS, CORS and the like).
+Names and values that vLLM does not take are refused before anything is loaded, with the nearest right one.
 
 EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_transfer_config`, `mm_encoder_only` and
 `mm_processor_cache_gb` of the workers, `enable_prefix_caching` and `enable_lora` of encode workers,

@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from epd.config import Config, ConfigError
+from epd.errors import one_line
 from epd.messages import Draining, Message, Pools, Role, Welcome, WorkerInfo
 from epd.process import lifecycle, resources
 from epd.process.lifecycle import Life, first
@@ -135,9 +136,11 @@ class Worker:
     def _close(self) -> int:
         if isinstance(self.error, ConfigError):
             log.error("engine not configured", reason=str(self.error))
+            lifecycle.notify_systemd(f"STATUS={one_line(self.error)}")
             return lifecycle.MISCONFIGURED
         if self.error is not None:
             log.error("engine failed", error=repr(self.error), exc_info=self.error)
+            lifecycle.notify_systemd(f"STATUS={type(self.error).__name__}: {one_line(self.error)}")
             return lifecycle.FAILED
         self._thread.close(_STOP_S)
         return lifecycle.OK

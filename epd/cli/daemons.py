@@ -45,12 +45,13 @@ def run(args: argparse.Namespace) -> int:
         from epd.cli import cache_ls
 
         return cache_ls.run(args.url)
-    from epd.local import environment
+    from epd.local import engine_options, environment, extras
 
     config = options.configure(args)
     name = args.name or (args.stage if args.command == "worker" else args.command)
     if args.command in ("endpoint", "worker"):
-        config = environment.resolve_model(config)
+        extras.need(extras.ENGINE)
+        config = engine_options.checked(environment.resolve_model(config))
         environment.set_engine_environment(config.model, config.log.level)
     if args.command == "endpoint" and not activation.is_offered():
         environment.listen(config.endpoint.host, config.endpoint.port).close()

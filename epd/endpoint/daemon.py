@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from epd.config import Config, ConfigError
+from epd.errors import one_line
 from epd.process import lifecycle
 from epd.process.lifecycle import Life
 
@@ -38,6 +39,7 @@ async def main(config: Config, name: str, life: Life) -> int:
             await stack.enter_async_context(endpoint)
         except (ConfigError, OSError) as error:
             log.error("the endpoint cannot start", reason=str(error))
+            lifecycle.notify_systemd(f"STATUS={one_line(error)}")
             return lifecycle.MISCONFIGURED if isinstance(error, ConfigError) else lifecycle.FAILED
         log.info(
             "listening",

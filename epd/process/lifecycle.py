@@ -105,7 +105,7 @@ async def first(*waits: Awaitable[object]) -> None:
 
 
 def notify_systemd(state: str) -> None:
-    """Tells systemd `state` (READY=1, STOPPING=1) where it started this process with a notify socket."""
+    """Tells systemd `state` (READY=1, STATUS=…, STOPPING=1) where it started this process with a notify socket."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return

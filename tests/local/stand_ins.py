@@ -41,6 +41,20 @@ def crash() -> int:
     raise RuntimeError("no such model")
 
 
+def misconfigured() -> int:
+    """Says what is wrong with its configuration and ends, as daemons do."""
+    print("engine not configured, and much more")
+    notify_systemd("STATUS=some/model: quantization 'fp9' is not known")
+    return 2
+
+
+def fail() -> int:
+    """Says what has failed and ends."""
+    print("Traceback, and much more")
+    notify_systemd("STATUS=ValueError: no memory for the cache")
+    return 1
+
+
 def end_with(status: int) -> int:
     """Ends."""
     return status
