@@ -47,8 +47,9 @@ state does not survive its restart; what was in flight is submitted again by its
 ## Topology
 The broker binds one ROUTER socket; each peer connects one DEALER socket. Peers do not talk to each other through
 ZeroMQ, but for slots of another host's pool (`cache/pools/server.py`): embeddings go through the pools, KV through NIXL
-between prefill and decode workers. No socket has a ZeroMQ high-water mark; what bounds them is the broker's admission
-and a peer's outbox of {outbox:,} messages.
+between prefill and decode workers. The broker's socket has no ZeroMQ high-water mark; what bounds it is admission, and
+each peer's outbox of {outbox:,} messages. All sockets are made, with all their options, by
+`epd/transport/factory.py`; the keys of an encrypted connection would go there too.
 
 The routing id of a peer's socket is its **incarnation**: a new random word for each registration, of
 16 hexadecimal digits here. ZeroMQ delivers what was meant for an earlier incarnation to nobody.

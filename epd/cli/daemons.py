@@ -9,7 +9,7 @@ import argparse
 import importlib
 
 from epd.cli import options
-from epd.config import Config, ConfigError
+from epd.config import Config
 from epd.process import activation
 
 STAGES = ("encode", "prefill", "decode")
@@ -65,13 +65,5 @@ def _run_daemon(args: argparse.Namespace, config: Config, name: str) -> int:
         from workers import daemon as worker
 
         return worker.run(config, args.stage, name)
-    import zmq
-
     packages = {"endpoint": "epd.endpoint", "broker": "broker", "cache": "cache"}
-    run_daemon = importlib.import_module(f"{packages[args.command]}.daemon").run
-    try:
-        return int(run_daemon(config, name))
-    except zmq.ZMQError as error:
-        if args.command != "broker":
-            raise
-        raise ConfigError(f"cannot listen on {config.broker.address}: {error.strerror}") from None
+    return int(importlib.import_module(f"{packages[args.command]}.daemon").run(config, name))

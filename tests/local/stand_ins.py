@@ -8,7 +8,7 @@ from pathlib import Path
 
 from epd.local.environment import end_with_supervisor
 from epd.process import activation
-from epd.process.service import notify_systemd
+from epd.process.lifecycle import notify_systemd
 
 
 def serve(name: str = "stand-in") -> int:

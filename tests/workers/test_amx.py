@@ -9,6 +9,7 @@ import torch
 ARCH_PRCTL, ARCH_GET_XCOMP_PERM, XTILEDATA = 158, 0x1022, 1 << 18
 
 CODE = """
+import ctypes
 import workers.{module}
 {call}
 permitted = ctypes.c_uint64()
