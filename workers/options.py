@@ -37,7 +37,8 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
         raise ConfigError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
     check_options(user)
-    options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni"}
+    # A progress bar is no line of a log.
+    options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni", "use_tqdm_on_load": False}
     if current_platform.is_cpu():
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
     if int(user.get("tensor_parallel_size", 1)) > 1 or int(user.get("pipeline_parallel_size", 1)) > 1:

@@ -26,7 +26,8 @@ from epd.endpoint.engine.flights import Flights
 from epd.endpoint.engine.questions import Questions
 from epd.endpoint.engine.resume import SAMPLER_OPTIONS
 from epd.endpoint.engine.submission import PipelineError, check_request
-from epd.endpoint.http.failures import Failure, current_exchange, failure_of
+from epd.endpoint.http.exchange import current_exchange
+from epd.endpoint.http.failures import Failure, failure_of
 from epd.endpoint.media.uploads import Uploads
 from epd.endpoint.ops.stories import Stories
 from epd.errors import ErrorCode

@@ -22,7 +22,8 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from epd.config import EndpointConfig
 from epd.endpoint.engine.flight import Flight, IncompleteOutputError
 from epd.endpoint.engine.submission import PipelineError, submission, too_large, without_pixels
-from epd.endpoint.http.failures import Exchange, Failure, failure_of
+from epd.endpoint.http.exchange import Exchange
+from epd.endpoint.http.failures import Failure, failure_of
 from epd.endpoint.http.keys import tenant_of
 from epd.endpoint.ops.stories import Stories
 from epd.errors import HTTP_STATUS, ErrorCode
@@ -120,7 +121,9 @@ class Flights:
         self._flights[flight.request_id] = flight
         self.held_bytes += flight.num_bytes
         owner, name = (exchange.owner, exchange.name) if exchange is not None else ("", "")
-        self._stories.open(flight.request_id, request.external_req_id or flight.request_id, owner, name)
+        self._stories.open(flight.request_id, flight.part.client_id, owner, name)
+        if exchange is not None:
+            exchange.parts.append(flight.part)
         deadline_s = self._config.request_timeout_s + _DEADLINE_GRACE_S
         self._after(deadline_s, flight, "deadline", self._on_deadline)
         if not self._has_broker:
@@ -214,7 +217,7 @@ class Flights:
         flight = self._flights.get(request_id)
         if flight is None or not self._follows(flight, message):
             return False
-        flight.num_cached_tokens = message.num_cached_tokens
+        flight.part.num_cached_tokens = message.num_cached_tokens
         try:
             output = self._decoder.decode(frames)
             if is_last and not output.finished:

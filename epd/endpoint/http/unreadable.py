@@ -12,7 +12,8 @@ import traceback
 import structlog
 
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.http.failures import Failure, current_exchange, send_failure
+from epd.endpoint.http.exchange import current_exchange
+from epd.endpoint.http.failures import Failure, send_failure
 
 log = structlog.get_logger()
 

@@ -38,7 +38,7 @@ from vllm.multimodal.video import get_video_loader_backend_for_processor
 from vllm.renderers import BaseRenderer
 
 from epd.config import EndpointConfig
-from epd.endpoint.http.failures import current_exchange
+from epd.endpoint.http.exchange import current_exchange
 from epd.endpoint.http.refusals import RefusedError
 from epd.endpoint.media import repeats
 from epd.endpoint.media.decoding import AudioIO, VideoIO, settle_resampling
