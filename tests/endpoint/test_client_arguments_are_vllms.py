@@ -1,4 +1,4 @@
-"""The Python client's arguments beside vLLM's chat request, which only this folder's tests import."""
+"""The Python client's arguments beside the fields of vLLM's chat request."""
 
 from __future__ import annotations
 
