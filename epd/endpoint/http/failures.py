@@ -69,15 +69,19 @@ class Exchange:
         owner: a digest of the API key that it came with, or nothing.
         failure: why it fails; the first reason stays.
         has_submitted: whether anything of it has been given to the pipeline.
+        has_own_options: whether it chose how its media are processed; the encoder may not take what comes of that.
     """
 
     def __init__(self, owner: str = "") -> None:
         self.owner = owner
         self.failure: Failure | None = None
-        self.has_submitted = False
+        self.has_submitted = self.has_own_options = False
 
     def note(self, failure: Failure) -> None:
         """It fails by this, unless it does already."""
+        if failure.code == ErrorCode.ENCODE_FAILED and self.has_own_options:
+            text = "the model cannot encode what the request's mm_processor_kwargs make of its media"
+            failure = Failure(code="invalid_request", message=f"{text}: {failure.message}", status=400)
         if self.failure is None:
             self.failure = failure
 
