@@ -16,8 +16,10 @@ from broker.board import Send
 from broker.core import Core
 from broker.recorder import Recorder
 from epd.config import Config, ConfigError
-from epd.process import resources, service
+from epd.process import lifecycle, resources
+from epd.process.lifecycle import Life
 from epd.transport import wire
+from epd.transport.factory import UNBOUNDED, AddressError, SocketFactory, address_of
 from epd.transport.sockets import MessageSocket
 
 log = structlog.get_logger()
@@ -32,26 +34,20 @@ class Broker:
         config: `config.broker` says where to bind; a TCP port of 0 picks a free one, see `address`.
 
     Raises:
-        zmq.ZMQError: it cannot bind there.
-        ConfigError: it cannot record where it should.
+        ConfigError: it cannot listen there, or cannot record where it should.
     """
 
     def __init__(self, config: Config) -> None:
         # Generations start at the time in microseconds: no earlier broker of the same pools can have got so far.
         first_generation = time.time_ns() // 1000
         self.core = Core(config.broker, first_generation)
-        self._context = zmq.Context()
-        sock = self._context.socket(zmq.ROUTER)
-        sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        sock.setsockopt(zmq.SNDHWM, 0)
-        sock.setsockopt(zmq.RCVHWM, 0)
+        self._sockets = SocketFactory()
         try:
-            sock.bind(config.broker.address)
-        except zmq.ZMQError:
-            self._context.destroy(linger=0)
+            self._bound = self._sockets.bind_router(config.broker.address, max_waiting=UNBOUNDED)
+        except AddressError:
+            self._sockets.close()
             raise
-        self.address: str = sock.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = address_of(self._bound)
         self._recorder: Recorder | None = None
         if config.broker.record:
             try:
@@ -59,10 +55,9 @@ class Broker:
                     config.broker.record, config.broker.record_bytes, config.broker, first_generation
                 )
             except OSError as error:
-                self._context.destroy(linger=0)
+                self._sockets.close()
                 raise ConfigError(f"broker.record {config.broker.record}: {error.strerror or error}") from None
             log.info("recording", file=str(self._recorder.path))
-        self._bound = sock
         self._socket: MessageSocket | None = None
         self.num_malformed = 0
         self._complained_at = 0.0
@@ -86,7 +81,7 @@ class Broker:
 
     def close(self) -> None:
         """Closes the socket; after `serve` has ended."""
-        self._context.destroy(linger=200)
+        self._sockets.close()
 
     def _handle(self, parts: list[bytes]) -> None:
         peer_id = parts[0].decode("latin-1")  # any bytes, and back
@@ -120,27 +115,18 @@ class Broker:
             log.warning("malformed message", peer=peer_id, reason=reason, num_malformed=self.num_malformed)
 
 
-async def main(config: Config, name: str, stop: asyncio.Event) -> int:
-    """Serves until `stop` is set; returns the exit status."""
+async def main(config: Config, name: str, life: Life) -> int:
+    """Serves until it is stopped; returns the exit status."""
     broker = Broker(config)
     log.info("listening", name=name, address=broker.address)
-    service.notify_systemd("READY=1")
-    serving = asyncio.create_task(broker.serve(), name="broker")
-    stopping = asyncio.create_task(stop.wait(), name="stop")
+    life.ready()
     try:
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            serving.result()
+        await life.end(broker.serve())
     finally:
-        service.notify_systemd("STOPPING=1")
-        serving.cancel()
-        stopping.cancel()
-        await asyncio.gather(serving, stopping, return_exceptions=True)
         broker.close()
-    return 0
+    return lifecycle.OK
 
 
 def run(config: Config, name: str) -> int:
     """Runs the daemon until SIGINT or SIGTERM; returns the exit status."""
-    service.configure_logging(config.log, name)
-    return service.run(lambda stop: main(config, name, stop))
+    return lifecycle.run(config.log, name, lambda life: main(config, name, life))

@@ -7,7 +7,6 @@ With `cache.address` it also serves slots to workers of other hosts (`cache.pool
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 
@@ -18,7 +17,8 @@ from cache import pools
 from cache.pools.shared_memory import SharedMemoryView, sweep_stale
 from epd.config import Config
 from epd.messages import Message, Pool, Role, Welcome
-from epd.process import resources, service
+from epd.process import lifecycle, resources
+from epd.process.lifecycle import Life
 from epd.transport.link import BrokerLink
 
 log = structlog.get_logger()
@@ -26,18 +26,22 @@ log = structlog.get_logger()
 
 def run(config: Config, name: str) -> int:
     """Runs the cache daemon `name` until SIGINT or SIGTERM; returns the exit status."""
-    service.configure_logging(config.log, name)
-    return service.run(lambda stop: main(config, name, stop))
+    return lifecycle.run(config.log, name, lambda life: main(config, name, life))
 
 
-async def main(config: Config, name: str, stop: asyncio.Event) -> int:
-    """Owns a pool and keeps it registered with the broker until `stop` is set.
+async def main(config: Config, name: str, life: Life) -> int:
+    """Owns a pool and keeps it registered with the broker until it is stopped.
 
     While the broker is lost the pool stays, and registration goes on by itself.
 
     Returns:
         The exit status: 1 where the pool cannot be made.
     """
+
+    async def registered(welcome: Welcome) -> None:
+        log.info("registered with the broker", lost_after_s=welcome.lost_after_s)
+        life.ready()
+
     if swept := sweep_stale():
         log.info("removed segments of dead owners", names=swept)
     pool_id = secrets.token_hex(8)
@@ -45,7 +49,7 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
         pool = pools.create(config.cache.kind, pool_id, config.cache.pool_bytes, config.cache.checksum)
     except pools.PoolError as error:
         log.error("no pool", reason=str(error))
-        return 1
+        return lifecycle.FAILED
     with contextlib.closing(pool), contextlib.ExitStack() as stack:
         descriptor = pool.descriptor()
         log.info("pool made", pool=descriptor.name, nbytes=descriptor.nbytes)
@@ -54,21 +58,20 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
                 descriptor = _serve(descriptor, config.cache.address, stack)
             except pools.PoolError as error:
                 log.error("pool not served", reason=str(error))
-                return 1
+                return lifecycle.FAILED
         async with BrokerLink(
             config.broker.address,
             name,
             Role.CACHE,
             on_message=_unexpected,
             pools=lambda: [descriptor],
-            on_registered=_registered,
+            on_registered=registered,
             held=lambda: resources.of_process() | {"pools": 1},
         ) as link:
-            await stop.wait()
-            service.notify_systemd("STOPPING=1")
+            await life.end()
             link.goodbye("stopped")
     log.info("pool removed", pool=descriptor.name)
-    return 0
+    return lifecycle.OK
 
 
 def _serve(pool: Pool, address: str, stack: contextlib.ExitStack) -> Pool:
@@ -83,11 +86,6 @@ def _serve(pool: Pool, address: str, stack: contextlib.ExitStack) -> Pool:
     stack.callback(server.close)
     log.info("pool served", address=server.address)
     return msgspec.structs.replace(pool, address=server.address)
-
-
-async def _registered(welcome: Welcome) -> None:
-    log.info("registered with the broker", lost_after_s=welcome.lost_after_s)
-    service.notify_systemd("READY=1")
 
 
 def _unexpected(message: Message, frames: list[bytes]) -> None:

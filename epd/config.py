@@ -6,6 +6,7 @@ those of one stage; their names are vLLM's own (`vllm serve --help`), with under
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ class Config(_Section):
 
 
 def load(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Reads a TOML file (or nothing) and applies `overrides` of the form `section.key=value` (value in TOML).
+    """Reads a TOML file (or nothing) and applies `overrides` of the form `section.key=value` (in TOML or JSON).
 
     Raises:
         ConfigError: the file or an override cannot be read, or has an unknown key or a wrong type.
@@ -195,14 +196,24 @@ def parse(text: str) -> Config:
     return msgspec.json.decode(text, type=Config)
 
 
+def _value(text: str, override: str) -> Any:
+    """A value in TOML, or in JSON where it is an object or an array, as `vllm serve` takes them; else a bare word."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if not text.strip().startswith(("{", "[")):
+            return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{override!r}: neither JSON ({error}) nor TOML") from None
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, found, text = override.partition("=")
     if not found:
         raise ConfigError(f"{override!r}: expected section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+    value = _value(text, override)
     *path, last = key.strip().replace("-", "_").split(".")
     for name in path:
         tree = tree.setdefault(name, {})

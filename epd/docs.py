@@ -47,8 +47,9 @@ state does not survive its restart; what was in flight is submitted again by its
 ## Topology
 The broker binds one ROUTER socket; each peer connects one DEALER socket. Peers do not talk to each other through
 ZeroMQ, but for slots of another host's pool (`cache/pools/server.py`): embeddings go through the pools, KV through NIXL
-between prefill and decode workers. No socket has a ZeroMQ high-water mark; what bounds them is the broker's admission
-and a peer's outbox of {outbox:,} messages.
+between prefill and decode workers. The broker's socket has no ZeroMQ high-water mark; what bounds it is admission, and
+each peer's outbox of {outbox:,} messages. All sockets are made, with all their options, by
+`epd/transport/factory.py`; the keys of an encrypted connection would go there too.
 
 The routing id of a peer's socket is its **incarnation**: a new random word for each registration, of
 16 hexadecimal digits here. ZeroMQ delivers what was meant for an earlier incarnation to nobody.
@@ -148,8 +149,9 @@ One TOML file for all daemons of a pipeline: `epd up --config epd.toml`, and the
 the daemon does not start. There is a commented example in [examples/systemd/epd.toml](../examples/systemd/epd.toml).
 
 Single values can be given on the command line, and win over the file: `--set SECTION.KEY=VALUE`, with the value in TOML
-(a bare word is a string), e.g. `--set broker.max_queued=64`. `--engine KEY=VALUE` is short for
-`--set engine.KEY=VALUE`; `epd up` also has `--encode-engine`, `--prefill-engine` and `--decode-engine`.
+or JSON (a bare word is a string), e.g. `--set broker.max_queued=64`. `--engine KEY=VALUE` is short for
+`--set engine.KEY=VALUE`, and takes what `vllm serve` takes: `--engine 'limit_mm_per_prompt={"image": 16}'`, `8k`.
+`epd up` also has `--encode-engine`, `--prefill-engine` and `--decode-engine`.
 
 `epd up` chooses the broker's address itself (a socket in its run directory), so `broker.address` has no effect there.
 
@@ -157,6 +159,7 @@ Single values can be given on the command line, and win over the file: `--set SE
 `[engine]` holds vLLM's engine options for all stages and for the endpoint, `[encode.engine]`, `[prefill.engine]` and
 `[decode.engine]` those of one stage; the stage's own win. The names are those of `vllm serve --help` with underscores.
 `[endpoint.serve]` takes further options of `vllm serve` for the HTTP server (tool parsers, TLS, CORS and the like).
+Names and values that vLLM does not take are refused before anything is loaded, with the nearest right one.
 
 EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_transfer_config`, `mm_encoder_only` and
 `mm_processor_cache_gb` of the workers, `enable_prefix_caching` and `enable_lora` of encode workers,

@@ -1,11 +1,12 @@
 """Why a request ends without an answer: the stable codes of FAILED and the HTTP status each one has.
 
-Lives in the broker and the endpoint; pure.
+Lives in every process; pure. Also how any exception is told in one line.
 """
 
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 
 class ErrorCode(enum.StrEnum):
@@ -44,3 +45,27 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.CANCELLED: 499,
     ErrorCode.SLOW_CLIENT: 408,
 }
+
+_LINE_CHARS, _INPUT_CHARS = 500, 60
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line; of pydantic's, each complaint, with its input where that is short."""
+    complaints = getattr(error, "errors", None)
+    if callable(complaints):
+        try:
+            said = [_complaint(each) for each in complaints()]
+        except (TypeError, KeyError, ValueError):
+            said = []
+        if said:
+            return "; ".join(said)[:_LINE_CHARS]
+    return (" ".join(str(error).split()) or type(error).__name__)[:_LINE_CHARS]
+
+
+def _complaint(each: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in each["loc"])
+    what = " ".join(str(each["msg"]).removeprefix("Value error, ").split())
+    given = each.get("input")
+    if isinstance(given, str | int | float) and len(str(given)) <= _INPUT_CHARS:
+        what += f" (it is {given!r})"
+    return f"{where}: {what}" if where else what

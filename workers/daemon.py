@@ -12,14 +12,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import structlog
 
 from epd.config import Config, ConfigError
+from epd.errors import one_line
 from epd.messages import Draining, Message, Pools, Role, Welcome, WorkerInfo
-from epd.process import resources, service
+from epd.process import lifecycle, resources
+from epd.process.lifecycle import Life, first
 from epd.transport.link import BrokerLink
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
@@ -65,29 +67,28 @@ class Worker:
             held=lambda: resources.of_process() | self._thread.held,
         )
 
-    async def serve(self, stop: asyncio.Event) -> int:
-        """Serves until `stop` is set or the engine fails; returns the exit status."""
+    async def serve(self, life: Life) -> int:
+        """Serves until it is stopped or the engine fails; returns the exit status."""
         started = time.monotonic()
         self._thread.start()
-        await _first(self._ready.wait(), self.failed.wait(), stop.wait())
+        await first(self._ready.wait(), self.failed.wait(), life.stop.wait())
         if not self._ready.is_set():
             return self._close()
         log.info("engine ready", seconds=round(time.monotonic() - started, 1))
         watching = asyncio.create_task(self._watch(), name="watch")
         try:
-            return await self._serve(stop)
+            return await self._serve(life)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    async def _serve(self, stop: asyncio.Event) -> int:
+    async def _serve(self, life: Life) -> int:
         async with self._link as link:
-            await _first(link.wait_registered(), self.failed.wait(), stop.wait())
+            await first(link.wait_registered(), self.failed.wait(), life.stop.wait())
             if link.registered:
                 log.info("registered", incarnation=link.incarnation)
-                service.notify_systemd("READY=1")
-            await _first(self.failed.wait(), self._leaking.wait(), stop.wait())
-            service.notify_systemd("STOPPING=1")
+                life.ready()
+            await life.end(self.failed.wait(), self._leaking.wait())
             if not self.failed.is_set():
                 await self._drain()
             link.goodbye("the engine failed" if self.failed.is_set() else "stopped")
@@ -100,7 +101,7 @@ class Worker:
         self._link.send(Draining())
         try:
             async with asyncio.timeout_at(until):
-                await _first(self.failed.wait(), self._in_engine(self._stage.drain))
+                await first(self.failed.wait(), self._in_engine(self._stage.drain))
         except TimeoutError:
             pass
         if self.failed.is_set():
@@ -135,12 +136,14 @@ class Worker:
     def _close(self) -> int:
         if isinstance(self.error, ConfigError):
             log.error("engine not configured", reason=str(self.error))
-            return 2
+            lifecycle.notify_systemd(f"STATUS={one_line(self.error)}")
+            return lifecycle.MISCONFIGURED
         if self.error is not None:
             log.error("engine failed", error=repr(self.error), exc_info=self.error)
-            return 1
+            lifecycle.notify_systemd(f"STATUS={type(self.error).__name__}: {one_line(self.error)}")
+            return lifecycle.FAILED
         self._thread.close(_STOP_S)
-        return 0
+        return lifecycle.OK
 
     # ---- called on the loop ----------------------------------------------------------------------------------------
 
@@ -192,29 +195,15 @@ class Worker:
             self._loop.call_soon_threadsafe(self.failed.set)
 
 
-async def _first(*waits: Awaitable[object]) -> None:
-    """Returns when the first of these is done; the others are cancelled."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def main(config: Config, stage: str, name: str, stop: asyncio.Event) -> int:
-    """Serves one worker until `stop` is set; returns the exit status."""
-    return await Worker(config, stage, name).serve(stop)
+async def main(config: Config, stage: str, name: str, life: Life) -> int:
+    """Serves one worker until it is stopped; returns the exit status."""
+    return await Worker(config, stage, name).serve(life)
 
 
 def run(config: Config, stage: str, name: str) -> int:
     """Runs the daemon until SIGINT or SIGTERM; returns the exit status."""
-    service.configure_logging(config.log, name)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    status = service.run(lambda stop: main(config, stage, name, stop))
+    status = lifecycle.run(config.log, name, lambda life: main(config, stage, name, life))
     if any(isinstance(thread, EngineThread) for thread in threading.enumerate()):
         os._exit(status)  # it is stuck, and the interpreter's end might wait for it
     return status

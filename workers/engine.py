@@ -27,6 +27,7 @@ from epd.multimodal.item_identifiers import patches_of
 from epd.multimodal.positions import positions_for
 from workers import options, parameters, quiet_threads
 from workers.adapters import Adapters
+from workers.amx import permit_amx
 from workers.handover import Handover
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
@@ -79,6 +80,7 @@ class Engine:
         started = time.monotonic()
         self.role = role
         quiet_threads.share_process_group()
+        permit_amx()
         if role is not Role.ENCODE:
             quiet_threads.calm_nixl()
         self.vllm_config = options.vllm_config(config, role, name)

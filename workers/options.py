@@ -16,6 +16,7 @@ from vllm.v1.executor import Executor
 
 from cache import ec_connector
 from epd.config import Config, ConfigError
+from epd.errors import one_line
 from epd.messages import Role
 from epd.multimodal.recurrent import has_recurrent_state
 from workers import parameters, push_connector
@@ -80,10 +81,10 @@ def vllm_config(config: Config, role: Role, name: str) -> VllmConfig:
     is made without a tower: so it gets one, which `MakeExecutor` drops.
 
     Raises:
-        ConfigError: as `engine_options`, or speculative decoding of a model with a recurrent state.
+        ConfigError: as `engine_options`; what vLLM refuses; speculative decoding of a model with a recurrent state.
     """
     options = engine_options(config, role, name)
-    made: VllmConfig = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    made = _made(options)
     if made.speculative_config is not None and has_recurrent_state(made):
         raise ConfigError(
             f"{config.model}: it has a recurrent state, and how much of a prompt prefill may compute then depends on"
@@ -94,7 +95,14 @@ def vllm_config(config: Config, role: Role, name: str) -> VllmConfig:
         return made
     limits = options["limit_mm_per_prompt"] | {"image": 1, "video": 1}
     options |= {"limit_mm_per_prompt": limits, "skip_mm_profiling": True}
-    made = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    return _made(options)
+
+
+def _made(options: dict[str, Any]) -> VllmConfig:
+    try:
+        made: VllmConfig = EngineArgs(**options).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:  # pydantic's are ValueErrors
+        raise ConfigError(f"{options['model']}: {one_line(error)}") from error
     return made
 
 

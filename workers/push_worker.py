@@ -33,6 +33,8 @@ from vllm.logger import init_logger
 from vllm.utils.network_utils import make_zmq_path
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from epd.transport.factory import SocketFactory
+
 logger = init_logger(__name__)
 
 _REFUSED = b"EPD_REFUSED:"
@@ -364,10 +366,8 @@ def may_exist(peer: Peer, timeout_s: float = _PROBE_S) -> bool:
         socket.create_connection((peer.host, peer.port), timeout_s).close()
     except OSError as error:
         return error.errno != errno.ECONNREFUSED
-    with zmq.Context() as context, context.socket(zmq.REQ) as sock:
-        sock.setsockopt(zmq.LINGER, 0)
-        sock.setsockopt(zmq.RCVTIMEO, int(timeout_s * 1000))
-        sock.connect(make_zmq_path("tcp", peer.host, peer.port))
+    with SocketFactory() as sockets:
+        sock = sockets.connect_request(make_zmq_path("tcp", peer.host, peer.port), timeout_s=timeout_s)
         try:
             sock.send(msgspec.msgpack.encode((GET_META_MSG, 0, 0)))
             payload = msgspec.msgpack.decode(sock.recv_multipart()[0], type=NixlHandshakePayload)

@@ -6,6 +6,7 @@ Lives in those processes: vLLM imports this module there (`worker_extension_cls`
 from __future__ import annotations
 
 from workers.adapters import spare_base_requests
+from workers.amx import permit_amx
 from workers.quiet_threads import calm_nixl
 
 
@@ -13,5 +14,6 @@ class WorkerExtension:
     """Adds nothing to vLLM's worker class; it is there to be imported."""
 
 
+permit_amx()
 calm_nixl()
 spare_base_requests()

@@ -20,10 +20,10 @@ import zmq
 
 from cache import slot as slots
 from cache.pools.base import PoolError
-from cache.pools.server import Answer, Ask
+from cache.pools.server import MAX_SLOTS_WAITING, Answer, Ask
 from cache.slot import StaleSlotError
 from epd.messages import Pool, Slot
-from epd.transport import wire
+from epd.transport.factory import SocketFactory
 
 # From the last sign of life of a host that owes an answer.
 TIMEOUT_S = 2.0
@@ -145,7 +145,7 @@ class _Exchange:
 
     def __init__(self, pool: Pool, timeout_s: float) -> None:
         self._pool, self._timeout_s = pool, timeout_s
-        self._context = zmq.Context()
+        self._sockets = SocketFactory()
         self._socket: zmq.Socket[bytes] | None = None
         self._numbers = itertools.count(1)
         self._open: dict[int, _Question] = {}  # in the order they were asked, which is that of the answers
@@ -169,10 +169,9 @@ class _Exchange:
         header = msgspec.msgpack.encode(Ask(number=number, slot=question.slot, stores=stores, owner=question.owner))
         try:
             if self._socket is None:
-                self._socket = self._context.socket(zmq.DEALER)
-                self._socket.setsockopt(zmq.LINGER, 0)
-                self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-                self._socket.connect(self._pool.address)
+                self._socket = self._sockets.connect_dealer(
+                    self._pool.address, max_sent=MAX_SLOTS_WAITING, max_received=MAX_SLOTS_WAITING, linger_ms=0
+                )
             self._socket.send_multipart([header, question.data] if stores else [header], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # too much is under way, or there is no such address
             question.fail(PoolError(f"host {self._pool.host} ({self._pool.address}) cannot be asked: {error}"))
@@ -195,7 +194,7 @@ class _Exchange:
     def close(self) -> None:
         """Fails what is still asked, and closes the socket."""
         self._give_up("is not asked any more")
-        self._context.destroy(linger=0)
+        self._sockets.close()
 
     def _silent_at(self) -> float:
         """When the oldest question will have waited long enough."""
@@ -229,7 +228,7 @@ class _Exchange:
     def _give_up(self, why: str) -> None:
         """Ends all that is open; the next question starts over, on a new socket."""
         if self._socket is not None:
-            self._socket.close(linger=0)
+            self._socket.close()
             self._socket = None
         given_up, self._open = self._open, {}
         for question in given_up.values():

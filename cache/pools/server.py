@@ -20,11 +20,13 @@ from cache import slot as slots
 from cache.pools.base import PoolError
 from cache.slot import StaleSlotError
 from epd.messages import Pool, Slot, Struct
-from epd.transport import wire
+from epd.transport.factory import AddressError, SocketFactory, address_of
 from epd.transport.sockets import MessageSocket
 
 log = structlog.get_logger()
 
+# Of one worker: each may have the data of a slot.
+MAX_SLOTS_WAITING = 1000
 _COMPLAIN_EVERY_S = 1.0
 
 
@@ -64,22 +66,20 @@ class SlotServer:
         self._pool, self._memory = pool, memory
         if address.removeprefix("tcp://").startswith(("*:", "0.0.0.0:", "[::]:")):
             raise PoolError(f"cache.address {address}: name one address of this host, at which others reach it")
-        self._context = zmq.Context()
-        sock = self._context.socket(zmq.ROUTER)
-        sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._sockets = SocketFactory()
         try:
-            sock.bind(address)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise PoolError(f"cache.address {address}: {error.strerror or error}") from None
-        self.address: str = sock.getsockopt_string(zmq.LAST_ENDPOINT)
+            sock = self._sockets.bind_router(address, max_waiting=MAX_SLOTS_WAITING)
+        except AddressError as error:
+            self._sockets.close()
+            raise PoolError(f"cache.address: {error}") from None
+        self.address = address_of(sock)
         self._socket = MessageSocket(sock, self._handle)
         self._complained_at = 0.0
 
     def close(self) -> None:
         """Stops serving."""
         self._socket.close()
-        self._context.destroy(linger=200)
+        self._sockets.close()
 
     def _handle(self, parts: list[bytes]) -> None:
         try:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +36,7 @@ _STATES = {
 def run(url: str) -> int:
     """Prints the pools of the pipeline behind `url`; returns the exit status."""
     from epd.client import AsyncClient, EPDError
+    from epd.local.display import PatientConsole
 
     async def fetch() -> dict[str, Any]:
         async with AsyncClient(url, api_key=os.environ.get("EPD_API_KEY")) as client:
@@ -46,7 +47,7 @@ def run(url: str) -> int:
     except EPDError as error:
         print(f"epd cache ls: {error}", file=sys.stderr)
         return FAILED
-    console = Console()
+    console = PatientConsole()
     unicode = (console.encoding or "").lower().startswith("utf")
     console.print(draw(told, min(console.width, 100), unicode=unicode))
     return 0

@@ -9,7 +9,7 @@ import argparse
 import importlib
 
 from epd.cli import options
-from epd.config import Config, ConfigError
+from epd.config import Config
 from epd.process import activation
 
 STAGES = ("encode", "prefill", "decode")
@@ -45,12 +45,13 @@ def run(args: argparse.Namespace) -> int:
         from epd.cli import cache_ls
 
         return cache_ls.run(args.url)
-    from epd.local import environment
+    from epd.local import engine_options, environment, extras
 
     config = options.configure(args)
     name = args.name or (args.stage if args.command == "worker" else args.command)
     if args.command in ("endpoint", "worker"):
-        config = environment.resolve_model(config)
+        extras.need(extras.ENGINE)
+        config = engine_options.checked(environment.resolve_model(config))
         environment.set_engine_environment(config.model, config.log.level)
     if args.command == "endpoint" and not activation.is_offered():
         environment.listen(config.endpoint.host, config.endpoint.port).close()
@@ -64,13 +65,5 @@ def _run_daemon(args: argparse.Namespace, config: Config, name: str) -> int:
         from workers import daemon as worker
 
         return worker.run(config, args.stage, name)
-    import zmq
-
     packages = {"endpoint": "epd.endpoint", "broker": "broker", "cache": "cache"}
-    run_daemon = importlib.import_module(f"{packages[args.command]}.daemon").run
-    try:
-        return int(run_daemon(config, name))
-    except zmq.ZMQError as error:
-        if args.command != "broker":
-            raise
-        raise ConfigError(f"cannot listen on {config.broker.address}: {error.strerror}") from None
+    return int(importlib.import_module(f"{packages[args.command]}.daemon").run(config, name))

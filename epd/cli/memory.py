@@ -114,6 +114,9 @@ def report(args: argparse.Namespace) -> Report:
         raise ConfigError("--gpu-memory-utilization and --kv-fraction are parts, between 0 and 1")
     if min(args.gpu_gb, args.tensor_parallel, args.images) <= 0 or min(args.prompt_tokens, args.output_tokens) < 0:
         raise ConfigError("--gpu-gb, --tensor-parallel and --images are at least 1, tokens at least 0")
+    from epd.local import extras
+
+    extras.need(extras.MODELS)
     name, config = find_config(args.model)
     width, height = args.image
     shape = shape_of(config, width, height, args.tokens_per_image)
@@ -158,13 +161,12 @@ def report(args: argparse.Namespace) -> Report:
 
 
 def _show(found: Report) -> None:
-    from rich.console import Console
-
+    from epd.local.display import PatientConsole
     from epd.planning.show import gib, table
 
-    console = Console()
+    console = PatientConsole()
     if console.width < _WIDTH:  # a line that the terminal breaks is better than numbers that are cut off
-        console = Console(width=_WIDTH)
+        console = PatientConsole(width=_WIDTH)
     counts, picture, setting = found.parameters, found.shape.picture, found.setting
     millions = {name: f"{count / 1e6:,.0f}" if count >= 1e6 else f"{count / 1e6:.2g}" for name, count in counts.items()}
     console.print(

@@ -46,10 +46,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was found; returns 1 where the model is refused."""
-    from epd.local import environment
+    from epd.local import engine_options, environment, extras
     from epd.process import service
 
-    config = environment.resolve_model(options.configure(args))
+    config = options.configure(args)
+    extras.need(extras.ENGINE)
+    config = engine_options.checked(environment.resolve_model(config))
     environment.set_engine_environment(config.model, config.log.level)
     service.configure_logging(config.log, "check")
     told = _examined(config)
@@ -59,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
         if told.refused:
             print(f"refused: {told.refused}")
         if told.modalities:
-            from rich.console import Console
+            from epd.local.display import PatientConsole
 
-            Console().print(table(told))
+            PatientConsole().print(table(told))
     return REFUSED if told.refused else 0
 
 

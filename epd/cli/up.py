@@ -127,7 +127,9 @@ async def _stopped(pipeline: LocalPipeline, display: Display, stop: Stop) -> int
         return OK
     for daemon in pipeline.processes.values():
         if daemon.status:
-            display.print(f"{daemon.name} {daemon.how_it_ended()}; log: {daemon.log_path}", highlight=False)
+            display.print(
+                f"{daemon.name} {daemon.how_it_ended()}; log: {daemon.log_path}", highlight=False, soft_wrap=True
+            )
     return FAILED
 
 

@@ -5,7 +5,6 @@ Lives in the endpoint process; owns its life. vLLM is imported when it starts, n
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
@@ -14,15 +13,17 @@ from pathlib import Path
 import structlog
 
 from epd.config import Config, ConfigError
-from epd.process import service
+from epd.errors import one_line
+from epd.process import lifecycle
+from epd.process.lifecycle import Life
 
 log = structlog.get_logger()
 
 PORT_FILE = "EPD_PORT_FILE"
 
 
-async def main(config: Config, name: str, stop: asyncio.Event) -> int:
-    """Serves until `stop` is set, then drains.
+async def main(config: Config, name: str, life: Life) -> int:
+    """Serves until it is stopped, then drains.
 
     Returns:
         The exit status: 0 after a drain, 1 where the endpoint cannot start or has died.
@@ -38,7 +39,8 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
             await stack.enter_async_context(endpoint)
         except (ConfigError, OSError) as error:
             log.error("the endpoint cannot start", reason=str(error))
-            return 2 if isinstance(error, ConfigError) else 1
+            lifecycle.notify_systemd(f"STATUS={one_line(error)}")
+            return lifecycle.MISCONFIGURED if isinstance(error, ConfigError) else lifecycle.FAILED
         log.info(
             "listening",
             host=config.endpoint.host,
@@ -47,32 +49,18 @@ async def main(config: Config, name: str, stop: asyncio.Event) -> int:
             start_s=round(time.monotonic() - started_at, 2),
         )
         _write_port(endpoint.port)
-        service.notify_systemd("READY=1")
-        died = await _first(stop, endpoint.died)
-        service.notify_systemd("STOPPING=1")
+        life.ready()
+        died = await life.end(endpoint.died.wait())
         if died:
             log.error("vLLM's output handler has died")
         await endpoint.drain(0.0 if died else config.endpoint.drain_s)
         log.info("drained")
-    return 1 if died else 0
+    return lifecycle.FAILED if died else lifecycle.OK
 
 
 def run(config: Config, name: str) -> int:
     """Runs the daemon until a signal; returns the exit status."""
-    service.configure_logging(config.log, name)
-    return service.run(lambda stop: main(config, name, stop))
-
-
-async def _first(stop: asyncio.Event, died: asyncio.Event) -> bool:
-    """Waits for either; whether it was `died`."""
-    waits = [asyncio.create_task(stop.wait(), name="stop"), asyncio.create_task(died.wait(), name="died")]
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
-    return died.is_set() and not stop.is_set()
+    return lifecycle.run(config.log, name, lambda life: main(config, name, life))
 
 
 def _write_port(port: int) -> None:

@@ -115,6 +115,11 @@ class Daemon:
         return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of what an exception says: of a traceback, what it is about."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 class StartError(RuntimeError):
     """The pipeline did not become ready: a daemon ended, or it took too long.
 

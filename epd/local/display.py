@@ -15,11 +15,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from epd.local.daemon import Daemon, State
 
+_ENDLESS = 1 << 16  # columns
 _REFRESH_S = 0.15
 _TAIL_S = 0.2
 _STYLES = {
@@ -47,7 +49,16 @@ def colour_of(index: int) -> str:
 
 
 class PatientConsole(Console):
-    """A console that goes quiet when its terminal or pipe is gone; rich's own ends the process."""
+    """A console for people and for pipes.
+
+    Nothing is wrapped where there is no terminal: a line stays a line for whatever reads it. When the terminal or pipe
+    is gone it goes quiet; rich's own ends the process.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not self.is_terminal and "width" not in options:
+            self.width = _ENDLESS
 
     def on_broken_pipe(self) -> None:
         """Nobody reads any more."""
@@ -81,7 +92,7 @@ class Display:
         self._daemons[daemon.name] = daemon
         if self._phase == "start":
             if not self._is_live and daemon.state is not State.WAITING:
-                self.print(f"{self._elapsed()}  {daemon.name:<10} {_says(daemon)}", highlight=False)
+                self.print(f"{self._elapsed()}  {daemon.name:<10} {_says(daemon)}", highlight=False, soft_wrap=True)
         elif self._phase == "run":
             self._tell_run(daemon)
 
@@ -147,7 +158,8 @@ class Display:
         if daemon.state is State.FAILED:
             self._failed.add(daemon.name)
             why = f" ({daemon.detail})" if daemon.detail else ""
-            self.print(f"[red]✗[/] {daemon.name} {daemon.how_it_ended()}{why}; log: {daemon.log_path}", highlight=False)
+            text = f"[red]✗[/] {daemon.name} {daemon.how_it_ended()}{escape(why)}; log: {daemon.log_path}"
+            self.print(text, highlight=False, soft_wrap=True)
         elif daemon.state is State.READY and daemon.name in self._failed:
             self._failed.discard(daemon.name)
             self.print(f"[green]✓[/] {daemon.name} is back ({daemon.took_s:.1f} s)", highlight=False)
@@ -166,7 +178,7 @@ class Display:
                 text, newline, _ = file.read(1 << 20).rpartition(b"\n")
                 offsets[path] = offset + len(text) + len(newline)
                 for line in text.decode("utf-8", "replace").splitlines():
-                    self.print(Text.assemble((f"{path.stem:>10} │ ", colour_of(index)), line))
+                    self.print(Text.assemble((f"{path.stem:>10} │ ", colour_of(index)), line), soft_wrap=True)
 
 
 def _says(daemon: Daemon) -> str:
@@ -177,4 +189,4 @@ def _says(daemon: Daemon) -> str:
             return f"ready ({daemon.took_s:.1f} s)"
         case State.FAILED:
             return daemon.how_it_ended()
-    return f"{daemon.state} {daemon.detail}".strip()
+    return str(daemon.state)

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from epd.config import Config
+from epd.errors import one_line
 from epd.messages import Role
 
 
@@ -60,7 +61,7 @@ def examine(config: Config) -> Examination:
         if not model.is_multimodal_model:
             refused = "it takes text only, for which no encode worker is needed"
     except Exception as error:  # vLLM refuses models by exceptions of many kinds
-        refused = _text(error)
+        refused = one_line(error)
     try:
         from workers.engine import Engine
         from workers.proving import prove_units
@@ -69,7 +70,7 @@ def examine(config: Config) -> Examination:
         architectures = engine.vllm_config.model_config.hf_config.architectures or []
         proofs = prove_units(engine)
     except Exception as error:
-        refused = refused or _text(error)
+        refused = refused or one_line(error)
     modalities = [
         Modality(
             modality=proof.modality,
@@ -91,7 +92,3 @@ def examine(config: Config) -> Examination:
         modalities=modalities,
         seconds=round(time.monotonic() - started, 2),
     )
-
-
-def _text(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:500]

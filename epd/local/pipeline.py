@@ -19,15 +19,18 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from epd.config import Config, dump
-from epd.local.daemon import Daemon, Spec, StartError, State
+from epd.config import Config, ConfigError, dump
+from epd.local.daemon import Daemon, Spec, StartError, State, last_line
+from epd.local.engine_options import checked
 from epd.local.environment import free_ports, listen, make_run_directory, python, resolve_model
 from epd.local.environment import set_engine_environment as set_environment
+from epd.local.extras import ENGINE, need
 from epd.local.supervisor import Supervisor
 
 STAGES = ("encode", "prefill", "decode")
 START_S = 600.0
 _POLL_S = 0.02
+_MISCONFIGURED = 2  # the exit status of a daemon whose configuration will not do
 _WORKER_STOP_S = 5.0  # beyond its time to drain
 
 Progress = Callable[[Daemon], None]
@@ -47,7 +50,7 @@ class LocalPipeline:
         start_s: How long the start may take.
 
     Raises:
-        ConfigError: on entering: the model or the port will not do.
+        ConfigError: vLLM is not installed, the model or an engine option will not do; on entering: the port.
         StartError: on entering: a daemon has ended, or it took longer than `start_s`.
     """
 
@@ -62,7 +65,8 @@ class LocalPipeline:
         restart: bool = False,
         start_s: float = START_S,
     ) -> None:
-        self.config = resolve_model(copy.deepcopy(config) if config else Config())
+        need(ENGINE)
+        self.config = checked(resolve_model(copy.deepcopy(config) if config else Config()))
         for stage, count in zip(STAGES, (encode, prefill, decode), strict=True):
             if count is not None:
                 getattr(self.config, stage).workers = count
@@ -86,7 +90,7 @@ class LocalPipeline:
         """Starts everything and returns when /ready answers 200; nothing is left if that fails.
 
         Raises:
-            ConfigError, StartError: as on entering.
+            ConfigError, StartError: as on entering; a daemon found that its configuration will not do.
         """
         started = time.monotonic()
         self._listening = listen(self.config.endpoint.host, self.config.endpoint.port)
@@ -102,7 +106,8 @@ class LocalPipeline:
             await self._start(started + self._start_s)
         except BaseException as error:
             await self.stop_now()
-            if not isinstance(error, Exception):  # somebody does not want it any more: nobody will read the logs
+            # Somebody does not want it any more, or knows why: nobody will read the logs.
+            if not isinstance(error, Exception) or isinstance(error, ConfigError):
                 shutil.rmtree(self.run_dir, ignore_errors=True)
             raise
         self._supervisor.restart_crashed = self._restart
@@ -195,7 +200,7 @@ class LocalPipeline:
             try:
                 starting.result()
             except ExceptionGroup as group:
-                raise StartError(f"{group.exceptions[0]}; logs in {self.run_dir}") from group
+                raise StartError(f"{last_line(group.exceptions[0])}; logs in {self.run_dir}") from group
         except TimeoutError:
             missing = [d.name for d in supervisor.daemons.values() if d.state is not State.READY]
             what = f"not ready: {', '.join(missing)}" if missing else "the endpoint says that it is not ready"
@@ -286,6 +291,10 @@ class LocalPipeline:
         return specs
 
 
-def _start_error(daemon: Daemon) -> StartError:
-    message = f"{daemon.name} {daemon.how_it_ended()} while the pipeline started; its log: {daemon.log_path}"
-    return StartError(message, daemon.name, daemon.last_lines())
+def _start_error(daemon: Daemon) -> StartError | ConfigError:
+    """Why there is no pipeline: in the words of the daemon that ended (STATUS=), else by the end of its log."""
+    if daemon.status == _MISCONFIGURED and daemon.detail:
+        return ConfigError(f"{daemon.name}: {daemon.detail}")
+    said = f": {daemon.detail}" if daemon.detail else ""
+    message = f"{daemon.name} {daemon.how_it_ended()} while the pipeline started{said}; its log: {daemon.log_path}"
+    return StartError(message, daemon.name, [] if said else daemon.last_lines())

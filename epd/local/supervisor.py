@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from epd.local.daemon import Daemon, Spec, State
+from epd.local.daemon import Daemon, Spec, State, last_line
 from epd.local.environment import PARENT_PID, scratch_environment, sweep
 from epd.local.forker import Forker, ZygoteError, signal_quietly
 
@@ -213,6 +213,8 @@ class Supervisor:
         daemon = self.daemons[name]
         if daemon.exited.is_set() or daemon.pid not in (0, pid):
             return
+        if name in self._notify:
+            self._on_notify(daemon, self._notify[name])  # what it has said last
         daemon.pid, daemon.status = pid, status
         daemon.exited.set()
         asked = self.stopping or daemon.state == State.STOPPING or (daemon.spec.once and status == 0)
@@ -234,7 +236,7 @@ class Supervisor:
         try:
             await self.restart(daemon.name)
         except (ZygoteError, OSError) as error:
-            daemon.detail = str(error).splitlines()[-1]
+            daemon.detail = last_line(error)
             self._set(daemon, State.FAILED)
             self._own(self._start_again(daemon), f"restart-{daemon.name}")
 
@@ -269,10 +271,11 @@ class Supervisor:
 
     def _on_notify(self, daemon: Daemon, sock: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
-            for line in sock.recv(8192).decode("utf-8", "replace").splitlines():
-                key, _, value = line.partition("=")
-                if key == "STATUS":
-                    daemon.detail = value
-                    self._tell(daemon)
-                elif key == "READY":
-                    self._mark_ready(daemon)
+            while True:
+                for line in sock.recv(8192).decode("utf-8", "replace").splitlines():
+                    key, _, value = line.partition("=")
+                    if key == "STATUS":
+                        daemon.detail = value
+                        self._tell(daemon)
+                    elif key == "READY":
+                        self._mark_ready(daemon)

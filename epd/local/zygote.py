@@ -64,6 +64,7 @@ class Zygote:
         try:
             load_all(preload)
         except BaseException:
+            traceback.print_exc()
             self._send(event="failed", message=traceback.format_exc())
             return 1
         die_with_parent(0)

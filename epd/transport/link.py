@@ -22,6 +22,7 @@ from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Message, Pool,
 from epd.process import resources
 from epd.process.hosts import this_host
 from epd.transport import wire
+from epd.transport.factory import SocketFactory
 from epd.transport.sockets import MessageSocket
 
 log = structlog.get_logger()
@@ -72,7 +73,7 @@ class BrokerLink:
         self._address, self._name, self._role = address, name, role
         self._info, self._pools, self._steps, self._held = info, pools, steps, held
         self._on_message, self._on_registered, self._on_lost = on_message, on_registered, on_lost
-        self._context = zmq.Context()
+        self._sockets = SocketFactory()
         self._socket: MessageSocket | None = None
         self._welcome: asyncio.Future[Welcome] | None = None
         self._registered = asyncio.Event()
@@ -93,7 +94,7 @@ class BrokerLink:
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._context.term()
+        self._sockets.close()
 
     @property
     def registered(self) -> bool:
@@ -138,7 +139,8 @@ class BrokerLink:
         loop = asyncio.get_running_loop()
         self._welcome, self._lost, self._early = loop.create_future(), loop.create_future(), []
         self.incarnation = secrets.token_hex(8)
-        self._socket = MessageSocket(self._connect(), self._on_parts)
+        sock = self._sockets.connect_dealer(self._address, routing_id=self.incarnation.encode(), max_sent=MAX_OUTBOX)
+        self._socket = MessageSocket(sock, self._on_parts)
         try:
             welcome = await self._say_hello(self._socket, self._welcome)
             self._heard_at = time.monotonic()
@@ -153,15 +155,6 @@ class BrokerLink:
             self._registered.clear()
             self._socket.close()
             self._socket = None
-
-    def _connect(self) -> zmq.Socket[bytes]:
-        sock = self._context.socket(zmq.DEALER)
-        sock.setsockopt(zmq.IDENTITY, self.incarnation.encode())
-        sock.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        sock.setsockopt(zmq.SNDHWM, MAX_OUTBOX)
-        sock.setsockopt(zmq.RCVHWM, 0)
-        sock.connect(self._address)
-        return sock
 
     async def _say_hello(self, sock: MessageSocket, welcome: asyncio.Future[Welcome]) -> Welcome:
         hello = Hello(

@@ -21,7 +21,7 @@ class MessageSocket:
     """Calls `on_parts` with each multipart message, on the running loop, until it is closed.
 
     Args:
-        sock: a connected or bound socket; its high-water marks bound what waits inside ZeroMQ.
+        sock: a socket of `epd.transport.factory`; its high-water marks bound what waits inside ZeroMQ.
         on_parts: must not raise; what it does is on the path of every message.
     """
 
@@ -50,14 +50,14 @@ class MessageSocket:
         finally:
             self._soon()  # sending may have swallowed the edge that announces a message
 
-    def close(self, linger_ms: int = 200) -> None:
-        """Stops reading; what was sent has `linger_ms` to leave."""
+    def close(self) -> None:
+        """Stops reading; what was sent has the socket's linger to leave."""
         if self.closed:
             return
         self._loop.remove_reader(self._fd)
         if self._again:
             self._again.cancel()
-        self._sock.close(linger=linger_ms)
+        self._sock.close()
 
     def _soon(self) -> None:
         if self._again is None:

@@ -16,6 +16,7 @@ from cache import daemon, pools
 from cache.pools.shared_memory import DIRECTORY, PREFIX
 from epd import config as configs
 from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Pools, Role, Unknown, Welcome
+from epd.process.lifecycle import Life
 from epd.transport import wire
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def config(broker, **cache):
 async def running(settings):
     """The daemon as a task; yields its stop event and the task."""
     stop = asyncio.Event()
-    task = asyncio.create_task(daemon.main(settings, "cache-0", stop))
+    task = asyncio.create_task(daemon.main(settings, "cache-0", Life(stop)))
     try:
         async with asyncio.timeout(WAIT_S):
             yield stop, task
@@ -143,7 +144,7 @@ async def test_it_stops_at_once_when_there_is_no_broker(broker):
 
 @pytest.mark.parametrize("cache", [{"kind": "cuda_ipc"}, {"pool_bytes": 1 << 50}, {"pool_bytes": 0}])
 async def test_a_pool_that_cannot_be_made_ends_the_daemon_with_status_1(broker, cache):
-    assert await daemon.main(config(broker, **cache), "cache-0", asyncio.Event()) == 1
+    assert await daemon.main(config(broker, **cache), "cache-0", Life()) == 1
 
 
 async def test_a_killed_daemon_is_cleaned_up_after_by_the_next_one_which_has_a_new_pool(broker):

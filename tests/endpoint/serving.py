@@ -12,6 +12,7 @@ import aiohttp
 
 from epd.builtin import demo_image_path, model_path
 from epd.config import BrokerConfig, Config, EndpointConfig
+from epd.process.lifecycle import Life
 
 from .fake_broker import FakeBroker
 
@@ -108,7 +109,7 @@ async def serving(folder: Path, exit_status=0, script=None, **endpoint):
     async with FakeBroker() as broker:
         broker.script = script
         stop = asyncio.Event()
-        task = asyncio.create_task(main(config_for(broker.address, **endpoint), "endpoint-0", stop))
+        task = asyncio.create_task(main(config_for(broker.address, **endpoint), "endpoint-0", Life(stop)))
         port_file = folder / "port"
         await until(lambda: task.done() or port_file.exists(), timeout_s=100)
         assert not task.done(), task.result()

@@ -1,10 +1,10 @@
 """Which adapters the endpoint offers."""
 
-import asyncio
 import json
 
 import pytest
 
+from epd.process.lifecycle import Life
 from tests.pipeline.adapters import write_adapter
 
 from .fake_broker import FakeBroker
@@ -80,5 +80,5 @@ async def test_an_endpoint_whose_adapter_is_missing_does_not_start_and_says_so(t
     engine = ENGINE | {"enable_lora": True}
     async with FakeBroker() as broker:
         config = config_for(broker.address, engine, serve={"lora_modules": [f"red={tmp_path}/nowhere"]})
-        assert await main(config, "endpoint-0", asyncio.Event()) == 2
+        assert await main(config, "endpoint-0", Life()) == 2
     assert "Loading lora red failed" in "".join(capfd.readouterr()), "vLLM hides the path"

@@ -10,6 +10,7 @@ import pytest
 
 from epd.config import Config, ConfigError
 from epd.process import activation
+from epd.process.lifecycle import Life
 
 from .fake_broker import never, says
 from .serving import chat_body, config_for, events, serving, until
@@ -98,7 +99,7 @@ async def test_a_dead_output_handler_ends_the_daemon_with_an_error(tmp_path, mon
 async def test_a_wrong_configuration_is_exit_status_2(config, capsys):
     from epd.endpoint.daemon import main
 
-    assert await main(config, "endpoint-0", asyncio.Event()) == 2
+    assert await main(config, "endpoint-0", Life()) == 2
     assert "cannot start" in "".join(capsys.readouterr())
 
 

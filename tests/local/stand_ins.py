@@ -8,7 +8,7 @@ from pathlib import Path
 
 from epd.local.environment import end_with_supervisor
 from epd.process import activation
-from epd.process.service import notify_systemd
+from epd.process.lifecycle import notify_systemd
 
 
 def serve(name: str = "stand-in") -> int:
@@ -39,6 +39,20 @@ def crash() -> int:
     """Says why and ends."""
     print("the first line")
     raise RuntimeError("no such model")
+
+
+def misconfigured() -> int:
+    """Says what is wrong with its configuration and ends, as daemons do."""
+    print("engine not configured, and much more")
+    notify_systemd("STATUS=some/model: quantization 'fp9' is not known")
+    return 2
+
+
+def fail() -> int:
+    """Says what has failed and ends."""
+    print("Traceback, and much more")
+    notify_systemd("STATUS=ValueError: no memory for the cache")
+    return 1
 
 
 def end_with(status: int) -> int:

@@ -91,6 +91,24 @@ async def test_a_daemon_that_dies_ends_the_start_with_its_name_and_log(monkeypat
     assert not any(is_running(daemon.pid) for daemon in pipeline.processes.values() if daemon.pid)
 
 
+async def test_a_daemon_that_finds_its_configuration_wrong_ends_the_start_in_its_own_words(monkeypatch):
+    monkeypatch.setattr(LightPipeline, "functions", {"encode-0": "misconfigured"})
+    pipeline = light()
+    with pytest.raises(ConfigError) as caught:
+        await pipeline.start()
+    assert str(caught.value) == "encode-0: some/model: quantization 'fp9' is not known"
+    assert not pipeline.run_dir.exists()
+
+
+async def test_a_daemon_that_says_what_has_failed_is_quoted_in_one_line(monkeypatch):
+    monkeypatch.setattr(LightPipeline, "functions", {"decode-0": "fail"})
+    with pytest.raises(StartError) as caught:
+        await light().start()
+    said = "decode-0 exited with status 1 while the pipeline started: ValueError: no memory for the cache; its log: /"
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
 async def test_a_start_that_takes_too_long_names_who_is_missing(monkeypatch):
     monkeypatch.setattr(LightPipeline, "functions", {"decode-0": "never_ready"})
     with pytest.raises(StartError, match="no pipeline within 3 s; not ready: decode-0"):

@@ -12,6 +12,7 @@ from broker.daemon import Broker
 from broker.registry import Peer
 from epd.config import BrokerConfig, Config, StageConfig
 from epd.messages import Message, Pool, Role, WorkerInfo
+from epd.process.lifecycle import Life
 from workers import daemon
 from workers.daemon import EngineHungError, Worker
 from workers.stage import Frames, Stage
@@ -104,7 +105,7 @@ class Side:
 
     def start_worker(self) -> asyncio.Task[int]:
         self.worker = Worker(self.config, "decode", "d0")
-        task = asyncio.create_task(self.worker.serve(self.stop))
+        task = asyncio.create_task(self.worker.serve(Life(self.stop)))
         self.tasks.append(task)
         return task
 

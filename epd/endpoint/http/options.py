@@ -18,6 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from epd.config import Config, ConfigError
 from epd.endpoint.engine.adapters import check_options
+from epd.errors import one_line
 from epd.multimodal.positions import UnsupportedModelError, positions_for
 
 # These choose how vLLM would start processes and sockets; here that is the pipeline's business.
@@ -62,7 +63,7 @@ def serve_args(config: Config) -> argparse.Namespace:
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"vLLM options: {error}") from None
+        raise ConfigError(f"vLLM options: {one_line(error)}") from None
     return args
 
 
@@ -74,8 +75,8 @@ def vllm_config_of(args: argparse.Namespace) -> VllmConfig:
     """
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{args.model}: {error}") from error
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        raise ConfigError(f"{args.model}: {one_line(error)}") from error
     model = config.model_config
     try:
         positions_for(config)

@@ -1,0 +1,19 @@
+"""Has Linux allow a process the tile registers of AMX, which vLLM's attention for CPUs uses without asking.
+
+Runs in each process with an engine, before it is built. Written against vLLM 0.32
+(`vllm.v1.attention.backends.cpu_attn`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def permit_amx() -> None:
+    """Asks for the registers, where the processor has them.
+
+    Without that the first use is an illegal instruction, unless oneDNN has asked before, which it does for large
+    matrices only: a decode worker may never have one.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
