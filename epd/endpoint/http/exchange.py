@@ -10,6 +10,10 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from epd.errors import ErrorCode
+
 if TYPE_CHECKING:
     from epd.endpoint.http.failures import Failure
 
@@ -47,6 +51,7 @@ class Exchange:
         name: its `X-Request-Id`.
         failure: why it fails; the first reason stays.
         has_submitted: whether anything of it has been given to the pipeline.
+        has_own_options: whether it chose how its media are processed; the encoder may not take what comes of that.
         began_at: when it came, on the monotonic clock.
         parts: what it has made of requests of the pipeline.
     """
@@ -54,12 +59,17 @@ class Exchange:
     def __init__(self, owner: str = "", name: str = "") -> None:
         self.owner, self.name = owner, name
         self.failure: Failure | None = None
-        self.has_submitted = False
+        self.has_submitted = self.has_own_options = False
         self.began_at = time.monotonic()
         self.parts: list[Part] = []
 
     def note(self, failure: Failure) -> None:
         """It fails by this, unless it does already."""
+        if failure.code == ErrorCode.ENCODE_FAILED and self.has_own_options:
+            text = (
+                f"the model cannot encode what the request's mm_processor_kwargs make of its media: {failure.message}"
+            )
+            failure = msgspec.structs.replace(failure, code="invalid_request", message=text, status=400)
         if self.failure is None:
             self.failure = failure
 

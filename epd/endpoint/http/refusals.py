@@ -5,6 +5,8 @@ Lives in the endpoint process; pure.
 
 from __future__ import annotations
 
+from typing import Self
+
 from epd.endpoint.http.failures import Failure
 
 
@@ -14,3 +16,10 @@ class RefusedError(Exception):
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.failure = Failure(code=code, message=message, status=status)
+
+    @classmethod
+    def of(cls, failure: Failure) -> Self:
+        """One with this answer, such as that there is no room now."""
+        error = cls(failure.status, failure.code, failure.message)
+        error.failure = failure
+        return error
