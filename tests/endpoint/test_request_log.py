@@ -118,14 +118,14 @@ def test_what_is_said_of_a_refused_request_by_others_is_not_repeated_with_a_trac
     root = logging.getLogger()
     root.addHandler(handler)
     try:
-        quiet_refusals()
+        quiet_refusals(VLLMValidationError, PipelineError)
         known = PipelineError(failure_of(ErrorCode.OVERLOADED, "full"))
         for error in (VLLMValidationError("too long"), known, RuntimeError("new")):
             try:
                 raise error
             except Exception:
-                logging.getLogger("vllm.entrypoints").error("failed", exc_info=sys.exc_info())
-        logging.getLogger("vllm.entrypoints").error("without")
+                logging.getLogger("entrypoints").error("failed", exc_info=sys.exc_info())
+        logging.getLogger("entrypoints").error("without")
     finally:
         root.removeHandler(handler)
     assert [record.exc_info and type(record.exc_info[1]) for record in heard] == [RuntimeError, None]

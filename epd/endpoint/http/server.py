@@ -21,12 +21,14 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.exceptions import VLLMClientError
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
 from epd.config import Config, ConfigError
 from epd.endpoint.engine.engine_client import PipelineCore
 from epd.endpoint.engine.llm import PipelineLLM
+from epd.endpoint.engine.submission import PipelineError
 from epd.endpoint.http.asgi import App, AsgiBridge, Lifespan
 from epd.endpoint.http.authentication import ApiKeys
 from epd.endpoint.http.bodies import Bodies
@@ -74,7 +76,7 @@ class Endpoint:
         vllm_config = vllm_config_of(args)
         if args.enable_log_requests:
             logs.hear(*_REQUEST_LOGGERS)
-        quiet_refusals()
+        quiet_refusals(VLLMClientError, PipelineError)
         self.core = PipelineCore(self._config, vllm_config, self._name)
         async with contextlib.AsyncExitStack() as stack:
             llm = PipelineLLM(

@@ -11,9 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import structlog
-from vllm.exceptions import VLLMClientError
 
-from epd.endpoint.engine.submission import PipelineError
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
 from epd.endpoint.http.exchange import SCOPE_KEY, Exchange, Part
 from epd.endpoint.ops.stories import IN_FLIGHT, RequestStory, Stories
@@ -112,12 +110,15 @@ def _named(names: Iterable[str], most: int = _MAX_NAMED) -> str:
     return ",".join(found[:most]) + (f",+{len(found) - most}" if len(found) > most else "")
 
 
-def quiet_refusals() -> None:
-    """Has vLLM's handlers say nothing of requests that are refused or fail for a known reason: their line tells it."""
+def quiet_refusals(*kinds: type[Exception]) -> None:
+    """Has nobody log a traceback of requests that are refused or fail for a known reason: their line tells it.
+
+    Args:
+        kinds: the exceptions that such requests end by.
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not isinstance(record.exc_info[1] if record.exc_info else None, kinds)
+
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, VLLMClientError | PipelineError)
+        handler.addFilter(is_news)
