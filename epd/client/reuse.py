@@ -21,6 +21,7 @@ from PIL import Image
 from epd.client.errors import APIError, EPDError, Overloaded, TransportError
 from epd.client.pictures import Picture, is_local, picture_file
 from epd.client.types import Media
+from epd.errors import ErrorCode
 
 __all__ = ["Reuse", "is_not_found", "pictures_in"]
 
@@ -146,10 +147,7 @@ def pictures_in(images: Sequence[Picture], messages: Sequence[Mapping[str, Any]]
 
 def is_not_found(error: EPDError) -> bool:
     """Whether the server does not keep a picture any more that it was asked to use."""
-    if not isinstance(error, APIError) or not isinstance(error.body, dict):
-        return False
-    told = error.body.get("error")
-    return isinstance(told, dict) and told.get("type") == "media_not_found"
+    return isinstance(error, APIError) and error.reason is ErrorCode.MEDIA_NOT_FOUND
 
 
 def _stat(path: str | Path) -> Any:

@@ -28,6 +28,7 @@ from epd.endpoint.http.failures import send_failure
 from epd.endpoint.http.refusals import RefusedError
 from epd.endpoint.media.probing import JPEG_FRAMES, check_audio, check_frames, check_image, check_video
 from epd.endpoint.media.stored_picture import SCHEME, StoredPicture, current_media
+from epd.errors import ErrorCode
 from epd.multimodal.containers import kind_of
 
 MAX_DEPTH = 64
@@ -147,17 +148,17 @@ def check_json(
     try:
         data = read_json(body)
     except msgspec.DecodeError as error:
-        raise RefusedError(400, "invalid_json", f"the body is not valid JSON: {error}") from None
+        raise RefusedError(ErrorCode.INVALID_JSON, f"the body is not valid JSON: {error}") from None
     except RecursionError:
-        raise RefusedError(400, "invalid_json", "the body is nested too deeply") from None
+        raise RefusedError(ErrorCode.INVALID_JSON, "the body is nested too deeply") from None
     if not isinstance(data, dict):
         return {}  # vLLM says which fields it expects
     if path.startswith("/inference") and data.get("features"):
-        raise RefusedError(400, "unsupported", "ready-made multimodal features are not supported")
+        raise RefusedError(ErrorCode.UNSUPPORTED, "ready-made multimodal features are not supported")
     media = [*media_in([data.get("messages"), data.get("input"), data.get("system")])]
     for kind, limit in (("image", config.max_images), ("video", config.max_videos), ("audio", config.max_audios)):
         if sum(each == kind for each, _ in media) > limit:
-            raise RefusedError(400, f"too_many_{kind}s", f"more than {limit} {kind}s in one request")
+            raise RefusedError(ErrorCode(f"too_many_{kind}s"), f"more than {limit} {kind}s in one request")
     kept: dict[str, StoredPicture] = {}
     for kind, url in media:
         if kind == "image" and url.startswith(SCHEME):
@@ -174,7 +175,7 @@ def check_json(
 def media_not_found(media_id: str) -> RefusedError:
     """The answer for an id that is unknown, has expired or is another's."""
     text = f"no picture {media_id[:64]!r} is kept here; it may have expired: upload it again, or send it"
-    return RefusedError(404, "media_not_found", text)
+    return RefusedError(ErrorCode.MEDIA_NOT_FOUND, text)
 
 
 def media_in(tree: Any) -> Iterator[tuple[str, str]]:
@@ -186,7 +187,7 @@ def media_in(tree: Any) -> Iterator[tuple[str, str]]:
     while stack:
         node, depth = stack.pop()
         if depth > MAX_DEPTH:
-            raise RefusedError(400, "invalid_json", f"messages are nested deeper than {MAX_DEPTH}")
+            raise RefusedError(ErrorCode.INVALID_JSON, f"messages are nested deeper than {MAX_DEPTH}")
         if isinstance(node, list):
             stack.extend((each, depth + 1) for each in reversed(node))
         elif isinstance(node, dict):
@@ -228,7 +229,7 @@ def check_media(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -
     elif scheme == "file":
         _check_file(kind, url, config)
     else:
-        raise RefusedError(400, "invalid_url", f"media must be given as a data URL, not as {scheme[:16]!r}")
+        raise RefusedError(ErrorCode.INVALID_URL, f"media must be given as a data URL, not as {scheme[:16]!r}")
 
 
 def check_upload(content: bytes, config: EndpointConfig) -> None:
@@ -241,9 +242,9 @@ def check_upload(content: bytes, config: EndpointConfig) -> None:
         check_image(content, config)
     except RefusedError as error:
         kind = kind_of(content)
-        if error.failure.code == "invalid_image" and kind and kind != "gif":
+        if error.failure.code == ErrorCode.INVALID_IMAGE and kind and kind != "gif":
             text = "only pictures can be uploaded; send a video or audio file in the request that asks about it"
-            raise RefusedError(400, "unsupported", text) from None
+            raise RefusedError(ErrorCode.UNSUPPORTED, text) from None
         raise
 
 
@@ -259,13 +260,13 @@ def _media_type(url: str) -> str:
 def _decoded(kind: str, url: str) -> bytes:
     header, found, data = url.partition(",")
     if not found or not header.endswith(";base64"):
-        raise RefusedError(400, "invalid_url", f"a data URL must be of the form data:{kind}/...;base64,...")
+        raise RefusedError(ErrorCode.INVALID_URL, f"a data URL must be of the form data:{kind}/...;base64,...")
     try:
         content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise RefusedError(400, f"invalid_{kind}", "the data URL is not valid base64") from None
+        raise RefusedError(ErrorCode(f"invalid_{kind}"), "the data URL is not valid base64") from None
     if not content:
-        raise RefusedError(400, f"invalid_{kind}", "the data URL is empty")
+        raise RefusedError(ErrorCode(f"invalid_{kind}"), "the data URL is empty")
     return content
 
 
@@ -275,19 +276,16 @@ def _check_host(url: str, config: EndpointConfig, resolve: Resolve) -> None:
     except ValueError:
         host = ""
     if not host or any(c in url for c in "\\\r\n\t "):
-        raise RefusedError(400, "invalid_url", "the media URL is malformed")
+        raise RefusedError(ErrorCode.INVALID_URL, "the media URL is malformed")
     if host not in [domain.lower() for domain in config.allowed_media_domains]:
-        raise RefusedError(
-            400,
-            "url_not_allowed",
-            f"media from {host!r} is not allowed here; send a data URL (allowed_media_domains)",
-        )
+        text = f"media from {host!r} is not allowed here; send a data URL (allowed_media_domains)"
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, text)
     try:
         found = resolve(host)
     except OSError as error:
-        raise RefusedError(400, "url_not_allowed", f"{host!r} cannot be resolved: {error.strerror}") from None
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, f"{host!r} cannot be resolved: {error.strerror}") from None
     if not found or not all(_is_public(address) for address in found):
-        raise RefusedError(400, "url_not_allowed", f"{host!r} is not a public address")
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, f"{host!r} is not a public address")
 
 
 def _is_public(address: str) -> bool:
@@ -298,16 +296,16 @@ def _is_public(address: str) -> bool:
 
 def _check_file(kind: str, url: str, config: EndpointConfig) -> None:
     if not config.allowed_local_media_path:
-        raise RefusedError(400, "url_not_allowed", "local files are not allowed here")
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, "local files are not allowed here")
     allowed = Path(config.allowed_local_media_path).resolve()
     parts = urlsplit(url)
     path = Path(unquote(parts.netloc + parts.path)).resolve()
     if not path.is_relative_to(allowed):
-        raise RefusedError(400, "url_not_allowed", "the file is outside the allowed folder")
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, "the file is outside the allowed folder")
     if not path.is_file():
-        raise RefusedError(400, f"invalid_{kind}", "no such file")
+        raise RefusedError(ErrorCode(f"invalid_{kind}"), "no such file")
     if path.stat().st_size > config.max_body_bytes:
-        raise RefusedError(413, "too_large", f"the file is larger than {config.max_body_bytes} bytes")
+        raise RefusedError(ErrorCode.BODY_TOO_LARGE, f"the file is larger than {config.max_body_bytes} bytes")
     _CHECKS[kind](path.read_bytes(), config)
 
 
@@ -318,7 +316,7 @@ def _is_json(scope: Scope) -> bool:
 
 
 def _too_large(size: int, limit: int) -> RefusedError:
-    return RefusedError(413, "too_large", f"the body has {size} bytes or more; at most {limit} are accepted")
+    return RefusedError(ErrorCode.BODY_TOO_LARGE, f"the body has {size} bytes or more; at most {limit} are accepted")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

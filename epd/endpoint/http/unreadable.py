@@ -12,7 +12,8 @@ import traceback
 import structlog
 
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.http.failures import Failure, current_exchange, send_failure
+from epd.endpoint.http.failures import current_exchange, failure_of, send_failure
+from epd.errors import ErrorCode
 
 log = structlog.get_logger()
 
@@ -50,4 +51,4 @@ class UnreadableInput:
                 "input that cannot be read", path=path, error=repr(error), at=f"{place.filename}:{place.lineno}"
             )
             text = f"the request cannot be read: {type(error).__name__}: {str(error)[:200]}"
-            await send_failure(send, path, Failure(code="invalid_request", message=text, status=400))
+            await send_failure(send, path, failure_of(ErrorCode.INVALID_REQUEST, text))
