@@ -60,6 +60,7 @@ class ErrorCode(enum.StrEnum):
     UNSUPPORTED_MODALITY = (
         "unsupported_modality", 400, Fault.CLIENT, False, "no encode worker can encode media of this kind"
     )  # fmt: skip
+    UNAUTHORIZED = "unauthorized", 401, Fault.CLIENT, False, "the API key is missing or wrong"
     # ---- how much the client has sent
     TOO_LARGE = "too_large", 400, Fault.CLIENT, False, "no worker or cache of this pipeline has room for it, ever"
     BODY_TOO_LARGE = "body_too_large", 413, Fault.CLIENT, False, "a body, file or picture has more bytes than are taken"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from epd.client import APIError, BadRequest, NotFound, Overloaded, ServerError
+from epd.client import APIError, AuthenticationError, BadRequest, NotFound, Overloaded, ServerError
 from epd.client.errors import api_error, error_from_answer
 from epd.errors import ErrorCode, Fault
 
@@ -16,6 +16,15 @@ PACKAGES = ("epd", "broker", "cache", "workers")
 RELAYS = ("epd/endpoint/http/failures.py", "epd/endpoint/engine/flights.py")
 # What carries a code, and by which argument.
 CARRIERS = {"Failure": "code", "Failed": "code", "Uploaded": "code", "RefusedError": 0, "failure_of": 0}
+
+EXCEPTIONS = {
+    400: BadRequest,
+    401: AuthenticationError,
+    404: NotFound,
+    413: BadRequest,
+    429: Overloaded,
+    503: Overloaded,
+}
 
 
 def calls():
@@ -65,9 +74,7 @@ def test_the_client_knows_a_code_in_an_answer_and_in_a_stream(code):
         api_error(None, {"type": "error", "code": str(code), "message": "because", "param": None}),
     ):
         assert (error.reason, error.status, error.may_retry) == (code, code.status, code.retry)
-        assert type(error) is {400: BadRequest, 413: BadRequest, 404: NotFound, 429: Overloaded, 503: Overloaded}.get(
-            code.status, ServerError if code.status >= 500 else APIError
-        )
+        assert type(error) is EXCEPTIONS.get(code.status, ServerError if code.status >= 500 else APIError)
 
 
 def test_words_of_others_are_told_as_they_are():

@@ -23,8 +23,7 @@ from epd.client import (
     PictureError,
     Timeout,
 )
-from epd.client.clips import clip_parts
-from epd.client.pictures import picture_url
+from epd.client.chat import Chat
 
 __all__ = ["add_parser", "run"]
 
@@ -67,9 +66,8 @@ def run(args: argparse.Namespace) -> int:
         line is wrong (a missing file, a bad URL), 130 after Ctrl-C.
     """
     try:
-        for image in args.image:
-            picture_url(image)  # before anything is sent
-        clip_parts(args.video, args.audio)
+        media = {"images": args.image, "videos": args.video, "audios": args.audio}
+        Chat(args.question, media).load()  # before anything is sent
         client = Client(args.url, api_key=os.environ.get("EPD_API_KEY"))
     except ValueError as error:  # a PictureError is one
         return _complain(str(error), USAGE)

@@ -3,20 +3,22 @@
     from epd.client import Client
 
     with Client() as client:                       # the endpoint that `epd up` starts
-        answer = client.generate("Which digits?", images=["scan.png"], max_tokens=16)
+        answer = client.generate("Which digits?", images="scan.png", max_tokens=16)
         print(answer.text, answer.usage)
 
         answer = client.generate("What is said?", audios=["talk.mp3"], videos=["film.mp4"])
 
-        for chunk in client.stream("Describe it.", images=[pil_image], temperature=0):
+        for chunk in client.stream("Describe them.", images=Path("scans").glob("*.png"), temperature=0):
             print(chunk.text, end="", flush=True)
 
         page = client.upload("page.png")           # encoded while you think of the question
-        print(client.generate("What does it say?", images=[page]).text)
+        print(client.generate("What does it say?", images=page).text)
 
-``AsyncClient`` has the same methods as coroutines. A picture is a path, a URL, bytes or a PIL image
-(``epd.client.pictures``), a clip a path, a URL or bytes (``epd.client.clips``). Every wait has a clock (``Timeouts``),
-and everything raised is in one tree (``epd.client.errors``). Lives in the user's process; needs neither torch nor vLLM.
+``AsyncClient`` has the same methods as coroutines. A picture is a path, a URL, bytes, an open file, a PIL image, a
+numpy array or an upload (``epd.client.pictures``), a clip a path, a URL, bytes or an open file (``epd.client.clips``);
+where they are taken, one is as good as an iterable of them. What else a call takes is in ``epd.client.arguments``.
+Every wait has a clock (``Timeouts``), and everything raised is in one tree (``epd.client.errors``). Lives in the user's
+process; needs neither torch nor vLLM nor numpy.
 """
 
 from epd.client.async_client import AsyncClient

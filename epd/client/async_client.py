@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, Unpack
 from urllib.parse import quote
 
 import aiohttp
 
+from epd.client.arguments import Arguments
+from epd.client.chat import Chat
 from epd.client.connection import Connection
 from epd.client.errors import NotFound
-from epd.client.pictures import Picture, media_type, picture_file
-from epd.client.request import chat_body
-from epd.client.reuse import Reuse, is_not_found, pictures_in
+from epd.client.pictures import LocalPicture, Picture, media_type
+from epd.client.reuse import Reuse, is_not_found
 from epd.client.transport import AnswerReader, Limit, first_token_limit, total_limit
 from epd.client.types import Chunk, Completion, Media, Timeouts
 
@@ -26,10 +26,10 @@ _MEDIA = "/v1/media"
 
 
 class _Call(NamedTuple):
-    """The body of a chat, how to make it with all pictures in it, and the uploads that it refers to instead."""
+    """A chat that is ready to be sent, and the uploads that its body refers to."""
 
+    chat: Chat
     payload: bytes
-    build: Callable[[], bytes]
     referred: list[str]
 
 
@@ -81,90 +81,41 @@ class AsyncClient:
         """Close every connection; calls in progress fail. May be called again."""
         await self._http.close()
 
-    async def generate(
-        self,
-        /,
-        prompt: str | None = None,
-        *,
-        images: Sequence[Picture] = (),
-        model: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        n: int | None = None,
-        logprobs: bool | int | None = None,
-        system: str | None = None,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        **extra: Any,
-    ) -> Completion:
+    def generate(self, /, prompt: str | None = None, **arguments: Unpack[Arguments]) -> Coroutine[Any, Any, Completion]:
         """Ask, and wait for the whole answer.
+
+        Arguments are checked, and iterables are read, once, when this is called; the rest when it is awaited.
 
         Args:
             prompt: The question.
-            images: Pictures it is about: paths, URLs, bytes, PIL images or uploads; they precede the text.
-            model: Instead of the client's model.
-            max_tokens: Longest answer, in tokens.
-            temperature: 0 always takes the likeliest token.
-            top_p: Sample among the likeliest tokens that make up this probability.
-            seed: Makes sampling repeatable.
-            stop: End the answer before any of these strings.
-            n: Number of answers, see ``Completion.texts``.
-            logprobs: True, or how many alternatives to report for each token.
-            system: Text of a system message that goes first.
-            messages: A whole OpenAI chat instead of ``prompt`` and ``images``; a content part may be
-                ``{"type": "image", "image": picture}``.
-            extra: ``videos`` and ``audios``, clips like ``images``; other fields of the body, such as ``top_k``.
+            arguments: What is not named here is in ``epd.client.arguments``: vLLM's fields, sent as they are.
+
+                * ``images``: Pictures it is about, or one: paths, URLs, bytes, open files, PIL images, numpy arrays or
+                  uploads; they precede the text. Any iterable will do.
+                * ``videos``, ``audios``: Clips it is about, or one: paths, URLs, bytes or open files.
+                * ``model``: Instead of the client's model.
+                * ``max_tokens``: Longest answer, in tokens.
+                * ``temperature``: 0 always takes the likeliest token.
+                * ``top_p``: Sample among the likeliest tokens that make up this probability.
+                * ``seed``: Makes sampling repeatable.
+                * ``stop``: End the answer before any of these strings.
+                * ``n``: Number of answers, see ``Completion.texts``.
+                * ``logprobs``: True, or how many alternatives to report for each token.
+                * ``system``: Text of a system message that goes first.
+                * ``messages``: A whole OpenAI chat instead of ``prompt`` and media; a content part may be
+                  ``{"type": "image", "image": picture}``, and the same of ``video`` and ``audio``.
+                * ``extra_body``: Fields of the body that only the server knows.
 
         Raises:
             APIError: The server answered with an error; see its subclasses.
             TransportError: There is no complete answer; see its subclasses.
-            PictureError: A picture cannot be read.
+            PictureError: A picture or clip cannot be read.
+            TypeError: An argument is unknown or of the wrong kind, or contradicts another.
+            ValueError: A value cannot be sent.
         """
-        call = await self._call(
-            prompt,
-            images=images,
-            system=system,
-            messages=messages,
-            logprobs=logprobs,
-            stream=False,
-            options={
-                **extra,
-                "model": model or self.model,
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "seed": seed,
-                "stop": stop,
-                "n": n,
-            },
-        )
-        limit = total_limit(self.timeouts, asyncio.get_running_loop().time())
-        raw = await self._http.json(await self._send_call(call, limit), limit)
-        try:
-            return Completion.from_json(raw)
-        except ValueError as error:
-            raise self._http.not_ours(raw) from error
+        return self._generate(Chat(prompt, arguments, model=self.model))
 
-    async def stream(
-        self,
-        /,
-        prompt: str | None = None,
-        *,
-        images: Sequence[Picture] = (),
-        model: str | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        n: int | None = None,
-        logprobs: bool | int | None = None,
-        system: str | None = None,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        **extra: Any,
-    ) -> AsyncGenerator[Chunk, None]:
+    def stream(self, /, prompt: str | None = None, **arguments: Unpack[Arguments]) -> AsyncGenerator[Chunk, None]:
         """Ask, and iterate over the answer as it is made. Takes the arguments of ``generate``.
 
         Nothing is sent before the first step. Closing the iterator (``aclose``, or dropping it after
@@ -173,48 +124,15 @@ class AsyncClient:
         Raises:
             APIError: The server answered with an error, at once or in the middle of the stream.
             TransportError: There is no complete answer; what came so far is incomplete.
-            PictureError: A picture cannot be read.
+            PictureError, TypeError, ValueError: As ``generate``.
         """
-        call = await self._call(
-            prompt,
-            images=images,
-            system=system,
-            messages=messages,
-            logprobs=logprobs,
-            stream=True,
-            options={
-                **extra,
-                "model": model or self.model,
-                "max_tokens": max_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "seed": seed,
-                "stop": stop,
-                "n": n,
-            },
-        )
-        sent_at = asyncio.get_running_loop().time()
-        limit = min(
-            first_token_limit(self.timeouts, sent_at),
-            total_limit(self.timeouts, sent_at),
-            key=lambda limit: limit.at,
-        )
-        response = await self._send_call(call, limit)
-        reader = AnswerReader(
-            response, base_url=self.base_url, timeouts=self.timeouts, sent_at=sent_at, num_choices=n or 1
-        )
-        try:
-            while (chunks := await reader.next_chunks()) is not None:
-                for chunk in chunks:
-                    yield chunk
-        finally:
-            reader.close()
+        return self._stream(Chat(prompt, arguments, model=self.model, stream=True))
 
     async def upload(self, /, picture: Picture, *, cache_salt: str = "") -> Media:
         """Have a picture encoded before it is asked about; the result stands for it until it expires.
 
         Args:
-            picture: A path, bytes or a PIL image.
+            picture: A path, bytes, an open file, a PIL image or a numpy array.
             cache_salt: The ``cache_salt`` of the calls that will use it, if they have one.
 
         Raises:
@@ -222,7 +140,9 @@ class AsyncClient:
             APIError, TransportError: As ``generate``.
             PictureError: The picture cannot be read, or is an address.
         """
-        file = await asyncio.to_thread(picture_file, picture)
+        local = LocalPicture(picture)
+        await asyncio.to_thread(local.load)
+        file = await asyncio.to_thread(local.file)
         return await self._upload(file, cache_salt, total_limit(self.timeouts, asyncio.get_running_loop().time()))
 
     async def models(self, /) -> list[str]:
@@ -286,15 +206,42 @@ class AsyncClient:
         """
         return await self._http.small_object("GET", "/v1/cache")
 
-    async def _call(self, prompt: str | None, **arguments: Any) -> _Call:
-        kept: dict[int, str] = {}
-        build = functools.partial(chat_body, prompt, **arguments)
+    async def _generate(self, chat: Chat) -> Completion:
+        call = await self._prepare(chat)
+        limit = total_limit(self.timeouts, asyncio.get_running_loop().time())
+        raw = await self._http.json(await self._send_call(call, limit), limit)
+        try:
+            return Completion.from_json(raw)
+        except ValueError as error:
+            raise self._http.not_ours(raw) from error
+
+    async def _stream(self, chat: Chat) -> AsyncGenerator[Chunk, None]:
+        call = await self._prepare(chat)
+        sent_at = asyncio.get_running_loop().time()
+        limit = min(
+            first_token_limit(self.timeouts, sent_at),
+            total_limit(self.timeouts, sent_at),
+            key=lambda limit: limit.at,
+        )
+        response = await self._send_call(call, limit)
+        reader = AnswerReader(
+            response, base_url=self.base_url, timeouts=self.timeouts, sent_at=sent_at, num_choices=chat.num_choices
+        )
+        del chat, call  # they hold every picture
+        try:
+            while (chunks := await reader.next_chunks()) is not None:
+                for chunk in chunks:
+                    yield chunk
+        finally:
+            reader.close()
+
+    async def _prepare(self, chat: Chat) -> _Call:
+        """Read what the chat is about, have uploaded what comes again, and write the body."""
+        await asyncio.to_thread(chat.load)
+        kept: dict[str, str] = {}
         if self._reuse is not None:
-            pictures = pictures_in(arguments["images"], arguments["messages"])
-            salt = arguments["options"].get("cache_salt") or ""
-            kept = await self._reuse.urls(pictures, salt, self._upload)
-        # In a thread: it reads files and encodes pictures.
-        return _Call(await asyncio.to_thread(build, kept=kept), build, list(kept.values()))
+            kept = await self._reuse.urls(chat.pictures, chat.cache_salt, self._upload)
+        return _Call(chat, await asyncio.to_thread(chat.body, kept), list(kept.values()))
 
     async def _send_call(self, call: _Call, limit: Limit) -> aiohttp.ClientResponse:
         """Send a chat; once more with all pictures where the server has let go of one that was uploaded for it."""
@@ -304,7 +251,7 @@ class AsyncClient:
             if not call.referred or not is_not_found(error) or self._reuse is None:
                 raise
             self._reuse.forget(call.referred)
-        return await self._http.send("POST", _CHAT, limit, await asyncio.to_thread(call.build))
+        return await self._http.send("POST", _CHAT, limit, await asyncio.to_thread(call.chat.body))
 
     async def _upload(self, file: bytes, salt: str, limit: Limit | None = None) -> Media:
         limit = limit or self._http.small_limit()

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
-import msgspec
 from yarl import URL
 
 from epd.client.errors import APIError, Overloaded, TotalTimeout, error_from_answer
 from epd.client.transport import Limit, transport_errors, until
-from epd.client.types import Timeouts
+from epd.client.types import Timeouts, read_json
 
 
 class Connection:
@@ -86,8 +85,8 @@ class Connection:
         """Read a response to its end and decode it."""
         body = await self._read(response, limit)
         try:
-            return msgspec.json.decode(body)
-        except msgspec.DecodeError as error:
+            return read_json(body)
+        except ValueError as error:
             raise self.not_ours(body.decode("utf-8", "replace")) from error
 
     async def small(self, method: str, path: str) -> Any:

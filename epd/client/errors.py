@@ -15,9 +15,9 @@
       * TokenTimeout: ``Timeouts.token_s``, the gap between two chunks
       * TotalTimeout: ``Timeouts.total_s``
     * StreamInterrupted: the connection ended before the answer did
-  * PictureError: also a ``ValueError``; a picture cannot be read or sent
+  * PictureError: also a ``ValueError``; a picture, video or sound cannot be read or sent
 
-Misuse of the Python API itself (a closed client, contradicting arguments) raises the built-in
+Misuse of the Python API itself (a closed client, unknown or contradicting arguments) raises the built-in
 ``RuntimeError``, ``TypeError`` or ``ValueError``. Lives in the user's process; pure.
 """
 
@@ -29,8 +29,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import msgspec
-
+from epd.client.types import read_json
 from epd.errors import ErrorCode
 
 __all__ = [
@@ -188,7 +187,7 @@ class StreamInterrupted(TransportError):
 
 
 class PictureError(EPDError, ValueError):
-    """A picture cannot be read, is of no known kind, or cannot be sent."""
+    """A picture, video or sound cannot be read, is of no known kind, or cannot be sent."""
 
 
 def error_from_answer(status: int, headers: Mapping[str, str], body: bytes) -> APIError:
@@ -200,8 +199,8 @@ def error_from_answer(status: int, headers: Mapping[str, str], body: bytes) -> A
         body: The answer's body, in whatever form.
     """
     try:
-        decoded: Any = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+        decoded: Any = read_json(body)
+    except ValueError:
         decoded = body.decode("utf-8", "replace")
     return api_error(
         status,

@@ -103,9 +103,11 @@ def _blocking_iterator(
     """Make the synchronous twin of a streaming method of ``AsyncClient``."""
 
     @functools.wraps(method)
-    def iterate(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Chunk, None, None]:
-        portal = self._open()
-        chunks = method(self._client, *args, **kwargs)
+    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[Chunk, None, None]:
+        return iterate(self, method(self._client, *args, **kwargs))
+
+    def iterate(client: Client, chunks: AsyncGenerator[Chunk, None]) -> Generator[Chunk, None, None]:
+        portal = client._open()
         turn = asyncio.Lock()
         stepping: asyncio.Task[Any] | None = None
 
@@ -134,7 +136,7 @@ def _blocking_iterator(
                 else:
                     portal.call(close())
 
-    return iterate
+    return call
 
 
 class Client:

@@ -11,10 +11,9 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import aiohttp
-import msgspec
 
 from epd.client.errors import (
     ConnectFailed,
@@ -27,7 +26,7 @@ from epd.client.errors import (
     api_error,
 )
 from epd.client.sse import EventParser, EventTooLong
-from epd.client.types import Chunk, Timeouts
+from epd.client.types import Chunk, Timeouts, read_json
 
 __all__ = [
     "AnswerReader",
@@ -133,11 +132,13 @@ class AnswerReader:
             await self._let_end()
             return None
         try:
-            event = msgspec.json.decode(data, type=dict[str, Any])
+            event = read_json(data)
+            if not isinstance(event, dict):
+                raise ValueError("an event is no JSON object")
             if event.get("error"):
                 raise api_error(None, event, request_id=self._request_id)
             chunks = Chunk.all_from_json(event)
-        except ValueError as error:  # msgspec's errors are ValueErrors
+        except ValueError as error:
             raise self._interrupted(f"the stream is not a chat completion: {error}") from error
         self._request_id = event.get("id") or self._request_id
         self._has_token = self._has_token or bool(chunks)

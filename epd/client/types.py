@@ -9,7 +9,21 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["Chunk", "Completion", "Media", "Timeouts", "Usage"]
+import msgspec
+
+__all__ = ["Chunk", "Completion", "Media", "Timeouts", "Usage", "read_json"]
+
+
+def read_json(text: bytes | str) -> Any:
+    """Decode what a server sent, whatever it is.
+
+    Raises:
+        ValueError: It is not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return msgspec.json.decode(text)  # its errors are ValueErrors, as are those of UTF-8
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ async def test_the_clients_model_and_key_go_with_every_call(endpoint: FakeEndpoi
 async def test_messages_replace_the_prompt(endpoint: FakeEndpoint, client: AsyncClient) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     await client.generate(messages=chat)
-    await client.generate("not used", messages=chat, system="s")
+    await client.generate(messages=iter(chat), system="s")
     assert endpoint.bodies[0]["messages"] == chat
     assert endpoint.bodies[1]["messages"] == [{"role": "system", "content": "s"}, *chat]
 
@@ -93,8 +93,8 @@ async def test_messages_replace_the_prompt(endpoint: FakeEndpoint, client: Async
     [
         ({}, TypeError),
         ({"messages": [], "images": [b"x"]}, ValueError),
-        ({"prompt": "?", "images": "a.png"}, TypeError),
-        ({"prompt": "?", "strange": object()}, TypeError),
+        ({"prompt": "?", "messages": [{"role": "user", "content": "!"}]}, TypeError),
+        ({"prompt": "", "messages": [{"role": "user", "content": "!"}]}, TypeError),
     ],
 )
 async def test_contradicting_arguments_are_refused(

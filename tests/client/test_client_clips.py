@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import base64
+import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_endpoint import FakeEndpoint
 
 from epd.client import Client, PictureError
-from epd.client.clips import clip_part
+from epd.client.clips import clip_or_url
 from tests import media_files as files
 
 WAV, MP4 = files.audio("wav", 0.1), files.video(count=2)
+
+
+def clip_url(modality: str, clip: Any) -> str:
+    """What stands for a clip in a request."""
+    place = clip_or_url(modality, clip)
+    if isinstance(place, str):
+        return place
+    place.load()
+    return place.url()
 
 
 @pytest.mark.parametrize(
@@ -32,29 +44,27 @@ def test_files_and_bytes_are_sent_unchanged_with_their_type(
 ) -> None:
     path = tmp_path / "clip.with-any-name"
     path.write_bytes(content)
-    for clip in (content, bytearray(content), memoryview(content), path, str(path)):
-        part = clip_part(modality, clip)
-        assert part["type"] == f"{modality}_url"
-        head, _, data = part[f"{modality}_url"]["url"].partition(",")
+    for clip in (content, bytearray(content), memoryview(content), path, str(path), io.BytesIO(content)):
+        head, _, data = clip_url(modality, clip).partition(",")
         assert head == f"data:{media_type};base64"
         assert base64.b64decode(data, validate=True) == content
 
 
 @pytest.mark.parametrize("url", ["https://a/b.mp4", "data:audio/wav;base64,AAAA", "file:///x/y.wav"])
 def test_urls_are_handed_on(url: str) -> None:
-    assert clip_part("audio", url)["audio_url"]["url"] == url
+    assert clip_url("audio", url) == url
 
 
 def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="no video file"):
-        clip_part("video", tmp_path / "missing.mp4")
+        clip_url("video", tmp_path / "missing.mp4")
     for wrong in (WAV, b"hello", files.picture("png")):
         with pytest.raises(PictureError, match="these bytes is not MP4"):
-            clip_part("video", wrong)
+            clip_url("video", wrong)
     with pytest.raises(PictureError, match="empty"):
-        clip_part("audio", b"")
+        clip_url("audio", b"")
     with pytest.raises(PictureError, match="not float"):
-        clip_part("audio", 1.0)  # type: ignore[arg-type]
+        clip_url("audio", 1.0)
 
 
 def test_clips_of_a_call_come_before_the_text(endpoint: FakeEndpoint) -> None:
@@ -85,6 +95,40 @@ def test_clips_may_stand_in_messages(endpoint: FakeEndpoint) -> None:
             client.generate(messages=messages, audios=[WAV])
 
 
-def test_one_clip_where_several_are_meant_is_a_type_error(endpoint: FakeEndpoint) -> None:
-    with Client(endpoint.url, model="m") as client, pytest.raises(TypeError, match=r"videos=\[clip\]"):
-        client.generate("What?", videos="film.mp4")
+FORMS: dict[str, Callable[[Path], Any]] = {
+    "list": lambda path: [path],
+    "tuple": lambda path: (str(path),),
+    "generator": lambda path: (each for each in [path]),
+    "glob": lambda path: path.parent.glob(path.name),
+    "map": lambda path: map(Path.read_bytes, [path]),
+    "one path": lambda path: path,
+    "one text": str,
+    "one file's bytes": Path.read_bytes,
+    "one open file": lambda path: io.BytesIO(path.read_bytes()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("modality", "content"), [("video", MP4), ("audio", WAV)])
+def test_one_clip_and_any_iterable_of_clips_are_sent(
+    endpoint: FakeEndpoint, tmp_path: Path, form: Callable[[Path], Any], modality: str, content: bytes
+) -> None:
+    path = tmp_path / "clip"
+    path.write_bytes(content)
+    with Client(endpoint.url, model="m") as client:
+        arguments: Any = {f"{modality}s": form(path)}
+        client.generate("What?", **arguments)
+    [part, _] = endpoint.bodies[0]["messages"][0]["content"]
+    assert part == {"type": f"{modality}_url", f"{modality}_url": {"url": clip_url(modality, content)}}
+
+
+@pytest.mark.parametrize("wrong", [7, {"a": "b"}, object()])
+def test_what_holds_no_clips_is_a_type_error_that_says_what_is_taken(endpoint: FakeEndpoint, wrong: Any) -> None:
+    with Client(endpoint.url) as client:
+        with pytest.raises(
+            TypeError, match="videos takes a path, a URL, bytes or an open file, or an iterable of them"
+        ):
+            client.generate("What?", videos=wrong)
+        with pytest.raises(PictureError, match="a clip is a path"):
+            client.generate("What?", audios=[wrong])
+    assert endpoint.bodies == []

@@ -185,3 +185,54 @@ async def test_nothing_is_uploaded_if_not_wanted(endpoint: FakeEndpoint) -> None
         for _ in range(3):
             await client.generate("?", images=[encoded()])
     assert urls(endpoint) == [SENT] * 3 and not endpoint.uploads
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+async def test_a_file_overwritten_with_one_of_the_same_size_and_times_is_another_picture(
+    endpoint: FakeEndpoint, client: AsyncClient, tmp_path: Path, as_text: bool
+) -> None:
+    """As `copy2`, `unzip` and `rsync -t --inplace` do; the inode stays too."""
+    path = tmp_path / "current.bmp"
+    facts = set()
+    for color in (1, 1, 2, 2, 1):
+        content = encoded(color, "BMP")
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.write(content)
+        os.utime(path, (1_700_000_000,) * 2)
+        found = path.stat()
+        facts.add((found.st_mtime_ns, found.st_size, found.st_ino))
+        await client.generate("?", images=[str(path) if as_text else path])
+    assert len(facts) == 1
+    sent = "data:image/bmp"
+    assert urls(endpoint) == [sent, "epd-media://m1", sent, "epd-media://m2", "epd-media://m1"]
+    assert [content for content, _ in endpoint.uploads] == [encoded(1, "BMP"), encoded(2, "BMP")]
+
+
+async def test_the_same_picture_in_another_file_is_known(
+    endpoint: FakeEndpoint, client: AsyncClient, tmp_path: Path
+) -> None:
+    for number in range(3):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(encoded())
+        await client.generate("?", images=[path])
+    assert urls(endpoint) == [SENT, "epd-media://m1", "epd-media://m1"]
+
+
+async def test_a_picture_that_is_gone_from_the_server_is_sent_as_it_was_asked_about(
+    endpoint: FakeEndpoint, client: AsyncClient, tmp_path: Path
+) -> None:
+    """The file has changed meanwhile, and an open file or a generator cannot be read again."""
+    path = tmp_path / "a.png"
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        path.unlink(missing_ok=True)
+        return not_found() if "epd-media" in await request.text() else await complete("hello")(request)
+
+    endpoint.answer = answer
+    for _ in range(2):
+        path.write_bytes(encoded())
+        pictures = (each for each in [path, io.BytesIO(encoded(9))])
+        assert (await client.generate("?", images=pictures)).text == "hello"
+    *_, referred, sent = (body["messages"][0]["content"][:2] for body in endpoint.bodies)
+    assert [part["image_url"]["url"][:9] for part in referred] == ["epd-media"] * 2
+    assert sent == endpoint.bodies[0]["messages"][0]["content"][:2]

@@ -112,3 +112,49 @@ async def test_an_exception_before_an_answer_is_passed_on():
 async def test_a_failure_that_was_overcome_does_not_change_a_good_answer():
     answer = await call(answers(200, b"fine", failure=LOST))
     assert answer.status == 200 and answer.body == b"fine"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "word", "message"),
+    [
+        (400, b'{"error": {"message": "no max_tokens", "type": "Bad Request", "code": 400}}', "invalid_request_error",
+         "no max_tokens"),
+        (401, b'{"error": "Unauthorized"}', "authentication_error", "Unauthorized"),
+        (404, b'{"detail": "Not Found"}', "not_found_error", "Not Found"),
+        (405, b'{"detail": "Method Not Allowed"}', "invalid_request_error", "Method Not Allowed"),
+        (413, b"too large", "request_too_large", "too large"),
+        (422, b'{"detail": [{"loc": ["a"]}]}', "invalid_request_error", '[{"loc": ["a"]}]'),
+        (429, b"", "rate_limit_error", ""),
+        (500, b"\xff", "api_error", "�"),
+        (503, b"[1]", "overloaded_error", "[1]"),
+    ],
+)  # fmt: skip
+async def test_every_error_on_messages_has_anthropics_shape(status, body, word, message):
+    answer = await call(answers(status, body[:3], body[3:]), path="/v1/messages")
+    assert (answer.status, answer.ended) == (status, True)
+    assert json.loads(answer.body) == {"type": "error", "error": {"type": word, "message": message}}
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert (await call(answers(status, body), path="/v1/chat/completions")).body == body, "only there"
+
+
+async def test_an_error_that_has_anthropics_shape_is_left_alone():
+    body = b'{"type": "error", "error": {"type": "NotFoundError", "message": "no such model"}}'
+    assert (await call(answers(404, body), path="/v1/messages/count_tokens")).body == body
+
+
+async def test_every_request_has_a_name_that_vllm_makes_its_ids_from():
+    names = []
+
+    async def app(scope, _receive, send):
+        [name] = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        names.append(name)
+        assert current_exchange.get().name == name.decode("latin-1")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    await call(ExplicitErrors(app), headers=[(b"x-request-id", b"team/42")])
+    await call(ExplicitErrors(app))
+    await call(ExplicitErrors(app), headers=[(b"x-request-id", b"")])
+    assert names[0] == b"team/42"
+    assert len(set(names)) == 3 and all(len(name) == 16 for name in names[1:])

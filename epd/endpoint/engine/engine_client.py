@@ -251,7 +251,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
 
     def cancel(self, client_id: str, owner: str) -> int | None:
         """Cancels what is in flight of a client's request; returns of how many, None where the owner has none."""
-        found = [each.request_id for each in self.stories.find(client_id) if each.owner == owner]
+        found = [each.request_id for each in self.stories.find(client_id, owner)]
         return self.flights.cancel_all(found) if found else None
 
     async def story(self, request_id: str) -> Story | None:

@@ -118,8 +118,8 @@ class Flights:
         flight = Flight(without_pixels(request, parts), parts, exchange=exchange, **self._options)
         self._flights[flight.request_id] = flight
         self.held_bytes += flight.num_bytes
-        owner = exchange.owner if exchange is not None else ""
-        self._stories.open(flight.request_id, request.external_req_id or flight.request_id, owner)
+        owner, name = (exchange.owner, exchange.name) if exchange is not None else ("", "")
+        self._stories.open(flight.request_id, request.external_req_id or flight.request_id, owner, name)
         deadline_s = self._config.request_timeout_s + _DEADLINE_GRACE_S
         self._after(deadline_s, flight, "deadline", self._on_deadline)
         if not self._has_broker:

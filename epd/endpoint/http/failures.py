@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextvars
 import json
 import math
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,7 +47,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         As in vLLM, `code` is the HTTP status; the stable word is `type`.
         """
         if is_anthropic(path):
-            return {"type": "error", "error": {"type": self.code, "message": self.message}}
+            return {"type": "error", "error": {"type": _OWN_WORDS.get(self.code, self.code), "message": self.message}}
         error = {"message": self.message, "type": self.code, "param": None, "code": self.status}
         return {"error": error}
 
@@ -70,12 +71,13 @@ class Exchange:
 
     Attributes:
         owner: a digest of the API key that it came with, or nothing.
+        name: its `X-Request-Id`.
         failure: why it fails; the first reason stays.
         has_submitted: whether anything of it has been given to the pipeline.
     """
 
-    def __init__(self, owner: str = "") -> None:
-        self.owner = owner
+    def __init__(self, owner: str = "", name: str = "") -> None:
+        self.owner, self.name = owner, name
         self.failure: Failure | None = None
         self.has_submitted = False
 
@@ -85,9 +87,21 @@ class Exchange:
             self.failure = failure
 
 
+# Anthropic's own words for what every server says.
+_OWN_WORDS = {"unauthorized": "authentication_error"}
+_WORDS_BY_STATUS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 # What vLLM's handlers write when a stream fails, of the three APIs.
 _ERROR_EVENTS = (b"event: error", b'data: {"error"')
-_OWN_HEADERS = frozenset({b"content-type", b"content-length", b"retry-after", b"cache-control"})
+_NAME_BYTES = 8
+_OF_BODY = frozenset({b"content-type", b"content-length"})
+_OWN_HEADERS = _OF_BODY | {b"retry-after", b"cache-control"}
 
 current_exchange: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar("exchange", default=None)
 
@@ -127,7 +141,7 @@ class ExplicitErrors:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(owner_of(scope, has_keys=self._has_keys))
+        exchange = Exchange(owner_of(scope, has_keys=self._has_keys), _named(scope))
         answer = _Answer(scope["path"].removeprefix(scope.get("root_path", "")), send, exchange)
         token = current_exchange.set(answer.exchange)
         try:
@@ -141,12 +155,38 @@ class ExplicitErrors:
             current_exchange.reset(token)
 
 
+def _named(scope: Scope) -> str:
+    """The request's `X-Request-Id`; one that has none is given one, which vLLM then makes its ids from."""
+    given: bytes = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    if not given:
+        given = secrets.token_hex(_NAME_BYTES).encode()
+        others = [each for each in scope["headers"] if each[0] != b"x-request-id"]
+        scope["headers"] = [*others, (b"x-request-id", given)]
+    return given.decode("latin-1")
+
+
+def in_anthropics_shape(status: int, body: bytes) -> bytes:
+    """An error's body as Anthropic's clients read it; one that has that shape is left as it is."""
+    try:
+        told = json.loads(body)
+    except ValueError:
+        told = body.decode("utf-8", "replace")
+    if isinstance(told, dict) and told.get("type") == "error" and isinstance(told.get("error"), dict):
+        return body
+    said = told.get("error", told.get("detail", told)) if isinstance(told, dict) else told
+    message = said.get("message", said) if isinstance(said, dict) else said
+    word = _WORDS_BY_STATUS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    text = message if isinstance(message, str) else json.dumps(message)
+    return json.dumps({"type": "error", "error": {"type": word, "message": text}}).encode()
+
+
 class _Answer:
     """What has been sent of one response; `replaced` once ours stands for the application's."""
 
     def __init__(self, path: str, send: Send, exchange: Exchange) -> None:
         self.path, self._send, self.exchange = path, send, exchange
         self._held: Message | None = None
+        self._error: list[bytes] | None = None  # what has come of an error that is to be told in another shape
         self._is_stream = self._ended = self._replaced = False
 
     async def send(self, message: Message) -> None:
@@ -167,11 +207,18 @@ class _Answer:
         self._is_stream = bool(content_types) and content_types[0].startswith(b"text/event-stream")
         if self._is_stream:
             self._held = message
+        elif message["status"] >= 400 and is_anthropic(self.path):
+            self._held, self._error = message, []
         else:
             await self._send(message)
 
     async def _body(self, message: Message) -> None:
         body = bytes(message.get("body", b""))
+        if self._held is not None and self._error is not None:
+            self._error.append(body)
+            if not message.get("more_body", False):
+                await self._reshape(self._held, b"".join(self._error))
+            return
         if self._held is not None:
             if not body and message.get("more_body", False):
                 return
@@ -185,6 +232,14 @@ class _Answer:
             body = self.exchange.failure.event(self.path)
         self._ended = not message.get("more_body", False)
         await self._send({**message, "body": body})
+
+    async def _reshape(self, start: Message, body: bytes) -> None:
+        self._held, self._replaced = None, True
+        body = in_anthropics_shape(start["status"], body)
+        kept = [(name, value) for name, value in start.get("headers", ()) if name.lower() not in _OF_BODY]
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *kept]
+        await self._send({**start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
 
     async def _replace(self, failure: Failure, start: Message) -> None:
         self._held, self._replaced = None, True

@@ -11,35 +11,33 @@ import asyncio
 import contextlib
 import ssl
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 import prometheus_client
 import structlog
 from aiohttp import web
-from fastapi import FastAPI, Request
-from starlette.datastructures import Headers
+from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
 from epd.config import Config, ConfigError
 from epd.endpoint.engine.engine_client import PipelineCore
 from epd.endpoint.engine.llm import PipelineLLM
-from epd.endpoint.http.asgi import AsgiBridge, Lifespan, Receive, Scope, Send
+from epd.endpoint.http.asgi import AsgiBridge, Lifespan
+from epd.endpoint.http.authentication import ApiKeys
 from epd.endpoint.http.bodies import Bodies
 from epd.endpoint.http.failures import ExplicitErrors, failure_of
-from epd.endpoint.http.keys import owner_of
 from epd.endpoint.http.limits import Limits
 from epd.endpoint.http.options import serve_args, vllm_config_of
 from epd.endpoint.http.unreadable import UnreadableInput
 from epd.endpoint.media.routes import MediaRoutes
-from epd.endpoint.ops import readiness, stories
+from epd.endpoint.ops import readiness
 from epd.endpoint.ops.models import ModelRoutes
+from epd.endpoint.ops.routes import OpsRoutes
 from epd.endpoint.ops.warmup import warm_up
 from epd.errors import ErrorCode
 from epd.process import activation, resources
@@ -48,8 +46,6 @@ log = structlog.get_logger()
 
 _TASKS = ("generate",)
 _END_S = 2.0
-# What anyone may read of a server that asks for keys.
-_OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/debug/held", "/ping", "/version", "/load"})
 
 
 class Endpoint:
@@ -84,7 +80,9 @@ class Endpoint:
             self._watch(llm.output_handler)
             app = await self._app(args, llm)
             await stack.enter_async_context(Lifespan(app))
-            self.bridge = AsgiBridge(ExplicitErrors(app, has_keys=bool(self._config.endpoint.api_keys)))
+            keys = self._config.endpoint.api_keys
+            explicit = ExplicitErrors(app, has_keys=bool(keys))
+            self.bridge = AsgiBridge(ApiKeys(explicit, keys) if keys else explicit)
             collector = readiness.Collector(self.view)
             prometheus_client.REGISTRY.register(collector)
             stack.callback(prometheus_client.REGISTRY.unregister, collector)
@@ -160,20 +158,15 @@ class Endpoint:
         if args.reasoning_parser_plugin:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         app: FastAPI = build_app(args, _TASKS, llm.model_config)
-        app.add_api_route("/ready", self._ready, methods=["GET"])
-        app.add_api_route("/debug/held", self._held, methods=["GET"])
-        app.add_api_route("/v1/requests/{request_id}", self._story, methods=["GET"])
-        app.add_api_route("/v1/requests/{request_id}/cancel", self._cancel, methods=["POST"])
-        app.add_api_route("/v1/cache", self._cache, methods=["GET"])
-        media = MediaRoutes(self.core, has_keys=bool(self._config.endpoint.api_keys))
+        has_keys = bool(self._config.endpoint.api_keys)
+        OpsRoutes(self.core, self.view, has_keys=has_keys).add_to(app)
+        media = MediaRoutes(self.core, has_keys=has_keys)
         media.add_to(app)
         ModelRoutes(lambda: self.core.status).add_to(app)
-        # Innermost: behind keys and metrics, before any handler. Outermost: the keys of the paths vLLM leaves open.
+        # Innermost: behind keys and metrics, before any handler.
         app.user_middleware.append(Middleware(Bodies, max_bytes=self._config.endpoint.max_bodies_bytes))
         app.user_middleware.append(Middleware(Limits, config=self._config.endpoint, find_media=media.find))
         app.user_middleware.append(Middleware(UnreadableInput))
-        if self._config.endpoint.api_keys:
-            app.user_middleware.insert(0, Middleware(KeysEverywhere, tokens=self._config.endpoint.api_keys))
         app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
         try:
             await init_app_state(llm, app.state, args, _TASKS)
@@ -202,55 +195,6 @@ class Endpoint:
         """VLLM's output handler runs for ever; when it has ended, no request can."""
         output_handler.add_done_callback(lambda _: self.died.set())
 
-    async def _ready(self) -> JSONResponse:
-        """200 while requests can be answered, else 503 and what is missing."""
-        view = self.view()
-        return JSONResponse(readiness.describe(view), 503 if readiness.missing(view) else 200)
-
-    async def _held(self) -> JSONResponse:
-        """What each daemon holds, by kind; the same when idle, whatever has happened."""
-        return JSONResponse({"daemons": readiness.held_by_daemon(self.view())})
-
-    async def _story(self, request: Request, request_id: str) -> JSONResponse:
-        """Where the request with this id (as in the answer's `id`) is, or how it ended."""
-        found = self.core.stories.find(request_id)
-        if not found:
-            return _unknown(request_id)
-        for each in found:
-            if each.state != "failed" and not each.events:
-                told = await self.core.story(each.request_id)
-                each.events = told.events if told is not None else each.events
-        return JSONResponse(stories.describe(request_id, found))
-
-    async def _cancel(self, request: Request, request_id: str) -> JSONResponse:
-        """Ends what is in flight of the request with this id; only for the key that made it."""
-        owner = owner_of(request.scope, has_keys=bool(self._config.endpoint.api_keys))
-        count = self.core.cancel(request_id, owner)
-        return _unknown(request_id) if count is None else JSONResponse({"id": request_id, "cancelled": count})
-
-    async def _cache(self) -> JSONResponse:
-        """How the pools of embeddings are filled, and the broker's counters; what `epd cache ls` draws."""
-        state, status = await self.core.cache_state(), self.core.status
-        if state is None or status is None:
-            error = {"message": "the broker does not answer", "type": "not_ready", "param": None, "code": 503}
-            return JSONResponse({"error": error}, 503)
-        return JSONResponse(
-            {"pools": msgspec.to_builtins(state.pools), "counters": msgspec.to_builtins(status.counters)}
-        )
-
-
-class KeysEverywhere(AuthenticationMiddleware):
-    """Asks for a key on every path but the few that monitoring reads; vLLM itself guards only /v1 and its like."""
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        """Answers 401 or runs the application."""
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or scope["path"] in _OPEN_PATHS:
-            return self.app(scope, receive, send)
-        if self.verify_token(Headers(scope=scope)):
-            return self.app(scope, receive, send)
-        error = {"message": "missing or wrong API key", "type": "unauthorized", "param": None, "code": 401}
-        return JSONResponse({"error": error}, 401)(scope, receive, send)
-
 
 class _Uvicorn:
     """What vLLM's error handlers take for their server: they ask it to exit when the engine is dead."""
@@ -266,11 +210,6 @@ class _Uvicorn:
     def should_exit(self, value: bool) -> None:
         if value:
             self._died.set()
-
-
-def _unknown(request_id: str) -> JSONResponse:
-    error = {"message": f"no request {request_id!r} is known here", "type": "not_found", "code": 404}
-    return JSONResponse({"error": error | {"param": None}}, 404)
 
 
 def _ssl_context(args: argparse.Namespace) -> ssl.SSLContext | None:

@@ -21,12 +21,13 @@ IN_FLIGHT = "in_flight"
 class RequestStory(msgspec.Struct, kw_only=True):
     """One request of the pipeline: `state` is "in_flight", "finished", "failed" or "cancelled"; `detail` says how.
 
-    `owner` is a digest of the API key that it came with.
+    `owner` is a digest of the API key that it came with, `name` the `X-Request-Id` of its HTTP request.
     """
 
     request_id: str
     external_id: str
     owner: str = ""
+    name: str = ""
     state: str = IN_FLIGHT
     detail: str = ""
     events: list[StoryEvent] = []
@@ -41,10 +42,12 @@ class Stories:
         self._by_external: dict[str, list[str]] = {}
         self._ended: deque[str] = deque()
 
-    def open(self, request_id: str, external_id: str, owner: str = "") -> None:
+    def open(self, request_id: str, external_id: str, owner: str = "", name: str = "") -> None:
         """A request has been submitted."""
-        self._stories[request_id] = RequestStory(request_id=request_id, external_id=external_id, owner=owner)
-        self._by_external.setdefault(_stem(external_id), []).append(request_id)
+        story = RequestStory(request_id=request_id, external_id=external_id, owner=owner, name=name)
+        self._stories[request_id] = story
+        for known_by in _known_by(story):
+            self._by_external.setdefault(known_by, []).append(request_id)
 
     def close(self, request_id: str, state: str, detail: str = "", events: Sequence[StoryEvent] = ()) -> None:
         """A request has ended; a story that comes after that completes it."""
@@ -63,19 +66,30 @@ class Stories:
         if story is not None and story.state != IN_FLIGHT:
             story.events = list(events) or story.events
 
-    def find(self, client_id: str) -> list[RequestStory]:
-        """The requests behind the id that a client knows, oldest first; empty where none is known."""
-        found = [self._stories[each] for each in self._by_external.get(_stem(client_id), ())]
-        exact = [each for each in found if client_id in (each.external_id, each.request_id)]
-        return exact or [each for each in found if _stem(each.external_id) == client_id]
+    def find(self, client_id: str, owner: str = "") -> list[RequestStory]:
+        """The requests behind the id that a client knows, oldest first; empty where this owner has none."""
+        found = self._of(_stem(client_id), owner)
+        for wanted in (
+            [each for each in found if client_id in (each.external_id, each.request_id)],
+            [each for each in found if _stem(each.external_id) == client_id],
+            [each for each in self._of(client_id, owner) if each.name == client_id],
+        ):
+            if wanted:
+                return wanted
+        return []
+
+    def _of(self, known_by: str, owner: str) -> list[RequestStory]:
+        found = (self._stories[each] for each in self._by_external.get(known_by, ()))
+        return [each for each in found if each.owner == owner]
 
     def _evict(self) -> None:
         while len(self._ended) > self._keep:
             oldest = self._stories.pop(self._ended.popleft())
-            siblings = self._by_external[_stem(oldest.external_id)]
-            siblings.remove(oldest.request_id)
-            if not siblings:
-                del self._by_external[_stem(oldest.external_id)]
+            for known_by in _known_by(oldest):
+                siblings = self._by_external[known_by]
+                siblings.remove(oldest.request_id)
+                if not siblings:
+                    del self._by_external[known_by]
 
 
 def describe(client_id: str, stories: Sequence[RequestStory]) -> dict[str, Any]:
@@ -97,6 +111,11 @@ def describe(client_id: str, stories: Sequence[RequestStory]) -> dict[str, Any]:
     order = (IN_FLIGHT, "failed", "cancelled", "finished")
     state = next((each for each in order if each in states), "unknown")
     return {"id": client_id, "state": state, "events": events, "requests": parts}
+
+
+def _known_by(story: RequestStory) -> set[str]:
+    """What a story is kept under."""
+    return {_stem(story.external_id), story.name} - {""}
 
 
 def _stem(client_id: str) -> str:
