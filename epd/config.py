@@ -78,7 +78,10 @@ class EndpointConfig(_Section):
     taken. `max_pixels` bounds one picture, `max_body_bytes` one HTTP body; a request may have `max_images`,
     `max_videos` and `max_audios`. Of a video, `max_video_frames` may be sampled; it may have `max_video_pixels` in a
     frame and be `max_video_s` seconds long (at full HD and 30 frames a second; larger ones less). Audio may be
-    `max_audio_s` long. One video or audio clip may take `max_decoded_bytes` when it is decoded. With `warm_up`
+    `max_audio_s` long. One video or audio clip may take `max_decoded_bytes` when it is decoded, all media of one
+    request `max_request_decoded_bytes` (three bytes a pixel, four a sample), and those of all requests that are being
+    processed `max_total_decoded_bytes`: beyond that, requests wait for those before them. Fetching, decoding and
+    processing may take `media_timeout_s` each; then the request ends with 400 `media_timeout`. With `warm_up`
     the endpoint sends the first requests itself, and is ready after them. Pictures uploaded to `/v1/media` are kept
     `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all as the processor gives
     them. While there is no broker, requests in flight and up to `max_waiting` new ones wait
@@ -101,6 +104,9 @@ class EndpointConfig(_Section):
     max_audios: int = 32
     max_audio_s: float = 600.0
     max_decoded_bytes: int = 1 << 30
+    max_request_decoded_bytes: int = 1 << 30
+    max_total_decoded_bytes: int = 2 << 30
+    media_timeout_s: float = 30.0
     allowed_media_domains: list[str] = []
     allowed_local_media_path: str = ""
     request_timeout_s: float = 600.0

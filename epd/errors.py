@@ -49,10 +49,25 @@ class ErrorCode(enum.StrEnum):
 
     # ---- what the client has sent
     INVALID_REQUEST = "invalid_request", 400, Fault.CLIENT, False, "vLLM's handlers cannot read it, or do not do it"
+    INVALID_HTTP = "invalid_http", 400, Fault.CLIENT, False, "what came over the connection is not valid HTTP"
+    EXPECTATION_FAILED = "expectation_failed", 417, Fault.CLIENT, False, "an `Expect` header that is not `100-continue`"
+    UNSUPPORTED_ENCODING = "unsupported_encoding", 415, Fault.CLIENT, False, "a `Content-Encoding` that is not known"
+    INVALID_BODY = (
+        "invalid_body",
+        400,
+        Fault.CLIENT,
+        False,
+        "the body is not what its headers say that it is",
+    )
     INVALID_JSON = "invalid_json", 400, Fault.CLIENT, False, "the body is not JSON, or is nested too deeply"
     INVALID_URL = "invalid_url", 400, Fault.CLIENT, False, "the address of a picture, video or sound is malformed"
     URL_NOT_ALLOWED = "url_not_allowed", 400, Fault.CLIENT, False, "media may not be taken from that address or path"
     MEDIA_NOT_FOUND = "media_not_found", 404, Fault.CLIENT, False, "no picture of this id is kept; it may have expired"
+    MEDIA_NOT_FETCHED = "media_not_fetched", 400, Fault.CLIENT, False, "media could not be fetched from their address"
+    MEDIA_TIMEOUT = (
+        "media_timeout", 400, Fault.CLIENT, False,
+        "fetching, decoding or processing one of the media took longer than `endpoint.media_timeout_s`"
+    )  # fmt: skip
     INVALID_IMAGE = "invalid_image", 400, Fault.CLIENT, False, "a picture is damaged, empty or of no known kind"
     INVALID_VIDEO = "invalid_video", 400, Fault.CLIENT, False, "a video is damaged, empty or of no known kind"
     INVALID_AUDIO = "invalid_audio", 400, Fault.CLIENT, False, "a sound is damaged, empty or of no known kind"
@@ -63,7 +78,15 @@ class ErrorCode(enum.StrEnum):
     UNAUTHORIZED = "unauthorized", 401, Fault.CLIENT, False, "the API key is missing or wrong"
     # ---- how much the client has sent
     TOO_LARGE = "too_large", 400, Fault.CLIENT, False, "no worker or cache of this pipeline has room for it, ever"
+    HEADERS_TOO_LARGE = "headers_too_large", 431, Fault.CLIENT, False, "the request's headers are too many or too long"
     BODY_TOO_LARGE = "body_too_large", 413, Fault.CLIENT, False, "a body, file or picture has more bytes than are taken"
+    MEDIA_TOO_LARGE = (
+        "media_too_large",
+        400,
+        Fault.CLIENT,
+        False,
+        "the media of a request are too much, or one to fetch",
+    )
     IMAGE_TOO_LARGE = "image_too_large", 400, Fault.CLIENT, False, "a picture has too many pixels"
     VIDEO_TOO_LARGE = "video_too_large", 400, Fault.CLIENT, False, "a video has too many pixels"
     AUDIO_TOO_LARGE = "audio_too_large", 400, Fault.CLIENT, False, "a sound would take too much memory, decoded"

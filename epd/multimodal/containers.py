@@ -8,9 +8,9 @@ begins as one of these kinds cannot be one of those.
 from __future__ import annotations
 
 VIDEO = ("mp4", "matroska", "avi", "gif")
-AUDIO = ("wav", "flac", "mp3", "ogg", "aiff", "au", "caf", "mp4", "matroska", "avi")
+AUDIO = ("wav", "flac", "mp3", "aac", "amr", "ogg", "aiff", "au", "caf", "mp4", "matroska", "avi")
 # Audio in these is taken out by FFmpeg; libsndfile reads the others.
-BY_FFMPEG = frozenset({"mp4", "matroska", "avi"})
+BY_FFMPEG = frozenset({"mp4", "matroska", "avi", "aac", "amr"})
 
 _MAX_TAGS, _MAX_BOXES = 8, 100_000
 _MP4_FIRST = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"pnot")
@@ -22,11 +22,38 @@ _STARTS = (
     (b"OggS", "ogg"),
     (b".snd", "au"),
     (b"caff", "caf"),
+    (b"#!AMR\n", "amr"),
+    (b"#!AMR-WB\n", "amr"),
     (b"GIF87a", "gif"),
     (b"GIF89a", "gif"),
     (_EBML, "matroska"),
 )
 _RIFF = {b"WAVE": "wav", b"AVI ": "avi"}
+# What else people send, for messages: how it begins, from which byte on.
+_NAMES = (
+    (0, b"%PDF", "PDF"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "XML or SVG"),
+    (0, b"<!DOCTYPE", "HTML"),
+    (0, b"<html", "HTML"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (0, b"qoif", "QOI"),
+    (0, b"DDS ", "DDS"),
+    (0, b"\x1f\x8b", "gzip"),
+    (0, b"PK\x03\x04", "ZIP"),
+    (0, b"\x30\x26\xb2\x75", "ASF (WMA, WMV)"),
+    (0, b"FLV\x01", "FLV"),
+    (0, b"\x00\x00\x01\xba", "MPEG-PS"),
+    (0, b"#EXTM3U", "a playlist"),
+    (4, b"ftypheic", "HEIC"),
+    (4, b"ftypheix", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypavif", "AVIF"),
+)
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def kind_of(content: bytes) -> str:
@@ -47,7 +74,37 @@ def kind_of(content: bytes) -> str:
         return "mp4"
     if _is_mpeg_audio(head):
         return "mp3"
+    if _is_aac(content, start):
+        return "aac"
     return ""
+
+
+def name_of(content: bytes) -> str:
+    """What a file is called that begins like this, for messages; "" where that is not known."""
+    for at, magic, name in _NAMES:
+        if content[at : at + len(magic)] == magic:
+            return name
+    kind = kind_of(content)
+    return {"mp4": "MP4", "matroska": "Matroska", "ogg": "Ogg"}.get(kind, kind.upper())
+
+
+def icon_sizes(content: bytes) -> list[tuple[int, int]]:
+    """The (width, height) of each picture in a Windows icon, as these say themselves; none in any other file.
+
+    The icon's own table cannot be trusted: it has a byte for each.
+    """
+    if content[:4] != b"\0\0\1\0":
+        return []
+    sizes = []
+    for i in range(min(int.from_bytes(content[4:6], "little"), len(content) // 16)):
+        at = int.from_bytes(content[18 + 16 * i : 22 + 16 * i], "little")
+        head = content[at : at + 24]
+        if head.startswith(_PNG):
+            sizes.append((int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")))
+        else:  # its height counts the mask, too
+            width, height = (int.from_bytes(head[k : k + 4], "little", signed=True) for k in (4, 8))
+            sizes.append((abs(width), abs(height) // 2))
+    return sizes
 
 
 def is_truncated(kind: str, content: bytes) -> bool:
@@ -85,6 +142,20 @@ def _is_mpeg_audio(head: bytes) -> bool:
         return False
     version, layer, rate, sampling = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
     return version != 1 and layer != 0 and rate != 15 and sampling != 3
+
+
+def _is_aac(content: bytes, start: int) -> bool:
+    """Whether two frames of AAC (ADTS) follow each other here: the first bytes alone are too common."""
+    at = start
+    for _ in range(2):
+        head = content[at : at + 6]
+        if len(head) < 6 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
+            return at > start and at == len(content)  # one whole frame
+        size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
+        if size < 7:
+            return False
+        at += size
+    return True
 
 
 def _wav_is_truncated(content: bytes) -> bool:

@@ -13,6 +13,7 @@ from PIL import Image
 from epd.config import EndpointConfig
 from epd.endpoint.http.limits import Limits, check_json, read_json
 from epd.endpoint.http.refusals import RefusedError
+from epd.endpoint.media.bounds import MediaBounds
 
 from .asgi_call import call
 
@@ -54,7 +55,7 @@ async def send(body, path="/v1/chat/completions", headers=JSON, resolve=lambda h
         await send({"type": "http.response.body", "body": message["body"]})
 
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return await call(Limits(app, EndpointConfig(**config), resolve), path, body=body, headers=headers)
+    return await call(Limits(app, MediaBounds(EndpointConfig(**config)), resolve), path, body=body, headers=headers)
 
 
 async def refused(body, status, code, **options):
@@ -178,6 +179,30 @@ async def test_anthropics_pictures_are_checked_and_refused_in_its_shape(source):
 async def test_a_schema_that_speaks_of_images_is_no_image():
     tools = [{"function": {"parameters": {"properties": {"image_url": {"type": "string"}}}}}]
     assert (await send({"messages": [{"content": "hi"}], "tools": tools})).status == 200
+
+
+async def test_arguments_of_a_tool_that_speak_of_images_are_no_images():
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {"image_url": "http://10.0.0.1/"}}
+    text = {"type": "text", "text": "x", "video_url": "s3://bucket/x"}
+    assert (await send({"messages": [{"content": [call]}, {"content": [text]}]}, path="/v1/messages")).status == 200
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+async def test_a_body_in_any_of_jsons_encodings_comes_as_utf_8(encoding):
+    body = json.dumps(chat(data_url(picture())) | {"user": "\u00e9"}, ensure_ascii=False)
+    answer = await send(body.encode(encoding))
+    assert answer.status == 200 and answer.body == body.encode()
+
+
+@pytest.mark.parametrize("body", [b"\xff\xfe{\x00}", b"\xff\xfe\x00\xd8", b"\xef\xbb\xbf", b"\xef\xbb\xbf\xff"])
+async def test_a_body_that_is_not_in_the_encoding_that_it_begins_as_is_400(body):
+    await refused(body, 400, "invalid_json")
+
+
+async def test_pictures_that_take_too_much_together_are_refused_by_their_headers():
+    urls = [data_url(png_header(4000, 4000))] * 3
+    assert "144000000 bytes" in await refused(chat(*urls), 400, "media_too_large", max_request_decoded_bytes=100 << 20)
+    assert (await send(chat(*urls), max_request_decoded_bytes=144_000_000)).status == 200
 
 
 async def test_messages_that_are_nested_without_end_are_refused():

@@ -15,8 +15,8 @@ def test_the_version_is_the_one_this_was_written_against():
 
     assert vllm.__version__.startswith(WRITTEN_AGAINST), (
         f"vLLM is {vllm.__version__}, epd.endpoint was written against {WRITTEN_AGAINST}: check the tests below,"
-        " then epd/endpoint/{adapters,decoding,engine_client,flight,flights,known,llm,media,options,processed,resume,"
-        "server,submission}.py and epd/multimodal/*.py"
+        " then epd/endpoint/engine/*.py, epd/endpoint/http/{options,server}.py,"
+        " epd/endpoint/media/{connector,decoding,parts,pictures,processor_cache,repeats,routes}.py and epd/multimodal/"
     )
 
 
@@ -124,11 +124,12 @@ def test_pictures_come_through_the_connector_that_we_replace(monkeypatch):
     from vllm import envs
     from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
-    from epd.endpoint.media.processor_cache import LimitedConnector, PictureIO
+    from epd.endpoint.media.connector import LimitedConnector
+    from epd.endpoint.media.pictures import PictureIO
 
     monkeypatch.delenv("VLLM_MEDIA_CONNECTOR", raising=False)
     assert envs.VLLM_MEDIA_CONNECTOR == "http" and "http" in MEDIA_CONNECTOR_REGISTRY.name2class
-    for name in (f"fetch_{each}{end}" for each in ("image", "video", "audio") for end in ("", "_async")):
+    for name in (f"fetch_{each}_async" for each in ("image", "video", "audio")):
         ours, theirs = (inspect.signature(getattr(each, name)) for each in (LimitedConnector, MediaConnector))
         assert list(ours.parameters) == list(theirs.parameters)
     source = inspect.getsource(PictureIO.__mro__[1])

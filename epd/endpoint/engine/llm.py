@@ -15,9 +15,9 @@ from vllm.config import VllmConfig
 from vllm.v1.engine import async_llm
 from vllm.v1.executor import Executor
 
-from epd.config import EndpointConfig
 from epd.endpoint.engine.engine_client import PipelineCore
 from epd.endpoint.media import processor_cache
+from epd.endpoint.media.bounds import MediaBounds
 
 
 class PipelineLLM(async_llm.AsyncLLM):
@@ -27,7 +27,7 @@ class PipelineLLM(async_llm.AsyncLLM):
         self,
         vllm_config: VllmConfig,
         core: PipelineCore,
-        limits: EndpointConfig,
+        bounds: MediaBounds,
         *,
         log_stats: bool,
         log_requests: bool,
@@ -35,7 +35,7 @@ class PipelineLLM(async_llm.AsyncLLM):
         with _core_instead_of_processes(core):
             super().__init__(vllm_config, executor_class=Executor, log_stats=log_stats, log_requests=log_requests)
         core.attach(self.output_processor)
-        processor_cache.install(self.renderer, vllm_config, limits)
+        processor_cache.install(self.renderer, vllm_config, bounds)
         core.output_task = self.output_handler
 
 

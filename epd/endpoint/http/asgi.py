@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Refusal = Callable[[str, str], bytes]
 
 _CHUNK_BYTES = 256 << 10
 _BODILESS = frozenset({204, 304})
@@ -38,10 +40,20 @@ class AsgiBridge:
         root_path: where it is mounted, as in ASGI.
         grace_s: how long the application may go on after the client has gone before it is cancelled.
         retry_after_s: the `Retry-After` given with each 429 and 503 that has none.
+        refusal: the path of a request whose body cannot be read, and why -> the JSON that says so.
     """
 
-    def __init__(self, app: App, *, root_path: str = "", grace_s: float = 2.0, retry_after_s: int = 1) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        root_path: str = "",
+        grace_s: float = 2.0,
+        retry_after_s: int = 1,
+        refusal: Refusal | None = None,
+    ) -> None:
         self._app, self._root_path = app, root_path
+        self._refusal = refusal or _refusal
         self._last = False
         self._grace_s, self._retry_after_s = grace_s, retry_after_s
         self._num_active = 0
@@ -61,7 +73,7 @@ class AsgiBridge:
         """Returns once no exchange is under way."""
         await self._idle.wait()
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers one request; the response is complete or its connection is closed when this returns."""
         exchange = _Exchange(request, self._retry_after_s, lambda: self._last)
         scope = self._scope(request)
@@ -87,12 +99,22 @@ class AsgiBridge:
             if exchange.complete or exchange.disconnected:
                 log.debug("the application raised after its response", error=repr(error))
                 return
-            log.exception("the application raised", path=scope["path"])
-            await exchange.fail()
+            if not await self._refuse(scope, exchange):
+                log.exception("the application raised", path=scope["path"])
+                await exchange.fail()
         else:
+            if await self._refuse(scope, exchange):
+                return
             if not exchange.complete and not exchange.disconnected:
                 log.error("the application returned before its response was complete", path=scope["path"])
                 await exchange.fail()
+
+    async def _refuse(self, scope: Scope, exchange: _Exchange) -> bool:
+        """Answers for an application that could not read the body; false where that is not so."""
+        if not exchange.unreadable or exchange.response is not None:
+            return False
+        await exchange.answer(400, self._refusal(scope["path"], exchange.unreadable))
+        return True
 
     async def _end(self, task: asyncio.Task[None]) -> None:
         done, _ = await asyncio.wait([task], timeout=self._grace_s)
@@ -100,7 +122,7 @@ class AsgiBridge:
             task.cancel()
             await asyncio.wait([task], timeout=self._grace_s)
 
-    def _scope(self, request: web.Request) -> Scope:
+    def _scope(self, request: web.BaseRequest) -> Scope:
         raw_path, _, query = request.raw_path.partition("?")
         host, port = request.transport.get_extra_info("sockname")[:2] if request.transport else ("", None)
         peer = request.transport.get_extra_info("peername") if request.transport else None
@@ -124,10 +146,11 @@ class AsgiBridge:
 class _Exchange:
     """The two callables that one run of the application gets, and what has become of its response."""
 
-    def __init__(self, request: web.Request, retry_after_s: int, is_last: Callable[[], bool]) -> None:
+    def __init__(self, request: web.BaseRequest, retry_after_s: int, is_last: Callable[[], bool]) -> None:
         self._request, self._retry_after_s, self._is_last = request, retry_after_s, is_last
         self._gone = asyncio.Event()
         self._body_read = False
+        self.unreadable = ""  # why the body cannot be read
         self._start: Message | None = None
         self.response: web.StreamResponse | None = None
         self.complete = False
@@ -143,7 +166,11 @@ class _Exchange:
         if not self._body_read and not self.disconnected:
             try:
                 chunk = await self._request.content.read(_CHUNK_BYTES)
-            except (ConnectionError, aiohttp.ClientError, web.RequestPayloadError):
+            except web.RequestPayloadError as error:
+                # ASGI has no word for it: the application sees a client that has gone.
+                self._body_read, self.unreadable = True, str(error) or "the body cannot be read"
+                return {"type": "http.disconnect"}
+            except (ConnectionError, aiohttp.ClientError):
                 self.disconnect()
                 return {"type": "http.disconnect"}
             self._body_read = not chunk or self._request.content.at_eof()
@@ -193,20 +220,27 @@ class _Exchange:
             response.force_close()
         return response
 
+    async def answer(self, status: int, body: bytes) -> None:
+        """Answers with JSON, in place of an application of which nothing was sent."""
+        self._start, self.response, self.complete = None, None, False
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
     async def fail(self) -> None:
         """Ends a response that the application did not: 500 where nothing was sent, else the connection is cut.
 
         A cut connection is what tells the client that the body is not whole.
         """
         if self.response is None:
-            self._start, self.response = None, None
-            self.complete = False
             body = b'{"error":{"message":"Internal server error","type":"InternalServerError","code":500}}'
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await self.send({"type": "http.response.start", "status": 500, "headers": headers})
-            await self.send({"type": "http.response.body", "body": body})
+            await self.answer(500, body)
         elif self._request.transport is not None:
             self._request.transport.abort()
+
+
+def _refusal(_path: str, message: str) -> bytes:
+    return json.dumps({"error": {"message": message, "type": "invalid_body", "code": 400}}).encode()
 
 
 class Lifespan:

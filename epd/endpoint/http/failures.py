@@ -74,21 +74,25 @@ class Exchange:
         name: its `X-Request-Id`.
         failure: why it fails; the first reason stays.
         has_submitted: whether anything of it has been given to the pipeline.
+        has_own_options: whether it chose how its media are processed; the encoder may not take what comes of that.
     """
 
     def __init__(self, owner: str = "", name: str = "") -> None:
         self.owner, self.name = owner, name
         self.failure: Failure | None = None
-        self.has_submitted = False
+        self.has_submitted = self.has_own_options = False
 
     def note(self, failure: Failure) -> None:
         """It fails by this, unless it does already."""
+        if failure.code == ErrorCode.ENCODE_FAILED and self.has_own_options:
+            text = "the model cannot encode what the request's mm_processor_kwargs make of its media"
+            failure = failure_of(ErrorCode.INVALID_REQUEST, f"{text}: {failure.message}")
         if self.failure is None:
             self.failure = failure
 
 
 # Anthropic's own words for what every server says.
-_OWN_WORDS = {"unauthorized": "authentication_error"}
+_OWN_WORDS: dict[str, str] = {ErrorCode.UNAUTHORIZED: "authentication_error"}
 _WORDS_BY_STATUS = {
     401: "authentication_error",
     403: "permission_error",

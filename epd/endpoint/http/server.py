@@ -32,8 +32,10 @@ from epd.endpoint.http.authentication import ApiKeys
 from epd.endpoint.http.bodies import Bodies
 from epd.endpoint.http.failures import ExplicitErrors, failure_of
 from epd.endpoint.http.limits import Limits
+from epd.endpoint.http.listening import runner_of
 from epd.endpoint.http.options import serve_args, vllm_config_of
-from epd.endpoint.http.unreadable import UnreadableInput
+from epd.endpoint.http.unreadable import UnreadableInput, unreadable_body
+from epd.endpoint.media.bounds import MediaBounds
 from epd.endpoint.media.routes import MediaRoutes
 from epd.endpoint.ops import readiness
 from epd.endpoint.ops.models import ModelRoutes
@@ -59,6 +61,7 @@ class Endpoint:
     def __init__(self, config: Config, name: str) -> None:
         self._config, self._name = config, name
         self._stack = contextlib.AsyncExitStack()
+        self._bounds = MediaBounds(config.endpoint)
         self.died = asyncio.Event()
         self.warming = config.endpoint.warm_up
         self.port = 0
@@ -72,17 +75,18 @@ class Endpoint:
             llm = PipelineLLM(
                 vllm_config,
                 self.core,
-                self._config.endpoint,
+                self._bounds,
                 log_stats=not args.disable_log_stats,
                 log_requests=args.enable_log_requests,
             )
             stack.callback(llm.shutdown)
+            stack.callback(self._bounds.close)
             self._watch(llm.output_handler)
             app = await self._app(args, llm)
             await stack.enter_async_context(Lifespan(app))
             keys = self._config.endpoint.api_keys
             explicit = ExplicitErrors(app, has_keys=bool(keys))
-            self.bridge = AsgiBridge(ApiKeys(explicit, keys) if keys else explicit)
+            self.bridge = AsgiBridge(ApiKeys(explicit, keys) if keys else explicit, refusal=unreadable_body)
             collector = readiness.Collector(self.view)
             prometheus_client.REGISTRY.register(collector)
             stack.callback(prometheus_client.REGISTRY.unregister, collector)
@@ -115,7 +119,8 @@ class Endpoint:
 
     def held(self) -> dict[str, int]:
         """What this process holds, by kind; may be called from any thread, as vLLM's /metrics does."""
-        return resources.of_process(self._loop) | self.core.held() | {"exchanges": self.bridge.num_active}
+        held = resources.of_process(self._loop) | self.core.held() | self._bounds.held()
+        return held | {"exchanges": self.bridge.num_active}
 
     async def _warm_up(self, *, has_tls: bool) -> None:
         """Once the pipeline is complete, has a request go through every prefill and decode worker."""
@@ -165,7 +170,7 @@ class Endpoint:
         ModelRoutes(lambda: self.core.status).add_to(app)
         # Innermost: behind keys and metrics, before any handler.
         app.user_middleware.append(Middleware(Bodies, max_bytes=self._config.endpoint.max_bodies_bytes))
-        app.user_middleware.append(Middleware(Limits, config=self._config.endpoint, find_media=media.find))
+        app.user_middleware.append(Middleware(Limits, bounds=self._bounds, find_media=media.find))
         app.user_middleware.append(Middleware(UnreadableInput))
         app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
         try:
@@ -176,9 +181,7 @@ class Endpoint:
         return app
 
     async def _listen(self, stack: contextlib.AsyncExitStack, tls: ssl.SSLContext | None) -> None:
-        http = web.Application()
-        http.router.add_route("*", "/{tail:.*}", self.bridge.handle)
-        runner = web.AppRunner(http, handler_cancellation=True, access_log=None, shutdown_timeout=_END_S)
+        runner = runner_of(self.bridge, _END_S)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         endpoint, inherited = self._config.endpoint, activation.inherited()

@@ -7,6 +7,7 @@ as a tool call that is no object. It is logged with its place, so that a fault o
 
 from __future__ import annotations
 
+import json
 import traceback
 
 import structlog
@@ -52,3 +53,9 @@ class UnreadableInput:
             )
             text = f"the request cannot be read: {type(error).__name__}: {str(error)[:200]}"
             await send_failure(send, path, failure_of(ErrorCode.INVALID_REQUEST, text))
+
+
+def unreadable_body(path: str, reason: str) -> bytes:
+    """The JSON of a refusal of a body that cannot be read as what its headers say that it is."""
+    failure = failure_of(ErrorCode.INVALID_BODY, f"the body cannot be read: {reason[:200]}")
+    return json.dumps(failure.body(path)).encode()

@@ -47,6 +47,20 @@ class VideoIO(VideoMediaIO):
         """The largest file that is fetched."""
         return self._limits.max_body_bytes
 
+    def look(self, data: bytes) -> int:
+        """How many bytes the frames take that will be sampled, as far as that can be told; nothing is decoded.
+
+        Raises:
+            RefusedError: there is nothing or too much to decode.
+        """
+        frame_bytes = probing.check_video(data, self._limits)
+        num_frames = self.num_frames if self.num_frames > 0 else self._limits.max_video_frames
+        return min(frame_bytes * num_frames, self._limits.max_decoded_bytes)
+
+    def look_at_frames(self, data: str) -> int:
+        """The same of what a `video/jpeg` data URL holds."""
+        return probing.check_frames(data, self._limits)
+
     def load_bytes(self, data: bytes) -> MediaWithBytes[Any]:
         """The sampled frames and their metadata.
 

@@ -22,7 +22,7 @@ from epd.endpoint.http.refusals import RefusedError
 from epd.errors import ErrorCode
 from epd.multimodal import containers
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO")
 JPEG_FRAMES = "video/jpeg"
 MIN_RATE, MAX_RATE = 1_000, 384_000
 MAX_CHANNELS = 16
@@ -30,25 +30,40 @@ MAX_CHANNELS = 16
 # A video has no more frames, and no more pixels in all, than `max_video_s` seconds of these.
 _MAX_FPS = 60
 _PIXELS_PER_S = 30 * 1920 * 1080
-_BYTES_PER_PIXEL, _BYTES_PER_SAMPLE = 3, 4
+BYTES_PER_PIXEL, _BYTES_PER_SAMPLE = 3, 4
 _OPEN_S = 10.0
+# Pillow decodes an icon to open it, so it may be no larger than icons are.
+_MAX_ICON_PIXELS = 1 << 20
 
 
-def check_image(content: bytes, config: EndpointConfig) -> None:
-    """Reads the header of an image file, never its pixels.
+def open_picture(content: bytes) -> Image.Image:
+    """A picture's header, by the decoder of one of `IMAGE_FORMATS`."""
+    return Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+
+
+def check_image(content: bytes, config: EndpointConfig) -> int:
+    """Reads the header of an image file, never its pixels; returns how many bytes those take.
 
     Raises:
         RefusedError: no known format, or a size that is nothing or too much.
     """
+    for width, height in containers.icon_sizes(content):
+        _check_size("image", width, height, min(config.max_pixels, _MAX_ICON_PIXELS))
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        with open_picture(content) as image:
             width, height = image.size
     except Image.DecompressionBombError:
         raise RefusedError(ErrorCode.IMAGE_TOO_LARGE, "the image has too many pixels") from None
     except Exception:  # a decoder may raise anything on hostile bytes
-        known = ", ".join(IMAGE_FORMATS)
-        raise RefusedError(ErrorCode.INVALID_IMAGE, f"the image is not one of {known}, or is damaged") from None
+        text = f"{_found('image', content)}not one of {', '.join(IMAGE_FORMATS)}, or damaged"
+        raise RefusedError(ErrorCode.INVALID_IMAGE, text) from None
     _check_size("image", width, height, config.max_pixels)
+    return width * height * BYTES_PER_PIXEL
+
+
+def _found(what: str, content: bytes) -> str:
+    name = containers.name_of(content)
+    return f"the {what} is {name} by its first bytes, " if name else f"the {what} is "
 
 
 def _check_size(what: str, width: int, height: int, most: int) -> None:
@@ -59,30 +74,36 @@ def _check_size(what: str, width: int, height: int, most: int) -> None:
         raise RefusedError(ErrorCode(f"{what}_too_large"), f"{size}; at most {most} are accepted")
 
 
-def check_video(content: bytes, config: EndpointConfig) -> None:
-    """Reads the header of a video file and counts its packets.
+def check_video(content: bytes, config: EndpointConfig) -> int:
+    """Reads the header of a video file and counts its packets; returns how many bytes one frame takes.
 
     Raises:
         RefusedError: no known format, damaged, without frames, or too large or long.
     """
     kind = containers.kind_of(content)
     if kind not in containers.VIDEO:
-        raise RefusedError(ErrorCode.INVALID_VIDEO, "the video is not MP4, MOV, WebM, Matroska, AVI or GIF")
+        found = _found("video", content)
+        raise RefusedError(ErrorCode.INVALID_VIDEO, f"{found}not MP4, MOV, WebM, Matroska, AVI or GIF")
     if containers.is_truncated(kind, content):
         raise RefusedError(ErrorCode.INVALID_VIDEO, "the video is truncated: its container says that it is longer")
     try:
         with _opened(content, max_pixels=config.max_video_pixels) as container:
             if not container.streams.video:
                 raise RefusedError(ErrorCode.INVALID_VIDEO, "the file has no video in it")
-            _check_film(container, container.streams.video[0], config)
+            stream = container.streams.video[0]
+            _check_film(container, stream, config)
+            return int(stream.width * stream.height * BYTES_PER_PIXEL)
     except RefusedError:
         raise
     except Exception as error:
         raise RefusedError(ErrorCode.INVALID_VIDEO, f"the video is damaged: {_words(error)}") from None
 
 
-def check_frames(data: str, config: EndpointConfig) -> None:
+def check_frames(data: str, config: EndpointConfig) -> int:
     """Checks what a `video/jpeg` data URL holds: JPEG files in base64 with commas between.
+
+    Returns:
+        How many bytes they take when they are decoded.
 
     Raises:
         RefusedError: too many, or one of them is no picture or too large.
@@ -97,12 +118,13 @@ def check_frames(data: str, config: EndpointConfig) -> None:
         except (binascii.Error, ValueError):
             raise RefusedError(ErrorCode.INVALID_VIDEO, "a frame is not valid base64") from None
         check_image(content, config)
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        with open_picture(content) as image:
             sizes.add(image.size)
     if len(sizes) > 1:
         raise RefusedError(ErrorCode.INVALID_VIDEO, f"the frames are of {len(sizes)} different sizes")
     ((width, height),) = sizes
     check_sampled(width, height, len(files), config)
+    return width * height * len(files) * BYTES_PER_PIXEL
 
 
 def check_sampled(width: int, height: int, num_frames: int, config: EndpointConfig) -> None:
@@ -116,7 +138,7 @@ def check_sampled(width: int, height: int, num_frames: int, config: EndpointConf
         raise RefusedError(ErrorCode.INVALID_VIDEO, "there are no frames in the video")
     if num_frames > config.max_video_frames:
         raise _too_many_frames(config)
-    if width * height * num_frames * _BYTES_PER_PIXEL > config.max_decoded_bytes:
+    if width * height * num_frames * BYTES_PER_PIXEL > config.max_decoded_bytes:
         text = f"{num_frames} frames of {width} x {height} pixels take more than {config.max_decoded_bytes} bytes"
         raise RefusedError(ErrorCode.VIDEO_TOO_LARGE, text)
 
@@ -136,16 +158,16 @@ def check_length(num_frames: int, duration_s: float, config: EndpointConfig) -> 
         raise RefusedError(ErrorCode.VIDEO_TOO_LONG, text)
 
 
-def check_audio(content: bytes, config: EndpointConfig) -> None:
-    """Reads the header of a sound file.
+def check_audio(content: bytes, config: EndpointConfig) -> int:
+    """Reads the header of a sound file; returns how many bytes its samples take.
 
     Raises:
         RefusedError: no known format, damaged, without sound, or too long or large.
     """
     kind = containers.kind_of(content)
     if kind not in containers.AUDIO:
-        text = "the audio is not WAV, FLAC, MP3, Ogg, AIFF, AU, CAF, MP4 or WebM"
-        raise RefusedError(ErrorCode.INVALID_AUDIO, text)
+        known = "WAV, FLAC, MP3, AAC, AMR, Ogg, AIFF, AU, CAF, MP4 or WebM"
+        raise RefusedError(ErrorCode.INVALID_AUDIO, f"{_found('audio', content)}not {known}")
     if containers.is_truncated(kind, content):
         raise RefusedError(ErrorCode.INVALID_AUDIO, "the audio is truncated: its container says that it is longer")
     try:
@@ -159,6 +181,7 @@ def check_audio(content: bytes, config: EndpointConfig) -> None:
     except Exception as error:
         raise RefusedError(ErrorCode.INVALID_AUDIO, f"the audio is damaged: {_words(error)}") from None
     check_sound(length, rate, channels, config)
+    return length * channels * _BYTES_PER_SAMPLE
 
 
 def check_sound(num_samples: int, rate: float, channels: int, config: EndpointConfig) -> None:
