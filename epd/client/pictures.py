@@ -97,7 +97,8 @@ class LocalPicture:
         if self._file is None:
             if self._image is None:
                 raise RuntimeError("load the picture first")
-            self._file = _png(self._image)
+            _ = self.digest  # is that of the pixels, which are let go of here
+            self._file, self._image = _png(self._image), None
         return self._file
 
     def url(self) -> str:

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from epd.client import AsyncClient, Client, EPDError, PictureError
-from epd.client.arguments import OF_THE_CLIENT, Arguments
 from epd.client.chat import Chat
 
 CHAT = [{"role": "user", "content": "!"}]
@@ -164,13 +163,6 @@ async def test_an_argument_like_no_other_is_refused_with_the_way_to_send_it(clie
     unknown: Any = {"salt": "a"}
     with pytest.raises(TypeError):
         await client.upload(png(), **unknown)
-
-
-def test_the_arguments_are_the_fields_of_vllms_chat_request() -> None:
-    protocol = pytest.importorskip("vllm.entrypoints.openai.chat_completion.protocol")
-    fields = set(protocol.ChatCompletionRequest.model_fields)
-    sent = set(Arguments.__annotations__) - OF_THE_CLIENT
-    assert sent | {"messages", "stream", "logprobs"} == fields, "vLLM has other fields now: change `Arguments`"
 
 
 async def test_extra_body_is_for_what_the_server_may_know(endpoint: FakeEndpoint, client: AsyncClient) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from fake_endpoint import DONE, ROLE, FakeEndpoint, complete, error, event, not_
 from PIL import Image
 
 from epd.client import AsyncClient, BadRequest, Client, NotFound, Overloaded, Picture, PictureError
+from epd.client.pictures import LocalPicture
 from epd.client.types import Media
 
 
@@ -236,3 +239,10 @@ async def test_a_picture_that_is_gone_from_the_server_is_sent_as_it_was_asked_ab
     *_, referred, sent = (body["messages"][0]["content"][:2] for body in endpoint.bodies)
     assert [part["image_url"]["url"][:9] for part in referred] == ["epd-media"] * 2
     assert sent == endpoint.bodies[0]["messages"][0]["content"][:2]
+
+
+async def test_a_stream_that_has_begun_holds_no_pictures(endpoint: FakeEndpoint, client: AsyncClient) -> None:
+    endpoint.answer = streamed(event("a"), event("b", finish="stop"), DONE)
+    async with aclosing(client.stream("?", images=[encoded(), Image.new("RGB", (4, 3))])) as chunks:
+        await anext(chunks)
+        assert not [thing for thing in gc.get_objects() if type(thing) is LocalPicture]
