@@ -315,6 +315,10 @@ class PatchCacheConnector(ECConnectorBase):
         except (PoolError, ValueError, StaleSlotError) as error:
             self._report.failed[mm_hash] = str(error)
 
+    def not_encoded(self, job: str, reason: str) -> None:
+        """An item could not be encoded: there is nothing to write."""
+        self._report.failed[job] = reason
+
     def take_report(self) -> Written:
         """What was written since the last call."""
         self._report.num_unsettled = self._pools.settle()

@@ -86,7 +86,7 @@ class EncodeStage(Stage):
         failed |= {
             output.request_id: f"the engine ended with {output.finish_reason}"
             for output in outputs
-            if output.finished and output.request_id in self._jobs and output.request_id not in self._storing
+            if output.finished and output.request_id in self._jobs and output.request_id not in self._storing | failed
         }
         for name, reason in failed.items():
             if job := self._end(name):

@@ -29,6 +29,7 @@ from workers import options, parameters, quiet_threads
 from workers.adapters import Adapters
 from workers.amx import permit_amx
 from workers.handover import Handover
+from workers.isolation import isolate_items
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -89,6 +90,7 @@ class Engine:
         if role is Role.ENCODE:
             self.core.collective_rpc(parameters.drop_language_model)
             self.core.collective_rpc(parameters.skip_positions)
+            self.core.collective_rpc(isolate_items)
         self.scheduler = self.core.scheduler
         connector = self.scheduler.get_ec_connector()
         assert isinstance(connector, PatchCacheConnector)
@@ -143,7 +145,14 @@ class Engine:
     # ---- feeding it ------------------------------------------------------------------------------------------------
 
     def add_encode(self, job: EncodeJob, frames: Sequence[bytes]) -> str:
-        """Queues one patch; returns the id of its engine request, which is also the item's identifier."""
+        """Queues one patch; returns the id of its engine request, which is also the item's identifier.
+
+        Raises:
+            ValueError: it is larger than anything that this engine takes; it would wait for ever.
+        """
+        most = min(self.scheduler.max_num_encoder_input_tokens, self.vllm_config.model_config.max_model_len)
+        if not 1 <= job.num_tokens <= most:
+            raise ValueError(f"it has {job.num_tokens} embeddings; this worker encodes 1 to {most} at once")
         item = self._item_decoder.decode(frames)
         name = str(job.job_id)
         feature = MultiModalFeatureSpec(

@@ -66,10 +66,9 @@ class Exchange:
     def note(self, failure: Failure) -> None:
         """It fails by this, unless it does already."""
         if failure.code == ErrorCode.ENCODE_FAILED and self.has_own_options:
-            text = (
-                f"the model cannot encode what the request's mm_processor_kwargs make of its media: {failure.message}"
-            )
-            failure = msgspec.structs.replace(failure, code="invalid_request", message=text, status=400)
+            text = "the model cannot encode what the request's mm_processor_kwargs make of its media"
+            told, code = f"{text}: {failure.message}", ErrorCode.INVALID_REQUEST
+            failure = msgspec.structs.replace(failure, code=code, message=told, status=code.status, retry_after_s=0.0)
         if self.failure is None:
             self.failure = failure
 

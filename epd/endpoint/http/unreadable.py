@@ -14,7 +14,8 @@ import structlog
 
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
 from epd.endpoint.http.exchange import current_exchange
-from epd.endpoint.http.failures import Failure, send_failure
+from epd.endpoint.http.failures import failure_of, send_failure
+from epd.errors import ErrorCode
 
 log = structlog.get_logger()
 
@@ -52,10 +53,10 @@ class UnreadableInput:
                 "input that cannot be read", path=path, error=repr(error), at=f"{place.filename}:{place.lineno}"
             )
             text = f"the request cannot be read: {type(error).__name__}: {str(error)[:200]}"
-            await send_failure(send, path, Failure(code="invalid_request", message=text, status=400))
+            await send_failure(send, path, failure_of(ErrorCode.INVALID_REQUEST, text))
 
 
 def unreadable_body(path: str, reason: str) -> bytes:
     """The JSON of a refusal of a body that cannot be read as what its headers say that it is."""
-    failure = Failure(code="invalid_body", message=f"the body cannot be read: {reason[:200]}", status=400)
+    failure = failure_of(ErrorCode.INVALID_BODY, f"the body cannot be read: {reason[:200]}")
     return json.dumps(failure.body(path)).encode()

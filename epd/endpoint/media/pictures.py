@@ -134,8 +134,11 @@ class PictureIO(ImageMediaIO):
 def _as_8_bits(data: bytes) -> Image.Image | None:
     """A grey picture of more than 8 bits, upright, as one of 8; None for all others.
 
-    Integers of 32 bits and real numbers do not tell their scale: the smallest usual one that has them all is taken,
-    and where there is none they are stretched from the darkest to the brightest.
+    Integers of 32 bits and real numbers do not tell their scale: it is the smallest usual one that has them all, as in
+    the client (`epd/client/pixels.py`).
+
+    Raises:
+        ValueError: it cannot be decoded, or its numbers are no brightness.
     """
     with open_picture(data) as opened:
         if opened.mode not in ("I", "F") and not opened.mode.startswith("I;16"):
@@ -146,15 +149,12 @@ def _as_8_bits(data: bytes) -> Image.Image | None:
             raise ValueError(f"Failed to load image: {error}") from error
         image = normalize_image(opened)
     values = np.asarray(image)
-    if values.dtype.kind == "f":
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    darkest, brightest = float(values.min()), float(values.max())
     scales = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    darkest, brightest = float(values.min()), float(values.max())  # NaN if any is
     white = next((scale for scale in scales if darkest >= 0 and brightest <= scale), None)
-    if white is not None:
-        darkest, brightest = 0.0, float(white)
-    scale = 255.0 / (brightest - darkest) if brightest > darkest else 0.0
-    rows = [np.rint((strip.astype(np.float64) - darkest) * scale).astype(np.uint8) for strip in _strips(values)]
+    if white is None:
+        raise ValueError(f"Failed to load image: its numbers, {darkest:g} to {brightest:g}, are no brightness")
+    rows = [np.rint(strip.astype(np.float64) * (255.0 / white)).astype(np.uint8) for strip in _strips(values)]
     return Image.fromarray(np.concatenate(rows))
 
 

@@ -43,6 +43,9 @@ from epd.endpoint.media.budget import current_share
 from epd.endpoint.media.decoding import settle_resampling
 from epd.endpoint.media.pictures import LazyPicture
 from epd.endpoint.media.stored_picture import StoredPicture
+from epd.errors import ErrorCode
+from epd.multimodal.item_shapes import ItemShapes
+from epd.multimodal.rules import UnsupportedItemError
 
 # Where a request's media took this much, the C library is asked to give back what it keeps.
 _TRIM_BYTES = 32 << 20
@@ -149,12 +152,24 @@ def install(renderer: BaseRenderer[Any], config: VllmConfig, bounds: MediaBounds
         return {}
 
     processor._get_mm_hashes, renderer._process_mm_uuids = hashes, no_uuids
-    _bound(renderer, bounds, lambda: repeats.install(renderer, cache.find))
+    shapes = functools.cache(lambda: ItemShapes.of(config))
+    _bound(renderer, bounds, shapes, lambda: repeats.install(renderer, cache.find))
     return cache
 
 
-def _bound(renderer: BaseRenderer[Any], bounds: MediaBounds, shorten: Callable[[], None]) -> None:
-    """Has `renderer` process media within `bounds`; `shorten` gives it a shorter way for some of them."""
+def _bound(
+    renderer: BaseRenderer[Any], bounds: MediaBounds, shapes: Callable[[], ItemShapes], shorten: Callable[[], None]
+) -> None:
+    """Has `renderer` process media within `bounds`; `shorten` gives it a shorter way for some of them.
+
+    What comes of a request's own options has the model's `shapes`, or is refused.
+    """
+
+    def check_shapes(items: Any) -> None:
+        try:
+            shapes().check(items)
+        except UnsupportedItemError as error:
+            raise RefusedError(ErrorCode.INVALID_REQUEST, f"mm_processor_kwargs: {error}") from None
 
     async def in_a_thread(*args: Any, **options: Any) -> Any:
         return await bounds.process(functools.partial(renderer._process_multimodal, *args, **options))
@@ -166,12 +181,16 @@ def _bound(renderer: BaseRenderer[Any], bounds: MediaBounds, shorten: Callable[[
     async def process(prompt: list[int], data: Any, *args: Any, **options: Any) -> Any:
         """As vLLM's, whose result this is; then nothing that was decoded is held any more."""
         exchange, asked = current_exchange.get(), options.get("mm_processor_kwargs")
-        if exchange is not None and asked and asked != usual:
-            exchange.has_own_options = True
+        has_own_options = bool(asked) and asked != usual
+        if exchange is not None:
+            exchange.has_own_options |= has_own_options
         with connector.explained():
             try:
                 check_decoded(data)
-                return await way(prompt, data, *args, **options)
+                result = await way(prompt, data, *args, **options)
+                if has_own_options:
+                    await bounds.process(check_shapes, result["mm_kwargs"])
+                return result
             finally:
                 if _give_back(data, bounds) >= _TRIM_BYTES:
                     await bounds.run(trim_memory)
@@ -189,7 +208,7 @@ def check_decoded(data: Mapping[str, Any]) -> None:
         for item in items if isinstance(items, list) else [items]:
             if item is not None and not _is_decoded(item):
                 text = f"{modality} input of type {type(item).__name__} is not supported"
-                raise RefusedError(400, "unsupported", text)
+                raise RefusedError(ErrorCode.UNSUPPORTED, text)
 
 
 def _is_decoded(item: Any) -> bool:
