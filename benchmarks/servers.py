@@ -113,6 +113,7 @@ def plain_vllm(log: Path, *options: str, model: Path | None = None) -> Iterator[
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # as the pipeline's, so that they find each other's kernels
     }
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with log.open("w") as out:

@@ -77,6 +77,7 @@ async def _up(pipeline: LocalPipeline, display: Display) -> int:
     from epd.local import StartError
 
     async with stop_signals() as stop, display.logs():
+        display.note(pipeline.note)
         try:
             async with display.starting():
                 if not await _started(pipeline, stop):

@@ -52,6 +52,7 @@ class Demo:
             EPDError: the endpoint did not answer as it should.
         """
         async with self._display.logs():
+            self._display.note(self._pipeline.note)
             async with self._display.starting():
                 await self._pipeline.start()
             keep_logs = True

@@ -87,6 +87,11 @@ class Display:
         except OSError:
             self.console.quiet = True
 
+    def note(self, text: str) -> None:
+        """Says something that the user should know, if there is anything."""
+        if text:
+            self.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
     def on_change(self, daemon: Daemon) -> None:
         """A daemon's state has changed."""
         self._daemons[daemon.name] = daemon

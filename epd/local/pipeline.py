@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from epd.config import Config, ConfigError, dump
+from epd.local import dtype
 from epd.local.daemon import Daemon, Spec, StartError, State, last_line
 from epd.local.engine_options import checked
 from epd.local.environment import free_ports, listen, make_run_directory, python, resolve_model
@@ -49,6 +50,9 @@ class LocalPipeline:
         restart: Start daemons again that crash, as systemd would.
         start_s: How long the start may take.
 
+    Attributes:
+        note: What was chosen for this host and the user should know; empty if nothing.
+
     Raises:
         ConfigError: vLLM is not installed, the model or an engine option will not do; on entering: the port.
         StartError: on entering: a daemon has ended, or it took longer than `start_s`.
@@ -66,7 +70,8 @@ class LocalPipeline:
         start_s: float = START_S,
     ) -> None:
         need(ENGINE)
-        self.config = checked(resolve_model(copy.deepcopy(config) if config else Config()))
+        config, self.note = dtype.for_this_host(copy.deepcopy(config) if config else Config())
+        self.config = checked(resolve_model(config))
         for stage, count in zip(STAGES, (encode, prefill, decode), strict=True):
             if count is not None:
                 getattr(self.config, stage).workers = count

@@ -16,6 +16,7 @@ ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
 }
 # What pipelines in this process have set for their own daemons, and plain vLLM does not have.
 PIPELINES_OWN = ("VLLM_SSM_CONV_STATE_LAYOUT",)

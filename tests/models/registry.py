@@ -82,7 +82,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "minicpmv": Family(
         "MiniCPM-V 4.6", "MiniCPMV4_6ForConditionalGeneration", tiles.minicpmv,
-        {"image": "slice", "video": "frame"}, {"image": 4, "video": 1},
+        {"image": "slice", "video": "frame"}, {"image": 4, "video": 1}, engine={"dtype": "bfloat16"},
         notes=dict.fromkeys(
             ("image", "video"),
             "its text model has a recurrent state: no `prompt_logprobs`, prompts of 3 tokens or more, no speculative"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.servers import Running
+from benchmarks.servers import DTYPE, Running
 from epd.config import Config, EndpointConfig
 from tests.models.processes import PlainVllm
 from tests.models.questions import Question, ask, film, picture, pictures, sound, text
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 MAX_TOKENS = 12
 # One prefill and one decode worker: the endpoint sends one request itself.
 NUM_WARM_UPS = 1
-ENGINE = {"max_model_len": 2048, "dtype": "bfloat16"}
+ENGINE = {"max_model_len": 2048, "dtype": DTYPE}
 # More than one block of a model with a recurrent state, whose blocks are as large as that state (1152 tokens here).
 _LONG = [text(202), picture(122, 64, 64), picture(123, 200, 100)]
 QUESTIONS: dict[str, list[Question]] = {

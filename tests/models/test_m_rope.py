@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from benchmarks.servers import Running
+from benchmarks.servers import DTYPE, Running
 from epd.config import Config, EndpointConfig
 from tests import media_files as files
 from tests.media_files import video_part
@@ -21,9 +21,9 @@ from tests.pipeline.test_disaggregation import of, story
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
 # vLLM takes 32 frames of a video if it is not told otherwise.
-ENGINE = {"max_model_len": 4096, "dtype": "bfloat16", "media_io_kwargs": {"video": {"num_frames": 64}}}
+ENGINE = {"max_model_len": 4096, "dtype": DTYPE, "media_io_kwargs": {"video": {"num_frames": 64}}}
 MAX_TOKENS = 12
-# Of natural logarithms. bfloat16 rounds to 3 digits, and the decode worker computes the prompt's last token alone.
+# Of natural logarithms. The decode worker computes the prompt's last token alone.
 TOLERANCE = 0.03
 SMALL, WIDE = (112, 84), (168, 112)
 

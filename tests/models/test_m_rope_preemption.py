@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.servers import Running
+from benchmarks.servers import DTYPE, Running
 from epd.config import BrokerConfig, Config, EndpointConfig, StageConfig
 from tests.models.registry import FAMILIES
 from tests.models.test_m_rope import TOLERANCE, user, video
@@ -16,7 +16,7 @@ from tests.pipeline.test_disaggregation import of, story
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
 NUM_REQUESTS, MAX_TOKENS = 4, 300
-KV_BYTES = 10 << 16  # nine blocks of 128 tokens and one for vLLM; the answers grow to five each
+KV_BYTES = 10 << 17  # nine blocks of 128 tokens and one for vLLM; the answers grow to five each
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     config = Config(
         model=str(folder),
         served_model_name="tiny",
-        engine={"max_model_len": 1024, "dtype": "bfloat16", "limit_mm_per_prompt": {"video": 1, "image": 1}},
+        engine={"max_model_len": 1024, "dtype": DTYPE, "limit_mm_per_prompt": {"video": 1, "image": 1}},
         endpoint=EndpointConfig(port=0),
         broker=BrokerConfig(decode_reserve_tokens=16),
         decode=StageConfig(engine={"kv_cache_memory_bytes": KV_BYTES}),

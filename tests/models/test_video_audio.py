@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.servers import Running
+from benchmarks.servers import DTYPE, Running
 from epd.config import Config, EndpointConfig
 from tests import media_files as files
 from tests.media_files import audio_part, image_part, input_audio, text_part, video_part
@@ -25,7 +25,7 @@ MAX_TOKENS = 8
 NUM_FRAMES = 64
 ENGINE = {
     "max_model_len": 6144,
-    "dtype": "bfloat16",
+    "dtype": DTYPE,
     "media_io_kwargs": {"video": {"num_frames": NUM_FRAMES}},
 }
 # Stands for the folder with the local files.

@@ -16,6 +16,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from benchmarks.servers import DTYPE
 from cache.pools import create
 from cache.slot import slot_bytes
 from epd.builtin import model_path
@@ -23,7 +24,7 @@ from epd.config import Config
 from epd.messages import Encode, Encoded, EncodeFailed, EncodeJob, Slot
 from workers.encode import EncodeStage
 
-TOKENS, WIDTH, DTYPE = 68, 128, "bfloat16"  # a picture is 17 tiles of 4
+TOKENS, WIDTH = 68, 128  # a picture is 17 tiles of 4
 SMALL = {"max_image_size": {"longest_edge": 32}, "size": {"longest_edge": 32}}
 LARGE = {"max_image_size": {"longest_edge": 128}, "size": {"longest_edge": 128}}
 

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import PUSH_REG_
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from benchmarks.servers import DTYPE
 from epd.builtin import model_path
 from epd.config import Config
 from epd.messages import KvPeer, Stage
@@ -31,7 +32,7 @@ class Host:
     """One engine and the commands for it."""
 
     def __init__(self, role: Stage) -> None:
-        config = Config(model=str(model_path()), engine={"max_model_len": 512, "dtype": "bfloat16"})
+        config = Config(model=str(model_path()), engine={"max_model_len": 512, "dtype": DTYPE})
         for stage in (config.prefill, config.decode):
             stage.engine = {"enable_prefix_caching": False}  # a second request has to be computed and pushed, too
         self.engine = Engine(config, role, role.value)

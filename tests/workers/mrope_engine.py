@@ -25,6 +25,7 @@ from vllm.multimodal.inputs import (
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from benchmarks.servers import DTYPE
 from cache.pools import create, open_view
 from cache.slot import slot_bytes
 from cache.tensors import tensor_bytes
@@ -53,7 +54,7 @@ class Bench:
         self.framed = family == "qwen3_vl"
         config = Config(
             model=folder,
-            engine={"max_model_len": 512, "dtype": "bfloat16"},
+            engine={"max_model_len": 512, "dtype": DTYPE},
             prefill=PrefillConfig(min_overlap_tokens=16, engine={"enable_prefix_caching": False}),
         )
         self.engine = Engine(config, Stage.PREFILL, "prefill-test")
@@ -63,15 +64,15 @@ class Bench:
         self.owner = create("shared_memory", secrets.token_hex(4), 1 << 20, True)
         pool = self.owner.descriptor()
         self.engine.connector.set_pools([pool])
-        nbytes, view = slot_bytes(TOKENS_PER_GRID, width, "bfloat16"), open_view(pool)
+        nbytes, view = slot_bytes(TOKENS_PER_GRID, width, DTYPE), open_view(pool)
         self.slots = {}
         torch.manual_seed(0)
         for i in range(GRID[0]):
             slot = Slot(
                 pool_id=pool.pool_id, offset=i * nbytes, nbytes=nbytes, generation=i + 1, num_tokens=TOKENS_PER_GRID,
-                width=width, dtype="bfloat16",
+                width=width, dtype=DTYPE,
             )  # fmt: skip
-            view.write(slot, tensor_bytes(torch.randn(TOKENS_PER_GRID, width, dtype=torch.bfloat16)), "test")
+            view.write(slot, tensor_bytes(torch.randn(TOKENS_PER_GRID, width, dtype=getattr(torch, DTYPE))), "test")
             self.slots[f"grid{i}"] = slot
 
     def prompt(self) -> tuple[list[int], PlaceholderRange]:

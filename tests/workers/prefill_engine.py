@@ -15,6 +15,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
 
+from benchmarks.servers import DTYPE
 from cache.pools import create, open_view
 from cache.slot import slot_bytes
 from cache.tensors import tensor_bytes
@@ -29,22 +30,22 @@ NUM_PATCHES, PATCH_TOKENS, WIDTH, GAP = 8, 4, 128, 12
 def main() -> None:
     config = Config(
         model=str(model_path()),
-        engine={"max_model_len": 512, "dtype": "bfloat16"},
+        engine={"max_model_len": 512, "dtype": DTYPE},
         prefill=PrefillConfig(min_overlap_tokens=32, engine={"enable_prefix_caching": False}),
     )
     engine = Engine(config, Stage.PREFILL, "prefill-test")
     owner = create("shared_memory", secrets.token_hex(4), 1 << 20, True)
     view = open_view(owner.descriptor())
     engine.connector.set_pools([owner.descriptor()])
-    nbytes = slot_bytes(PATCH_TOKENS, WIDTH, "bfloat16")
+    nbytes = slot_bytes(PATCH_TOKENS, WIDTH, DTYPE)
     torch.manual_seed(0)
     slots = {}
     for i in range(NUM_PATCHES):
         slot = Slot(
             pool_id=owner.descriptor().pool_id, offset=i * nbytes, nbytes=nbytes, generation=i + 1,
-            num_tokens=PATCH_TOKENS, width=WIDTH, dtype="bfloat16",
+            num_tokens=PATCH_TOKENS, width=WIDTH, dtype=DTYPE,
         )  # fmt: skip
-        view.write(slot, tensor_bytes(torch.randn(PATCH_TOKENS, WIDTH, dtype=torch.bfloat16)), "test")
+        view.write(slot, tensor_bytes(torch.randn(PATCH_TOKENS, WIDTH, dtype=getattr(torch, DTYPE))), "test")
         slots[f"patch{i}"] = slot
     told: dict[str, object] = {}
 
