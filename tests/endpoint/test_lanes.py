@@ -89,6 +89,13 @@ async def test_no_more_are_begun_than_may_be_stuck(stuck):
     lane.close()
 
 
+async def test_what_waits_is_not_begun_either_once_too_many_are_stuck(stuck):
+    lane = Lane("t", 1, max_stuck=2)
+    found = await asyncio.gather(*(lane.run(stuck.wait, timeout_s=0.05) for _ in range(5)), return_exceptions=True)
+    assert [type(each) for each in found] == [OverdueError] * 2 + [StuckError] * 3
+    lane.close()
+
+
 async def test_threads_end_when_the_lane_is_closed():
     lane = Lane("t-closed", 4)
     await asyncio.gather(*(lane.run(str, i, timeout_s=5) for i in range(8)))

@@ -58,7 +58,7 @@ class Lane:
             StuckError: too many are in that state; it was not begun.
         """
         if self.num_stuck >= self._max_stuck:
-            raise StuckError(f"{self.num_stuck} calls of {self._name} do not end")
+            raise self._stuck()
         call = _Call(lambda: function(*args), timeout_s, asyncio.get_running_loop())
         self._calls.put(call)
         with self._lock:
@@ -73,6 +73,9 @@ class Lane:
         for _ in range(self._num_running):
             self._calls.put(None)
 
+    def _stuck(self) -> StuckError:
+        return StuckError(f"{self.num_stuck} calls of {self._name} do not end")
+
     def _start(self) -> None:
         threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
@@ -85,7 +88,12 @@ class Lane:
                 self._num_idle -= 1
             if call is None:
                 return
-            if call.result.cancelled() or not _tell(call, self._begun, call):
+            if call.result.cancelled():
+                continue
+            if self.num_stuck >= self._max_stuck:  # by now
+                _tell(call, self._ended, call, None, self._stuck())
+                continue
+            if not _tell(call, self._begun, call):
                 continue
             result, error = None, None
             try:
