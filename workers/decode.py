@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from epd.errors import ErrorCode
 from epd.messages import (
     Abort,
     Decode,
@@ -55,7 +56,7 @@ class DecodeStage(ReadingStage):
                     )
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
-                    self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
+                    self._post(Failed(request_id=message.request_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
                 else:
                     self._requests[message.request_id] = len(message.output_token_ids)
             case Prefilled():
@@ -74,7 +75,7 @@ class DecodeStage(ReadingStage):
     def _stale(self, request_id: str, patch: PatchReady, reason: str) -> None:
         if request_id in self._requests:
             text = f"preempted, and patch {patch.patch_hash[:8]} cannot be read again: {reason}"
-            self._fail(request_id, "preempted", text)
+            self._fail(request_id, ErrorCode.PREEMPTED, text)
 
     def step(self) -> bool:
         """Decodes one token of every request that has its KV."""
@@ -90,7 +91,7 @@ class DecodeStage(ReadingStage):
             if str(output.finish_reason) == "error":  # it has been refused its KV (`workers.push_connector`)
                 self._forget(request_id)
                 text = "its KV was not pushed"
-                self._post(Failed(request_id=request_id, code="worker_lost", message=text), ())
+                self._post(Failed(request_id=request_id, code=ErrorCode.WORKER_LOST, message=text), ())
                 continue
             stats = output.prefill_stats
             pushed = stats.num_external_cached_tokens if stats else -1
@@ -121,7 +122,7 @@ class DecodeStage(ReadingStage):
         self._lacking = {one: self._lacking.get(one, now) for one in self.engine.lacking_token()}
         for request_id, since in self._lacking.items():
             if now - since > _TOKEN_WAIT_S:
-                self._fail(request_id, "worker_lost", "its KV was pushed, and its first token did not come")
+                self._fail(request_id, ErrorCode.WORKER_LOST, "its KV was pushed, and its first token did not come")
 
     def _ask_for_patches(self) -> None:
         for request_id, patch_hashes in self.engine.connector.take_needed().items():
@@ -129,7 +130,7 @@ class DecodeStage(ReadingStage):
                 self.engine.connector.expect(request_id, patch_hashes)
                 self._post(NeedPatches(request_id=request_id, patch_hashes=patch_hashes), ())
 
-    def _fail(self, request_id: str, code: str, text: str) -> None:
+    def _fail(self, request_id: str, code: ErrorCode, text: str) -> None:
         self.engine.abort([request_id])
         self._forget(request_id)
         self._post(Failed(request_id=request_id, code=code, message=text), ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from epd.errors import ErrorCode
 from epd.messages import Abort, Failed, Message, PatchReady, Prefill, Prefilled, Pushed, Ready, Released, Role, Stale
 from workers.leaks import LeakWatch
 from workers.reading import ReadingStage
@@ -56,7 +57,7 @@ class PrefillStage(ReadingStage):
                     )
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
-                    self._post(Failed(request_id=message.request_id, code="engine_failed", message=text), ())
+                    self._post(Failed(request_id=message.request_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
                     return
                 self._legs[message.request_id] = Leg(
                     len(message.output_token_ids), message.samples, is_last or message.is_last
@@ -90,7 +91,7 @@ class PrefillStage(ReadingStage):
             reason = str(output.finish_reason)
             if reason not in ("length", "stop"):
                 text = f"prefill ended with {reason}"
-                self._post(Failed(request_id=output.request_id, code="engine_failed", message=text), ())
+                self._post(Failed(request_id=output.request_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
                 continue
             # vLLM ends every request here after one token; "stop" is what that token says.
             ends = leg.samples and (leg.is_last or reason == "stop")

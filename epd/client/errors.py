@@ -1,7 +1,7 @@
 """Everything the client raises on purpose, as one tree.
 
 * EPDError
-  * APIError: the server answered, and the answer is an error
+  * APIError: the server answered, and the answer is an error; itself for 408, 409, 499 and what is not below
     * BadRequest: 400, 413, 422: the request itself must change
     * AuthenticationError: 401, 403: the API key is missing or wrong
     * NotFound: 404: no such model, request or page
@@ -30,7 +30,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from epd.client.types import read_json
-from epd.errors import HTTP_STATUS, ErrorCode
+from epd.errors import ErrorCode
 
 __all__ = [
     "APIError",
@@ -50,8 +50,9 @@ __all__ = [
     "TotalTimeout",
     "TransportError",
 ]
-# error_from_answer and api_error are for this package: they build these, they are none.
+# error_from_answer, api_error and class_of are for this package and the documentation: they build these, they are none.
 
+_PASSING = (429, 502, 503)  # of a server that gives no word of ours
 _QUOTED_CHARS = 300  # how much of an answer that is not JSON goes into the message
 
 
@@ -84,6 +85,23 @@ class APIError(EPDError):
         self.message = message
         self.request_id = request_id
         self.body = body
+
+    @property
+    def reason(self) -> ErrorCode | str | None:
+        """The stable word for what is wrong (``docs/errors.md``): EPD's as ``ErrorCode``, else vLLM's, or None."""
+        error = self.body.get("error", self.body) if isinstance(self.body, dict) else None
+        word = error.get("type") if isinstance(error, dict) else None
+        if word == "error" and isinstance(error, dict):  # an event of /v1/responses
+            word = error.get("code")
+        with contextlib.suppress(ValueError):
+            return ErrorCode(str(word))
+        return word if isinstance(word, str) else None
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether the same request may well be answered a little later."""
+        reason = self.reason
+        return reason.retry if isinstance(reason, ErrorCode) else self.status in _PASSING
 
     def __str__(self) -> str:
         """Return the message with its status and request id."""
@@ -225,18 +243,21 @@ def api_error(
     text = text or "the server gave no reason"
     if status in (429, 503):
         return Overloaded(status, code, text, request_id, body, retry_after_s)
-    return _class_for(status)(status, code, text, request_id, body)
+    return class_of(status)(status, code, text, request_id, body)
 
 
 def _status_of(code: str | int | None) -> int:
     """Return the status that a code stands for: vLLM sends the status itself, EPD its own words."""
     with contextlib.suppress(ValueError):
-        return HTTP_STATUS[ErrorCode(str(code))]
+        return ErrorCode(str(code)).status
     digits = str(code)
     return int(digits) if digits.isdecimal() and 400 <= int(digits) <= 599 else 500
 
 
-def _class_for(status: int) -> type[APIError]:
+def class_of(status: int) -> type[APIError]:
+    """The class of errors with an HTTP status."""
+    if status in (429, 503):
+        return Overloaded
     if status in (400, 413, 422):
         return BadRequest
     if status in (401, 403):

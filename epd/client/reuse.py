@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from epd.client.errors import APIError, EPDError, Overloaded, TransportError
 from epd.client.pictures import LocalPicture
 from epd.client.types import Media
+from epd.errors import ErrorCode
 
 __all__ = ["Reuse", "is_not_found"]
 
@@ -101,7 +102,4 @@ class Reuse:
 
 def is_not_found(error: EPDError) -> bool:
     """Whether the server does not keep a picture any more that it was asked to use."""
-    if not isinstance(error, APIError) or not isinstance(error.body, dict):
-        return False
-    told = error.body.get("error")
-    return isinstance(told, dict) and told.get("type") == "media_not_found"
+    return isinstance(error, APIError) and error.reason is ErrorCode.MEDIA_NOT_FOUND

@@ -98,5 +98,5 @@ def test_a_film_whose_length_nobody_knows_is_refused(monkeypatch):
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     (tmp_path / "film").write_bytes(files.video())
     small = EndpointConfig(max_body_bytes=1000)
-    refused(lambda: video_io(limits=small).load_file(tmp_path / "film"), "too_large")
+    refused(lambda: video_io(limits=small).load_file(tmp_path / "film"), "body_too_large")
     assert video_io(limits=small).get_max_bytes() == 1000

@@ -74,11 +74,11 @@ async def test_pictures_of_the_known_formats_pass_with_the_body_untouched(kind):
 
 async def test_a_body_that_is_too_large_is_413_by_its_declared_length():
     headers = [*JSON, (b"content-length", b"1001")]
-    assert "1001" in await refused(b"{}", 413, "too_large", headers=headers, max_body_bytes=1000)
+    assert "1001" in await refused(b"{}", 413, "body_too_large", headers=headers, max_body_bytes=1000)
 
 
 async def test_a_body_that_is_too_large_is_413_by_its_real_length():
-    await refused(b" " * 2000, 413, "too_large", max_body_bytes=1000)
+    await refused(b" " * 2000, 413, "body_too_large", max_body_bytes=1000)
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b'{"a": "\\ud800"}', b"[" * 100_000, b"{} {}"])

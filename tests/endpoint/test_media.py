@@ -174,7 +174,7 @@ async def test_without_a_key_nothing_is_taken(served):
         (DEMO[: len(DEMO) // 2], 400, "invalid_image"),
         (png_header(50_000, 50_000), 400, "image_too_large"),
         (png_header(0, 0), 400, "invalid_image"),
-        (b" " * ((1 << 20) + 1), 413, "too_large"),
+        (b" " * ((1 << 20) + 1), 413, "body_too_large"),
     ],
 )
 @pytest.mark.parametrize("content_type", ["image/png", "application/json", "text/plain"])

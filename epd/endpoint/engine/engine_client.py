@@ -26,7 +26,7 @@ from epd.endpoint.engine.flights import Flights
 from epd.endpoint.engine.questions import Questions
 from epd.endpoint.engine.resume import SAMPLER_OPTIONS
 from epd.endpoint.engine.submission import PipelineError, check_request
-from epd.endpoint.http.failures import Failure, current_exchange, failure_of
+from epd.endpoint.http.failures import current_exchange, failure_of
 from epd.endpoint.media.uploads import Uploads
 from epd.endpoint.ops.stories import Stories
 from epd.errors import ErrorCode
@@ -160,7 +160,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
             if exchange is not None and isinstance(error, PipelineError):
                 exchange.note(error.failure)
             elif exchange is not None and isinstance(error, VLLMError):
-                exchange.note(Failure(code="invalid_request", message=str(error), status=400))
+                exchange.note(failure_of(ErrorCode.INVALID_REQUEST, str(error)))
             raise
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
@@ -270,7 +270,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
 
     def _check(self, request: EngineCoreRequest) -> None:
         if self.draining:
-            raise PipelineError(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
+            raise PipelineError(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down"))
         self.flights.check_room()
         check_request(request, self._recurrent)
 

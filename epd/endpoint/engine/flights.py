@@ -25,7 +25,7 @@ from epd.endpoint.engine.submission import PipelineError, submission, too_large,
 from epd.endpoint.http.failures import Exchange, Failure, failure_of
 from epd.endpoint.http.keys import tenant_of
 from epd.endpoint.ops.stories import Stories
-from epd.errors import HTTP_STATUS, ErrorCode
+from epd.errors import ErrorCode
 from epd.messages import Cancel, Failed, Finished, Message, StoryEvent, Tokens
 from epd.multimodal.splitter import Split
 from epd.process.bounded import Beliefs
@@ -36,8 +36,7 @@ log = structlog.get_logger()
 _DEADLINE_GRACE_S = 5.0
 # A request that the same broker needs again more often than this, for its pixels or after lost tokens, is not helped.
 _MAX_RESTARTS = 3
-_ERROR_STATUSES = {status for status in HTTPStatus if status >= 400} | set(HTTP_STATUS.values())
-_RETRY_AFTER_S = 1.0
+_ERROR_STATUSES = {status for status in HTTPStatus if status >= 400} | {code.status for code in ErrorCode}
 
 Send = Callable[[Message, Sequence[Any]], bool]
 
@@ -108,7 +107,7 @@ class Flights:
         config = self._config
         has_room = self.num_waiting < config.max_waiting and self.held_bytes < config.max_held_bytes
         if config.broker_wait_s <= 0 or not has_room:
-            raise PipelineError(failure_of(ErrorCode.NOT_READY, "the broker cannot be reached", _RETRY_AFTER_S))
+            raise PipelineError(failure_of(ErrorCode.NOT_READY, "the broker cannot be reached"))
 
     def submit(self, request: EngineCoreRequest, parts: Split, exchange: Exchange | None) -> None:
         """Takes a request in: sends it, or has it wait for a broker.
@@ -154,7 +153,7 @@ class Flights:
         if reason:
             return failure_of(ErrorCode.TOO_LARGE, reason)
         if not self._send(submit, frames):
-            return failure_of(ErrorCode.OVERLOADED, "too many messages wait for the broker", _RETRY_AFTER_S)
+            return failure_of(ErrorCode.OVERLOADED, "too many messages wait for the broker")
         flight.sent, flight.begun, flight.attempts = True, False, flight.attempts + 1
         flight.stop_timer("broker")
         return None
@@ -177,13 +176,13 @@ class Flights:
             if self._config.broker_wait_s > 0 and flight.start_over():
                 self._after(self._config.broker_wait_s, flight, "broker", self._on_no_broker)
             else:
-                failure = failure_of(ErrorCode.BROKER_LOST, f"the broker was lost: {reason}", _RETRY_AFTER_S)
+                failure = failure_of(ErrorCode.BROKER_LOST, f"the broker was lost: {reason}")
                 self.fail(flight.request_id, failure)
 
     def _on_no_broker(self, request_id: str) -> None:
         text = f"no broker for {self._config.broker_wait_s:g} s"
         code = ErrorCode.BROKER_LOST if self._flights[request_id].attempts else ErrorCode.NOT_READY
-        self.fail(request_id, failure_of(code, text, _RETRY_AFTER_S))
+        self.fail(request_id, failure_of(code, text))
 
     def _again(self, flight: Flight) -> None:
         failure = self._send_off(flight)

@@ -10,11 +10,12 @@ import secrets
 from collections.abc import Iterable, Iterator
 
 from epd.endpoint.http.asgi import App, Receive, Scope, Send
-from epd.endpoint.http.failures import Failure, send_failure
+from epd.endpoint.http.failures import failure_of, send_failure
+from epd.errors import ErrorCode
 
 # What anyone may read of a server that asks for keys.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/debug/held", "/ping", "/version", "/load"})
-_REFUSED = Failure(code="unauthorized", message="missing or wrong API key", status=401)
+_REFUSED = failure_of(ErrorCode.UNAUTHORIZED, "missing or wrong API key")
 
 
 class ApiKeys:

@@ -10,8 +10,6 @@ from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
 from epd.endpoint.http.failures import failure_of, send_failure
 from epd.errors import ErrorCode
 
-_RETRY_AFTER_S = 1.0
-
 
 class _FullError(Exception):
     """There is no room for more of this body."""
@@ -61,6 +59,6 @@ class Bodies:
                 raise
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             text = f"the requests under way have {self.num_bytes} bytes already"
-            await send_failure(send, path, failure_of(ErrorCode.OVERLOADED, text, _RETRY_AFTER_S))
+            await send_failure(send, path, failure_of(ErrorCode.OVERLOADED, text))
         finally:
             self.num_bytes -= taken

@@ -19,15 +19,18 @@ import structlog
 
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
 from epd.endpoint.http.keys import owner_of
-from epd.errors import HTTP_STATUS, ErrorCode
+from epd.errors import ErrorCode
 
 log = structlog.get_logger()
+
+RETRY_AFTER_S = 1.0
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a request ended without an answer.
 
-    `code` is a stable word (`epd.errors.ErrorCode`), `status` the HTTP status, `retry_after_s` > 0 where it helps.
+    `code` is a stable word, `status` the HTTP status, `retry_after_s` > 0 where it helps. Ours are made by `failure_of`
+    of an `epd.errors.ErrorCode`; only what others have said (vLLM, the broker) is made otherwise.
     """
 
     code: str
@@ -58,9 +61,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         return f"data: {json.dumps(self.body(path))}\n\n".encode()
 
 
-def failure_of(code: ErrorCode, message: str, retry_after_s: float = 0.0) -> Failure:
-    """A failure with its code's own status."""
-    return Failure(code=code, message=message, status=HTTP_STATUS[code], retry_after_s=retry_after_s)
+def failure_of(code: ErrorCode, message: str, retry_after_s: float = RETRY_AFTER_S) -> Failure:
+    """A failure with its code's own status; `retry_after_s` is told where trying again may help."""
+    return Failure(code=code, message=message, status=code.status, retry_after_s=retry_after_s if code.retry else 0.0)
 
 
 class Exchange:
@@ -83,13 +86,13 @@ class Exchange:
         """It fails by this, unless it does already."""
         if failure.code == ErrorCode.ENCODE_FAILED and self.has_own_options:
             text = "the model cannot encode what the request's mm_processor_kwargs make of its media"
-            failure = Failure(code="invalid_request", message=f"{text}: {failure.message}", status=400)
+            failure = failure_of(ErrorCode.INVALID_REQUEST, f"{text}: {failure.message}")
         if self.failure is None:
             self.failure = failure
 
 
 # Anthropic's own words for what every server says.
-_OWN_WORDS = {"unauthorized": "authentication_error"}
+_OWN_WORDS: dict[str, str] = {ErrorCode.UNAUTHORIZED: "authentication_error"}
 _WORDS_BY_STATUS = {
     401: "authentication_error",
     403: "permission_error",
@@ -252,8 +255,7 @@ class _Answer:
 
     async def explain(self) -> None:
         """Ends the stream, or what was to become one, by the reason."""
-        unknown = Failure(code="engine_failed", message="internal server error", status=500)
-        failure = self.exchange.failure or unknown
+        failure = self.exchange.failure or failure_of(ErrorCode.ENGINE_FAILED, "internal server error")
         if self._held is not None:
             await self._replace(failure, self._held)
             return

@@ -26,6 +26,7 @@ from epd.endpoint.media.budget import check_request
 from epd.endpoint.media.parts import media_in
 from epd.endpoint.media.probing import check_image
 from epd.endpoint.media.stored_picture import SCHEME, StoredPicture, current_media
+from epd.errors import ErrorCode
 from epd.multimodal.containers import kind_of
 
 MEDIA_PATH = "/v1/media"
@@ -125,7 +126,7 @@ def as_utf8(body: bytes) -> bytes:
     try:
         return body.decode(encoding).encode()
     except UnicodeError as error:
-        raise RefusedError(400, "invalid_json", f"the body is not valid {encoding}: {error}") from None
+        raise RefusedError(ErrorCode.INVALID_JSON, f"the body is not valid {encoding}: {error}") from None
 
 
 def read_json(body: bytes) -> Any:
@@ -162,17 +163,17 @@ def check_json(
     try:
         data = read_json(body)
     except msgspec.DecodeError as error:
-        raise RefusedError(400, "invalid_json", f"the body is not valid JSON: {error}") from None
+        raise RefusedError(ErrorCode.INVALID_JSON, f"the body is not valid JSON: {error}") from None
     except RecursionError:
-        raise RefusedError(400, "invalid_json", "the body is nested too deeply") from None
+        raise RefusedError(ErrorCode.INVALID_JSON, "the body is nested too deeply") from None
     if not isinstance(data, dict):
         return {}  # vLLM says which fields it expects
     if path.startswith("/inference") and data.get("features"):
-        raise RefusedError(400, "unsupported", "ready-made multimodal features are not supported")
+        raise RefusedError(ErrorCode.UNSUPPORTED, "ready-made multimodal features are not supported")
     media = [*media_in(data, path)]
     for kind, limit in (("image", config.max_images), ("video", config.max_videos), ("audio", config.max_audios)):
         if sum(each == kind for each, _ in media) > limit:
-            raise RefusedError(400, f"too_many_{kind}s", f"more than {limit} {kind}s in one request")
+            raise RefusedError(ErrorCode(f"too_many_{kind}s"), f"more than {limit} {kind}s in one request")
     kept: dict[str, StoredPicture] = {}
     num_bytes = 0
     for kind, url in media:
@@ -191,7 +192,7 @@ def check_json(
 def media_not_found(media_id: str) -> RefusedError:
     """The answer for an id that is unknown, has expired or is another's."""
     text = f"no picture {media_id[:64]!r} is kept here; it may have expired: upload it again, or send it"
-    return RefusedError(404, "media_not_found", text)
+    return RefusedError(ErrorCode.MEDIA_NOT_FOUND, text)
 
 
 def check_upload(content: bytes, config: EndpointConfig) -> None:
@@ -204,9 +205,9 @@ def check_upload(content: bytes, config: EndpointConfig) -> None:
         check_image(content, config)
     except RefusedError as error:
         kind = kind_of(content)
-        if error.failure.code == "invalid_image" and kind and kind != "gif":
+        if error.failure.code == ErrorCode.INVALID_IMAGE and kind and kind != "gif":
             text = "only pictures can be uploaded; send a video or audio file in the request that asks about it"
-            raise RefusedError(400, "unsupported", text) from None
+            raise RefusedError(ErrorCode.UNSUPPORTED, text) from None
         raise
 
 
@@ -221,11 +222,11 @@ def _check_encoding(scope: Scope) -> None:
     encoding: bytes = next((v for k, v in scope["headers"] if k == b"content-encoding"), b"").strip().lower()
     if encoding not in (b"", b"identity", b"gzip", b"deflate", b"br", b"zstd"):
         text = f"Content-Encoding {encoding[:64].decode('latin-1')!r} is not supported; gzip and deflate are"
-        raise RefusedError(415, "unsupported", text)
+        raise RefusedError(ErrorCode.UNSUPPORTED_ENCODING, text)
 
 
 def _too_large(size: int, limit: int) -> RefusedError:
-    return RefusedError(413, "too_large", f"the body has {size} bytes or more; at most {limit} are accepted")
+    return RefusedError(ErrorCode.BODY_TOO_LARGE, f"the body has {size} bytes or more; at most {limit} are accepted")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

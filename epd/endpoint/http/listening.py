@@ -12,7 +12,8 @@ import structlog
 from aiohttp import http_exceptions, web
 
 from epd.endpoint.http.asgi import AsgiBridge
-from epd.endpoint.http.failures import Failure
+from epd.endpoint.http.failures import Failure, failure_of
+from epd.errors import ErrorCode
 
 log = structlog.get_logger()
 
@@ -39,11 +40,11 @@ class _Protocol(web.RequestHandler):
             raise ConnectionError("a part of the answer is sent already")
         if status >= 500:
             log.error("a request could not be handled", exc_info=exc)
-            return _refusal(Failure(code="engine_failed", message="internal server error", status=status))
+            return _refusal(failure_of(ErrorCode.ENGINE_FAILED, "internal server error"))
         text = " ".join((message or str(exc)).split())[:200]
         if isinstance(exc, http_exceptions.LineTooLong) or "Too many headers" in text:
-            return _refusal(Failure(code="headers_too_large", message=text, status=431))
-        return _refusal(Failure(code="invalid_http", message=f"the request is not valid HTTP: {text}", status=status))
+            return _refusal(failure_of(ErrorCode.HEADERS_TOO_LARGE, text))
+        return _refusal(failure_of(ErrorCode.INVALID_HTTP, f"the request is not valid HTTP: {text}"))
 
 
 class _Server(web.Server):
@@ -60,14 +61,14 @@ def runner_of(bridge: AsgiBridge, shutdown_timeout_s: float) -> web.ServerRunner
         num_bytes = sum(len(name) + len(value) for name, value in request.raw_headers)
         if num_bytes > _MAX_HEADER_BYTES:
             text = f"the headers have {num_bytes} bytes; at most {_MAX_HEADER_BYTES} are accepted"
-            return _refusal(Failure(code="headers_too_large", message=text, status=431))
+            return _refusal(failure_of(ErrorCode.HEADERS_TOO_LARGE, text))
         expected = request.headers.get("Expect", "").lower()
         if expected == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # that was no answer yet
         elif expected:
             text = f"Expect: {expected[:64]} is not supported"
-            return _refusal(Failure(code="unsupported", message=text, status=417))
+            return _refusal(failure_of(ErrorCode.EXPECTATION_FAILED, text))
         return await bridge.handle(request)
 
     server = _Server(

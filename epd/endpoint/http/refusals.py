@@ -1,25 +1,17 @@
-"""The answer to a request that is the client's fault.
+"""The answer to a request that is refused before anything of it was done.
 
 Lives in the endpoint process; pure.
 """
 
 from __future__ import annotations
 
-from typing import Self
-
-from epd.endpoint.http.failures import Failure
+from epd.endpoint.http.failures import RETRY_AFTER_S, failure_of
+from epd.errors import ErrorCode
 
 
 class RefusedError(Exception):
-    """The request is the client's fault; `failure` is the answer."""
+    """The request is refused; `failure` is the answer."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, code: ErrorCode, message: str, retry_after_s: float = RETRY_AFTER_S) -> None:
         super().__init__(message)
-        self.failure = Failure(code=code, message=message, status=status)
-
-    @classmethod
-    def of(cls, failure: Failure) -> Self:
-        """One with this answer, such as that there is no room now."""
-        error = cls(failure.status, failure.code, failure.message)
-        error.failure = failure
-        return error
+        self.failure = failure_of(code, message, retry_after_s)

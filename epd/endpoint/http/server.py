@@ -152,7 +152,7 @@ class Endpoint:
             await asyncio.wait_for(self.bridge.wait_idle(), timeout_s)
         except TimeoutError:
             log.warning("requests are cut off", num_in_flight=self.core.num_in_flight)
-            self.core.flights.fail_all(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
+            self.core.flights.fail_all(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down"))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.bridge.wait_idle(), _END_S)
         self.core.link.goodbye("drained")

@@ -13,7 +13,8 @@ import traceback
 import structlog
 
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.http.failures import Failure, current_exchange, send_failure
+from epd.endpoint.http.failures import current_exchange, failure_of, send_failure
+from epd.errors import ErrorCode
 
 log = structlog.get_logger()
 
@@ -51,11 +52,11 @@ class UnreadableInput:
                 "input that cannot be read", path=path, error=repr(error), at=f"{place.filename}:{place.lineno}"
             )
             text = f"the request cannot be read: {type(error).__name__}: {str(error)[:200]}"
-            await send_failure(send, path, Failure(code="invalid_request", message=text, status=400))
+            await send_failure(send, path, failure_of(ErrorCode.INVALID_REQUEST, text))
 
 
 def unreadable_body(path: str, reason: str) -> bytes:
     """The JSON of a refusal of a body that cannot be read as what its headers say that it is."""
     text = " ".join((reason.partition("message:")[2] or reason).split())  # aiohttp puts a status before it
-    failure = Failure(code="invalid_body", message=f"the body cannot be read: {text[:200]}", status=400)
+    failure = failure_of(ErrorCode.INVALID_BODY, f"the body cannot be read: {text[:200]}")
     return json.dumps(failure.body(path)).encode()

@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from epd.config import EndpointConfig
 from epd.endpoint.http.refusals import RefusedError
 from epd.endpoint.media.probing import JPEG_FRAMES, check_audio, check_frames, check_image, check_video
+from epd.errors import ErrorCode
 
 _CHECKS = {"image": check_image, "video": check_video, "audio": check_audio}
 
@@ -62,7 +63,7 @@ def file_at(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -> by
         return None
     if scheme == "file":
         return _read(kind, url, config)
-    raise RefusedError(400, "invalid_url", f"media must be given as a data URL, not as {scheme[:16]!r}")
+    raise RefusedError(ErrorCode.INVALID_URL, f"media must be given as a data URL, not as {scheme[:16]!r}")
 
 
 def frames_of(url: str) -> str | None:
@@ -88,13 +89,13 @@ def is_public(address: str) -> bool:
 def _decoded(kind: str, url: str) -> bytes:
     header, found, data = url.partition(",")
     if not found or not header.endswith(";base64"):
-        raise RefusedError(400, "invalid_url", f"a data URL must be of the form data:{kind}/...;base64,...")
+        raise RefusedError(ErrorCode.INVALID_URL, f"a data URL must be of the form data:{kind}/...;base64,...")
     try:
         content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
-        raise RefusedError(400, f"invalid_{kind}", "the data URL is not valid base64") from None
+        raise RefusedError(ErrorCode(f"invalid_{kind}"), "the data URL is not valid base64") from None
     if not content:
-        raise RefusedError(400, f"invalid_{kind}", "the data URL is empty")
+        raise RefusedError(ErrorCode(f"invalid_{kind}"), "the data URL is empty")
     return content
 
 
@@ -104,33 +105,30 @@ def _check_host(url: str, config: EndpointConfig, resolve: Resolve) -> None:
     except ValueError:
         host = ""
     if not host or any(c in url for c in "\\\r\n\t "):
-        raise RefusedError(400, "invalid_url", "the media URL is malformed")
+        raise RefusedError(ErrorCode.INVALID_URL, "the media URL is malformed")
     if host not in [domain.lower() for domain in config.allowed_media_domains]:
-        raise RefusedError(
-            400,
-            "url_not_allowed",
-            f"media from {host!r} is not allowed here; send a data URL (allowed_media_domains)",
-        )
+        text = f"media from {host!r} is not allowed here; send a data URL (allowed_media_domains)"
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, text)
     try:
         found = resolve(host)
     except OSError as error:
-        raise RefusedError(400, "url_not_allowed", f"{host!r} cannot be resolved: {error.strerror}") from None
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, f"{host!r} cannot be resolved: {error.strerror}") from None
     if not found or not all(is_public(address) for address in found):
-        raise RefusedError(400, "url_not_allowed", f"{host!r} is not a public address")
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, f"{host!r} is not a public address")
 
 
 def _read(kind: str, url: str, config: EndpointConfig) -> bytes:
     if not config.allowed_local_media_path:
-        raise RefusedError(400, "url_not_allowed", "local files are not allowed here")
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, "local files are not allowed here")
     allowed = Path(config.allowed_local_media_path).resolve()
     parts = urlsplit(url)
     path = Path(unquote(parts.netloc + parts.path)).resolve()
     if not path.is_relative_to(allowed):
-        raise RefusedError(400, "url_not_allowed", "the file is outside the allowed folder")
+        raise RefusedError(ErrorCode.URL_NOT_ALLOWED, "the file is outside the allowed folder")
     if not path.is_file():
-        raise RefusedError(400, f"invalid_{kind}", "no such file")
+        raise RefusedError(ErrorCode(f"invalid_{kind}"), "no such file")
     with path.open("rb") as file:
         content = file.read(config.max_body_bytes + 1)
     if len(content) > config.max_body_bytes:
-        raise RefusedError(413, "too_large", f"the file is larger than {config.max_body_bytes} bytes")
+        raise RefusedError(ErrorCode.BODY_TOO_LARGE, f"the file is larger than {config.max_body_bytes} bytes")
     return content

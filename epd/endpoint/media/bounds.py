@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from epd.config import EndpointConfig
-from epd.endpoint.http.failures import failure_of
 from epd.endpoint.http.refusals import RefusedError
 from epd.endpoint.media.budget import Budget
 from epd.endpoint.media.lanes import Lane, OverdueError, StuckError
@@ -71,11 +70,11 @@ class MediaBounds:
         except OverdueError:
             raise media_timeout(self.config) from None
         except StuckError as error:
-            raise RefusedError.of(failure_of(ErrorCode.OVERLOADED, str(error), _RETRY_AFTER_S)) from None
+            raise RefusedError(ErrorCode.OVERLOADED, str(error), _RETRY_AFTER_S) from None
         return result
 
 
 def media_timeout(config: EndpointConfig) -> RefusedError:
     """The answer to a request whose media take too long."""
     text = f"a medium could not be fetched, decoded or processed within {config.media_timeout_s:g} s"
-    return RefusedError(400, "media_timeout", text)
+    return RefusedError(ErrorCode.MEDIA_TIMEOUT, text)

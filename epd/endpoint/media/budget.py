@@ -15,14 +15,12 @@ from typing import Any
 
 import structlog
 
-from epd.endpoint.http.failures import failure_of
 from epd.endpoint.http.refusals import RefusedError
 from epd.errors import ErrorCode
 
 log = structlog.get_logger()
 
 _WAIT_S = 60.0
-_RETRY_AFTER_S = 1.0
 
 
 class Share:
@@ -91,7 +89,7 @@ class Budget:
                     await asyncio.shield(share.waiting)
             except TimeoutError:
                 text = f"the media of other requests take {self.num_bytes} bytes already"
-                raise RefusedError.of(failure_of(ErrorCode.OVERLOADED, text, _RETRY_AFTER_S)) from None
+                raise RefusedError(ErrorCode.OVERLOADED, text) from None
         share.taken[name] = share.taken.get(name, 0) + num_bytes
         self.num_bytes += num_bytes
 
@@ -139,7 +137,7 @@ def check_request(num_bytes: int, most: int) -> None:
     """
     if num_bytes > most:
         text = f"the media of the request take {num_bytes} bytes or more when they are decoded; at most {most} may"
-        raise RefusedError(400, "media_too_large", text)
+        raise RefusedError(ErrorCode.MEDIA_TOO_LARGE, text)
 
 
 # The share of the request that is being handled.

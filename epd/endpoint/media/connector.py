@@ -34,6 +34,7 @@ from epd.endpoint.media.decoding import AudioIO, VideoIO
 from epd.endpoint.media.pictures import LazyPicture, PictureIO
 from epd.endpoint.media.probing import JPEG_FRAMES
 from epd.endpoint.media.stored_picture import SCHEME, StoredPicture, current_media
+from epd.errors import ErrorCode
 
 
 def install(bounds: MediaBounds, is_processed: Callable[[str], bool]) -> None:
@@ -151,13 +152,13 @@ class LimitedConnector(MediaConnector):
         except TimeoutError:
             raise media_timeout(config) from None
         except MediaDownloadSizeExceededError as error:
-            raise RefusedError(400, "media_too_large", str(error)) from None
+            raise RefusedError(ErrorCode.MEDIA_TOO_LARGE, str(error)) from None
         except aiohttp.ClientResponseError as error:
             text = f"the media URL was answered by HTTP status {error.status}"
-            raise RefusedError(400, "media_not_fetched", text) from None
+            raise RefusedError(ErrorCode.MEDIA_NOT_FETCHED, text) from None
         except (aiohttp.ClientError, OSError) as error:
             text = f"the media URL could not be fetched: {type(error).__name__}"
-            raise RefusedError(400, "media_not_fetched", text) from None
+            raise RefusedError(ErrorCode.MEDIA_NOT_FETCHED, text) from None
         await self.bounds.run(self._put_cached_bytes, url, content)
         return content
 
@@ -213,7 +214,7 @@ _connection = _Connection()
 
 def _refuse(what: str) -> NoReturn:
     with explained():
-        raise RefusedError(400, "unsupported", f"{what} are not supported")
+        raise RefusedError(ErrorCode.UNSUPPORTED, f"{what} are not supported")
 
 
 @contextmanager

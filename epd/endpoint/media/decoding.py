@@ -25,6 +25,7 @@ from vllm.multimodal.media.video import VideoMediaIO
 from epd.config import EndpointConfig
 from epd.endpoint.http.refusals import RefusedError
 from epd.endpoint.media import probing
+from epd.errors import ErrorCode
 from epd.multimodal import containers
 
 
@@ -67,7 +68,7 @@ class VideoIO(VideoMediaIO):
             RefusedError: it cannot be decoded, or has nothing or too much to decode.
         """
         probing.check_video(data, self._limits)
-        with _refusing("invalid_video", "video"):
+        with _refusing(ErrorCode.INVALID_VIDEO, "video"):
             found = super().load_bytes(data)
             return _with_frames(found)
 
@@ -77,7 +78,7 @@ class VideoIO(VideoMediaIO):
         Raises:
             RefusedError: as `load_bytes`.
         """
-        with _refusing("invalid_video", "video"):
+        with _refusing(ErrorCode.INVALID_VIDEO, "video"):
             if media_type.lower() == probing.JPEG_FRAMES:
                 probing.check_frames(data, self._limits)
             return _with_frames(super().load_base64(media_type, data))
@@ -109,7 +110,7 @@ class AudioIO(AudioMediaIO):
         Raises:
             RefusedError: it cannot be decoded, is empty or too long, or has samples that are no numbers.
         """
-        with _refusing("invalid_audio", "audio"):
+        with _refusing(ErrorCode.INVALID_AUDIO, "audio"):
             self._validate_encoded_size(len(data))
             probing.check_audio(data, self._limits)
             samples, rate = vllm_audio.load_audio(
@@ -121,7 +122,7 @@ class AudioIO(AudioMediaIO):
             )
             probing.check_sound(len(samples), rate, 1, self._limits)
             if not np.isfinite(samples).all():
-                raise RefusedError(400, "invalid_audio", "the audio has samples that are not finite numbers")
+                raise RefusedError(ErrorCode.INVALID_AUDIO, "the audio has samples that are not finite numbers")
             return samples, rate
 
     def load_file(self, filepath: Path) -> tuple[Any, float]:
@@ -179,7 +180,7 @@ def guarded(loader: Any, limits: EndpointConfig) -> Any:
 
 def _with_frames(found: MediaWithBytes[Any]) -> MediaWithBytes[Any]:
     if len(found.media[0]) < 1:
-        raise RefusedError(400, "invalid_video", "none of the frames of the video can be decoded")
+        raise RefusedError(ErrorCode.INVALID_VIDEO, "none of the frames of the video can be decoded")
     return found
 
 
@@ -187,16 +188,16 @@ def _read(path: Path, limits: EndpointConfig) -> bytes:
     with path.open("rb") as file:
         content = file.read(limits.max_body_bytes + 1)
     if len(content) > limits.max_body_bytes:
-        raise RefusedError(413, "too_large", f"the file is larger than {limits.max_body_bytes} bytes")
+        raise RefusedError(ErrorCode.BODY_TOO_LARGE, f"the file is larger than {limits.max_body_bytes} bytes")
     return content
 
 
 @contextmanager
-def _refusing(code: str, what: str) -> Iterator[None]:
+def _refusing(code: ErrorCode, what: str) -> Iterator[None]:
     """Whatever a decoder raises is the file's fault."""
     try:
         yield
     except (RefusedError, VLLMError):
         raise
     except Exception as error:
-        raise RefusedError(400, code, f"the {what} cannot be decoded: {str(error)[:200]}") from error
+        raise RefusedError(code, f"the {what} cannot be decoded: {str(error)[:200]}") from error

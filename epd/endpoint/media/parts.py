@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from epd.endpoint.http.refusals import RefusedError
+from epd.errors import ErrorCode
 
 MAX_DEPTH = 64
 
@@ -72,7 +73,7 @@ def _check_depth(tree: Any) -> None:
     while stack:
         node, depth = stack.pop()
         if depth > MAX_DEPTH:
-            raise RefusedError(400, "invalid_json", f"messages are nested deeper than {MAX_DEPTH}")
+            raise RefusedError(ErrorCode.INVALID_JSON, f"messages are nested deeper than {MAX_DEPTH}")
         inner = node if isinstance(node, list) else node.values() if isinstance(node, dict) else ()
         stack.extend((each, depth + 1) for each in inner if isinstance(each, dict | list))
 
@@ -102,7 +103,7 @@ def _media_of(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return  # vLLM says that it needs one
     if kind in REFUSED or kind not in KNOWN:
         text = f"content parts of type {kind[:64]!r} are not supported; {', '.join(MEDIA)} and text are"
-        raise RefusedError(400, "unsupported", text)
+        raise RefusedError(ErrorCode.UNSUPPORTED, text)
     if kind in MEDIA:
         address = _address(kind, part.get(_KEYS.get(kind, kind)))
         if address is not None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from epd.config import EndpointConfig
 from epd.endpoint.http.refusals import RefusedError
+from epd.errors import ErrorCode
 from epd.multimodal import containers
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO")
@@ -52,10 +53,10 @@ def check_image(content: bytes, config: EndpointConfig) -> int:
         with open_picture(content) as image:
             width, height = image.size
     except Image.DecompressionBombError:
-        raise RefusedError(400, "image_too_large", "the image has too many pixels") from None
+        raise RefusedError(ErrorCode.IMAGE_TOO_LARGE, "the image has too many pixels") from None
     except Exception:  # a decoder may raise anything on hostile bytes
         text = f"{_found('image', content)}not one of {', '.join(IMAGE_FORMATS)}, or damaged"
-        raise RefusedError(400, "invalid_image", text) from None
+        raise RefusedError(ErrorCode.INVALID_IMAGE, text) from None
     _check_size("image", width, height, config.max_pixels)
     return width * height * BYTES_PER_PIXEL
 
@@ -68,9 +69,9 @@ def _found(what: str, content: bytes) -> str:
 def _check_size(what: str, width: int, height: int, most: int) -> None:
     size = f"the {what} has {width} x {height} pixels"
     if width < 1 or height < 1:
-        raise RefusedError(400, f"invalid_{what}", size)
+        raise RefusedError(ErrorCode(f"invalid_{what}"), size)
     if width * height > most:
-        raise RefusedError(400, f"{what}_too_large", f"{size}; at most {most} are accepted")
+        raise RefusedError(ErrorCode(f"{what}_too_large"), f"{size}; at most {most} are accepted")
 
 
 def check_video(content: bytes, config: EndpointConfig) -> int:
@@ -82,20 +83,20 @@ def check_video(content: bytes, config: EndpointConfig) -> int:
     kind = containers.kind_of(content)
     if kind not in containers.VIDEO:
         found = _found("video", content)
-        raise RefusedError(400, "invalid_video", f"{found}not MP4, MOV, WebM, Matroska, AVI or GIF")
+        raise RefusedError(ErrorCode.INVALID_VIDEO, f"{found}not MP4, MOV, WebM, Matroska, AVI or GIF")
     if containers.is_truncated(kind, content):
-        raise RefusedError(400, "invalid_video", "the video is truncated: its container says that it is longer")
+        raise RefusedError(ErrorCode.INVALID_VIDEO, "the video is truncated: its container says that it is longer")
     try:
         with _opened(content, max_pixels=config.max_video_pixels) as container:
             if not container.streams.video:
-                raise RefusedError(400, "invalid_video", "the file has no video in it")
+                raise RefusedError(ErrorCode.INVALID_VIDEO, "the file has no video in it")
             stream = container.streams.video[0]
             _check_film(container, stream, config)
             return int(stream.width * stream.height * BYTES_PER_PIXEL)
     except RefusedError:
         raise
     except Exception as error:
-        raise RefusedError(400, "invalid_video", f"the video is damaged: {_words(error)}") from None
+        raise RefusedError(ErrorCode.INVALID_VIDEO, f"the video is damaged: {_words(error)}") from None
 
 
 def check_frames(data: str, config: EndpointConfig) -> int:
@@ -115,12 +116,12 @@ def check_frames(data: str, config: EndpointConfig) -> int:
         try:
             content = b64decode(file, validate=True)
         except (binascii.Error, ValueError):
-            raise RefusedError(400, "invalid_video", "a frame is not valid base64") from None
+            raise RefusedError(ErrorCode.INVALID_VIDEO, "a frame is not valid base64") from None
         check_image(content, config)
         with open_picture(content) as image:
             sizes.add(image.size)
     if len(sizes) > 1:
-        raise RefusedError(400, "invalid_video", f"the frames are of {len(sizes)} different sizes")
+        raise RefusedError(ErrorCode.INVALID_VIDEO, f"the frames are of {len(sizes)} different sizes")
     ((width, height),) = sizes
     check_sampled(width, height, len(files), config)
     return width * height * len(files) * BYTES_PER_PIXEL
@@ -134,15 +135,12 @@ def check_sampled(width: int, height: int, num_frames: int, config: EndpointConf
     """
     _check_size("video", width, height, config.max_video_pixels)
     if num_frames < 1:
-        raise RefusedError(400, "invalid_video", "there are no frames in the video")
+        raise RefusedError(ErrorCode.INVALID_VIDEO, "there are no frames in the video")
     if num_frames > config.max_video_frames:
         raise _too_many_frames(config)
     if width * height * num_frames * BYTES_PER_PIXEL > config.max_decoded_bytes:
-        raise RefusedError(
-            400,
-            "video_too_large",
-            f"{num_frames} frames of {width} x {height} pixels take more than {config.max_decoded_bytes} bytes",
-        )
+        text = f"{num_frames} frames of {width} x {height} pixels take more than {config.max_decoded_bytes} bytes"
+        raise RefusedError(ErrorCode.VIDEO_TOO_LARGE, text)
 
 
 def check_length(num_frames: int, duration_s: float, config: EndpointConfig) -> None:
@@ -153,11 +151,11 @@ def check_length(num_frames: int, duration_s: float, config: EndpointConfig) -> 
     """
     if not duration_s > 0 or num_frames < 1:
         text = "the video does not say how long it is; write it anew (ffmpeg -i IN -c copy OUT)"
-        raise RefusedError(400, "invalid_video", text)
+        raise RefusedError(ErrorCode.INVALID_VIDEO, text)
     limit = config.max_video_s
     if duration_s > limit or num_frames > limit * _MAX_FPS:
         text = f"the video has {num_frames} frames in {duration_s:.1f} s; at most {limit:g} s are accepted"
-        raise RefusedError(400, "video_too_long", text)
+        raise RefusedError(ErrorCode.VIDEO_TOO_LONG, text)
 
 
 def check_audio(content: bytes, config: EndpointConfig) -> int:
@@ -169,9 +167,9 @@ def check_audio(content: bytes, config: EndpointConfig) -> int:
     kind = containers.kind_of(content)
     if kind not in containers.AUDIO:
         known = "WAV, FLAC, MP3, AAC, AMR, Ogg, AIFF, AU, CAF, MP4 or WebM"
-        raise RefusedError(400, "invalid_audio", f"{_found('audio', content)}not {known}")
+        raise RefusedError(ErrorCode.INVALID_AUDIO, f"{_found('audio', content)}not {known}")
     if containers.is_truncated(kind, content):
-        raise RefusedError(400, "invalid_audio", "the audio is truncated: its container says that it is longer")
+        raise RefusedError(ErrorCode.INVALID_AUDIO, "the audio is truncated: its container says that it is longer")
     try:
         if kind in containers.BY_FFMPEG:
             length, rate, channels = _sound_in(content)
@@ -181,7 +179,7 @@ def check_audio(content: bytes, config: EndpointConfig) -> int:
     except RefusedError:
         raise
     except Exception as error:
-        raise RefusedError(400, "invalid_audio", f"the audio is damaged: {_words(error)}") from None
+        raise RefusedError(ErrorCode.INVALID_AUDIO, f"the audio is damaged: {_words(error)}") from None
     check_sound(length, rate, channels, config)
     return length * channels * _BYTES_PER_SAMPLE
 
@@ -194,23 +192,25 @@ def check_sound(num_samples: int, rate: float, channels: int, config: EndpointCo
     """
     if not MIN_RATE <= rate <= MAX_RATE:
         text = f"the audio has {rate:g} samples a second; {MIN_RATE} to {MAX_RATE} are accepted"
-        raise RefusedError(400, "invalid_audio", text)
+        raise RefusedError(ErrorCode.INVALID_AUDIO, text)
     if not 1 <= channels <= MAX_CHANNELS:
-        raise RefusedError(400, "invalid_audio", f"the audio has {channels} channels; 1 to {MAX_CHANNELS} are accepted")
+        raise RefusedError(
+            ErrorCode.INVALID_AUDIO, f"the audio has {channels} channels; 1 to {MAX_CHANNELS} are accepted"
+        )
     if num_samples < 1:
-        raise RefusedError(400, "invalid_audio", "there is no sound in the audio: its length is zero")
+        raise RefusedError(ErrorCode.INVALID_AUDIO, "there is no sound in the audio: its length is zero")
     if num_samples > config.max_audio_s * rate:
         text = f"the audio is {num_samples / rate:.1f} s long; at most {config.max_audio_s:g} s are accepted"
-        raise RefusedError(400, "audio_too_long", text)
+        raise RefusedError(ErrorCode.AUDIO_TOO_LONG, text)
     if num_samples * channels * _BYTES_PER_SAMPLE > config.max_decoded_bytes:
         text = f"{num_samples} samples of {channels} channels take more than {config.max_decoded_bytes} bytes"
-        raise RefusedError(400, "audio_too_large", text)
+        raise RefusedError(ErrorCode.AUDIO_TOO_LARGE, text)
 
 
 def _check_film(container: Any, stream: Any, config: EndpointConfig) -> None:
     if stream.width < 1 or stream.height < 1:
         text = f"the video's frames have no size, or more than {config.max_video_pixels} pixels"
-        raise RefusedError(400, "invalid_video", text)
+        raise RefusedError(ErrorCode.INVALID_VIDEO, text)
     check_sampled(stream.width, stream.height, 1, config)
     duration_s = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
     claimed = stream.frames or int(duration_s * float(stream.average_rate or 0))
@@ -220,20 +220,20 @@ def _check_film(container: Any, stream: Any, config: EndpointConfig) -> None:
     packets = (packet for packet in container.demux(stream) if packet.size)
     count = sum(1 for _ in itertools.islice(packets, limit + 1))
     if count < 1:
-        raise RefusedError(400, "invalid_video", "there are no frames in the video")
+        raise RefusedError(ErrorCode.INVALID_VIDEO, "there are no frames in the video")
     if count > limit:
         text = (
             f"the video has more than {limit} frames of {stream.width} x {stream.height} pixels: more to decode"
             f" than {config.max_video_s:g} s of full HD"
         )
-        raise RefusedError(400, "video_too_long", text)
+        raise RefusedError(ErrorCode.VIDEO_TOO_LONG, text)
 
 
 def _sound_in(content: bytes) -> tuple[int, int, int]:
     """The (samples, samples a second, channels) that a container's header claims; one sample where it does not say."""
     with _opened(content) as container:
         if not container.streams.audio:
-            raise RefusedError(400, "invalid_audio", "the file has no audio in it")
+            raise RefusedError(ErrorCode.INVALID_AUDIO, "the file has no audio in it")
         stream = container.streams.audio[0]
         duration_s = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
         return max(int(duration_s * stream.rate), 1), stream.rate, stream.channels
@@ -250,7 +250,7 @@ def _no_further_file(*_: Any) -> Any:
 
 
 def _too_many_frames(config: EndpointConfig) -> RefusedError:
-    return RefusedError(400, "too_many_frames", f"more than {config.max_video_frames} frames of one video")
+    return RefusedError(ErrorCode.TOO_MANY_FRAMES, f"more than {config.max_video_frames} frames of one video")
 
 
 def _words(error: Exception) -> str:

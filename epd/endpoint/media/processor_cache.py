@@ -43,6 +43,7 @@ from epd.endpoint.media.budget import current_share
 from epd.endpoint.media.decoding import settle_resampling
 from epd.endpoint.media.pictures import LazyPicture
 from epd.endpoint.media.stored_picture import StoredPicture
+from epd.errors import ErrorCode
 from epd.multimodal.item_shapes import ItemShapes
 from epd.multimodal.rules import UnsupportedItemError
 
@@ -168,7 +169,7 @@ def _bound(
         try:
             shapes().check(items)
         except UnsupportedItemError as error:
-            raise RefusedError(400, "invalid_request", f"mm_processor_kwargs: {error}") from None
+            raise RefusedError(ErrorCode.INVALID_REQUEST, f"mm_processor_kwargs: {error}") from None
 
     async def in_a_thread(*args: Any, **options: Any) -> Any:
         return await bounds.process(functools.partial(renderer._process_multimodal, *args, **options))
@@ -207,7 +208,7 @@ def check_decoded(data: Mapping[str, Any]) -> None:
         for item in items if isinstance(items, list) else [items]:
             if item is not None and not _is_decoded(item):
                 text = f"{modality} input of type {type(item).__name__} is not supported"
-                raise RefusedError(400, "unsupported", text)
+                raise RefusedError(ErrorCode.UNSUPPORTED, text)
 
 
 def _is_decoded(item: Any) -> bool:

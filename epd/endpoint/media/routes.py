@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,7 +24,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 
 from epd.endpoint.engine.engine_client import PipelineCore
 from epd.endpoint.engine.submission import PipelineError
-from epd.endpoint.http.failures import Failure, failure_of
+from epd.endpoint.http.failures import failure_of
 from epd.endpoint.http.keys import owner_of
 from epd.endpoint.http.limits import MEDIA_PATH as PATH
 from epd.endpoint.http.limits import media_not_found
@@ -87,7 +88,7 @@ class MediaRoutes:
 
     async def _upload(self, request: Request) -> dict[str, Any]:
         if self._core.draining:
-            raise PipelineError(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down", 1.0))
+            raise PipelineError(failure_of(ErrorCode.SHUTTING_DOWN, "this endpoint is shutting down"))
         owner, salt = self.owner_of(request.scope), request.query_params.get("cache_salt", "")
         with self._core.uploads.room(owner):
             kept = StoredPicture(await request.body())
@@ -113,10 +114,12 @@ async def render(renderer: OnlineRenderer, kept: StoredPicture) -> MultiModalFea
         current_media.reset(token)
     if isinstance(rendered, ErrorResponse):
         error = rendered.error
-        raise PipelineError(Failure(code="invalid_image", message=error.message, status=int(error.code)))
+        is_ours = int(error.code) >= HTTPStatus.INTERNAL_SERVER_ERROR
+        code = ErrorCode.ENGINE_FAILED if is_ours else ErrorCode.INVALID_IMAGE
+        raise PipelineError(failure_of(code, error.message))
     prompt: Any = rendered[1][0]
     if prompt["type"] != "multimodal" or kept.value is None:
-        raise PipelineError(Failure(code="unsupported", message="this model takes no pictures ahead", status=400))
+        raise PipelineError(failure_of(ErrorCode.UNSUPPORTED, "this model takes no pictures ahead"))
     ((modality, items),) = prompt["mm_kwargs"].items()
     key = prompt["mm_hashes"][modality][0]
     place = prompt["mm_placeholders"][modality][0]
@@ -129,6 +132,6 @@ async def _answered(work: Callable[[], Awaitable[dict[str, Any]]]) -> JSONRespon
     except PipelineError as error:
         failure = error.failure
     except (ValueError, VLLMError) as error:
-        failure = Failure(code="invalid_image", message=str(error), status=400)
+        failure = failure_of(ErrorCode.INVALID_IMAGE, str(error))
     headers = {"Retry-After": str(math.ceil(failure.retry_after_s))} if failure.retry_after_s > 0 else None
     return JSONResponse(failure.body(PATH), failure.status, headers)

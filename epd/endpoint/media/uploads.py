@@ -19,7 +19,7 @@ import structlog
 
 from epd.config import EndpointConfig
 from epd.endpoint.engine.submission import PipelineError, too_large
-from epd.endpoint.http.failures import Failure
+from epd.endpoint.http.failures import failure_of
 from epd.endpoint.media.stored_picture import StoredPicture
 from epd.errors import ErrorCode
 from epd.messages import DropUpload, Message, Upload, Uploaded
@@ -135,7 +135,7 @@ class Uploads:
         media = Media(owner, kept, split, self._config.media_ttl_s, self._clock())
         if media.num_bytes > self._config.media_bytes:
             text = f"the picture takes {media.num_bytes} bytes; {self._config.media_bytes} are kept in all"
-            raise PipelineError(Failure(code="too_large", message=text, status=413))
+            raise PipelineError(failure_of(ErrorCode.BODY_TOO_LARGE, text))
         self.sweep()
         if self.num_bytes + media.num_bytes > self._config.media_bytes:
             raise self._full("no more pictures can be kept now", None)
@@ -227,4 +227,4 @@ class Uploads:
     def _full(self, text: str, owner: str | None) -> PipelineError:
         ends = [each.expires_at for each in self._media.values() if owner in (None, each.owner)]
         wait_s = max(1.0, math.ceil(min(ends) - self._clock())) if ends else 1.0
-        return PipelineError(Failure(code="media_quota", message=text, status=429, retry_after_s=wait_s))
+        return PipelineError(failure_of(ErrorCode.MEDIA_QUOTA, text, wait_s))

@@ -1,31 +1,23 @@
-"""Writes the generated pages of `docs/`: `python -m epd.docs`, or `make docs`; `--check` only compares.
+"""The page `docs/protocol.md`, from `epd.protocol` and `epd.messages`; only the text between the facts stands here.
 
-Lives in a developer's process; owns `docs/protocol.md` and `docs/configuration.md`. The facts come from
-`epd.protocol`, `epd.messages`, `epd.errors` and `epd.config`; only the text between them stands here.
+Lives in a developer's process; pure.
 """
 
 from __future__ import annotations
 
-import argparse
 import enum
 import inspect
-import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
-from epd import config
-from epd.errors import HTTP_STATUS
+from epd.docs.parts import default, doc, note
 from epd.messages import Role, Struct
 from epd.protocol import PROTOCOL_VERSION, TABLE, Command
 from epd.transport import link, wire
-
-ROOT = Path(__file__).resolve().parent.parent
-_NOTE = "<!-- Written by `python -m epd.docs` (`make docs`) from {source}. Do not edit this page. -->\n"
 
 _PROTOCOL = """\
 # The broker's protocol, version {version}
@@ -141,57 +133,11 @@ sequenceDiagram
 - CANCEL has no answer. TOKENS of that request MAY still arrive and MUST be ignored.
 """
 
-_CONFIGURATION = """\
-# Configuration
-
-One TOML file for all daemons of a pipeline: `epd up --config epd.toml`, and the same option for `epd broker`,
-`epd cache`, `epd endpoint` and `epd worker`. Every key has a default; an unknown key or a wrong type is an error, and
-the daemon does not start. There is a commented example in [examples/systemd/epd.toml](../examples/systemd/epd.toml).
-
-Single values can be given on the command line, and win over the file: `--set SECTION.KEY=VALUE`, with the value in TOML
-or JSON (a bare word is a string), e.g. `--set broker.max_queued=64`. `--engine KEY=VALUE` is short for
-`--set engine.KEY=VALUE`, and takes what `vllm serve` takes: `--engine 'limit_mm_per_prompt={"image": 16}'`, `8k`.
-`epd up` also has `--encode-engine`, `--prefill-engine` and `--decode-engine`.
-
-`epd up` chooses the broker's address itself (a socket in its run directory), so `broker.address` has no effect there.
-
-## Engine options
-`[engine]` holds vLLM's engine options for all stages and for the endpoint, `[encode.engine]`, `[prefill.engine]` and
-`[decode.engine]` those of one stage; the stage's own win. The names are those of `vllm serve --help` with underscores.
-`[endpoint.serve]` takes further options of `vllm serve` for the HTTP server (tool parsers, TLS, CORS and the like).
-Names and values that vLLM does not take are refused before anything is loaded, with the nearest right one.
-
-EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_transfer_config`, `mm_encoder_only` and
-`mm_processor_cache_gb` of the workers, `enable_prefix_caching` and `enable_lora` of encode workers,
-`limit_mm_per_prompt` of prefill and decode workers, and for the endpoint `mm_processor_cache_type`, `model`, `host`,
-`port`, `uds`, `headless`, `grpc`, `api_server_count` and `data_parallel_size`. On CPUs a worker's KV cache has 256 MiB
-unless `kv_cache_memory_bytes` says otherwise.
-
-## Environment variables
-| variable | read by | meaning |
-|---|---|---|
-| `EPD_API_KEY` | `epd ask`, `epd cache ls` | the key they send |
-| `LISTEN_PID`, `LISTEN_FDS` | endpoint | a listening socket from systemd, in place of host and port |
-| `NOTIFY_SOCKET` | all daemons | where systemd hears that they are ready |
-| `EPD_HOST` | cache, all workers | the host's name, where it is not what the system says: who shares `/dev/shm` |
-| `EPD_PORT_FILE` | endpoint | a file that the port is written to once it listens |
-| `VLLM_NIXL_SIDE_CHANNEL_HOST` | prefill, decode worker | vLLM's: where its NIXL connector listens |
-| `VLLM_NIXL_SIDE_CHANNEL_PORT` | prefill, decode worker | vLLM's: the port for that |
-
-Each prefill and decode worker of a host needs a side channel port of its own; `epd up` chooses them.
-
-Further variables of vLLM work as always. `epd` sets `VLLM_ENABLE_V1_MULTIPROCESSING=0`, `VLLM_NO_USAGE_STATS=1`,
-`VLLM_LOGGING_LEVEL`, `TOKENIZERS_PARALLELISM`, for a model in a folder `HF_HUB_OFFLINE=1`, without a GPU
-`OMP_NUM_THREADS=1` and `VLLM_CPU_OMP_THREADS_BIND=nobind`, and in the endpoint `VLLM_MAX_IMAGE_PIXELS`,
-`VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB` and `VLLM_MEDIA_URL_ALLOW_REDIRECTS=0`, unless they are set already; and
-`VLLM_SSM_CONV_STATE_LAYOUT=DS` always, which KV pushes of models with a recurrent state need.
-"""
-
 
 def protocol() -> str:
     """The page `docs/protocol.md`."""
     lines = [
-        _NOTE.format(source="epd/protocol.py and epd/messages/"),
+        note("epd/protocol.py and epd/messages/"),
         _PROTOCOL.format(
             version=PROTOCOL_VERSION,
             header=wire.MAX_HEADER_BYTES,
@@ -217,52 +163,9 @@ def protocol() -> str:
         "",
         *(line for part in _parts() for line in _struct(part)),
         "## Codes of FAILED",
-        "| code | HTTP status |",
-        "|---|---|",
-        *(f"| `{code}` | {status} |" for code, status in HTTP_STATUS.items()),
+        "FAILED and UPLOADED have a code of [errors.md](errors.md) and its HTTP status.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def configuration() -> str:
-    """The page `docs/configuration.md`."""
-    lines = [_NOTE.format(source="epd/config.py"), _CONFIGURATION, "## Top level", "", _doc(config.Config), ""]
-    sections: list[tuple[str, Any]] = []
-    top = []
-    for field in msgspec.structs.fields(config.Config):
-        if inspect.isclass(field.type) and issubclass(field.type, msgspec.Struct):
-            sections.append((field.name, field.type))
-        else:
-            top.append(field)
-    lines += _keys(top)
-    for name, struct in sections:
-        base = struct.__mro__[1]
-        more = [] if base.__name__.startswith("_") else [_doc(base), ""]
-        text = _doc(struct).removeprefix(f"`[{name}]`: ")
-        lines += [f"## `[{name}]`", "", *more, text[:1].upper() + text[1:], "", *_keys(msgspec.structs.fields(struct))]
-    return "\n".join(lines)
-
-
-def pages() -> dict[Path, str]:
-    """All generated pages, by where they belong."""
-    return {ROOT / "docs" / "protocol.md": protocol(), ROOT / "docs" / "configuration.md": configuration()}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the pages, or with `--check` returns 1 if one is out of date."""
-    parser = argparse.ArgumentParser(prog="python -m epd.docs", description="Write the generated pages of docs/.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
-    check = parser.parse_args(argv).check
-    stale = [path for path, text in pages().items() if not path.is_file() or path.read_text("utf-8") != text]
-    for path in stale:
-        print(f"{path.relative_to(ROOT)}: {'out of date; run `make docs`' if check else 'written'}")
-        if not check:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(pages()[path], "utf-8")
-    return 1 if check and stale else 0
-
-
-# ---- protocol --------------------------------------------------------------------------------------------------------
 
 
 def _roles(roles: Iterable[Role]) -> str:
@@ -283,7 +186,7 @@ def _struct(struct: Any) -> Iterator[str]:
 
 
 def _body(struct: Any) -> Iterator[str]:
-    yield _doc(struct)
+    yield doc(struct)
     yield ""
     fields = msgspec.structs.fields(struct)
     if not fields:
@@ -291,7 +194,7 @@ def _body(struct: Any) -> Iterator[str]:
     else:
         yield "| field | type | default |"
         yield "|---|---|---|"
-        yield from (f"| `{field.name}` | {_python_type(field.type)} | {_default(field)} |" for field in fields)
+        yield from (f"| `{field.name}` | {_python_type(field.type)} | {default(field)} |" for field in fields)
     yield ""
 
 
@@ -325,49 +228,3 @@ def _python_type(kind: Any) -> str:
     if issubclass(kind, enum.Enum):
         return ", ".join(f"`{each.value}`" for each in kind)
     return f"[{kind.__name__}](#{kind.__name__.lower()})" if issubclass(kind, Struct) else str(kind.__name__)
-
-
-# ---- configuration ---------------------------------------------------------------------------------------------------
-
-_TOML_TYPES = {str: "string", int: "integer", float: "number", bool: "true or false"}
-
-
-def _keys(fields: Iterable[Any]) -> list[str]:
-    rows = [f"| `{field.name}` | {_toml_type(field.type)} | {_default(field)} |" for field in fields]
-    return ["| key | type | default |", "|---|---|---|", *rows, ""]
-
-
-def _toml_type(kind: Any) -> str:
-    if typing.get_origin(kind) is dict:
-        return "table"
-    if typing.get_origin(kind) is list:
-        return f"list of {_toml_type(typing.get_args(kind)[0])}s"
-    return _TOML_TYPES[kind]
-
-
-# ---- both ------------------------------------------------------------------------------------------------------------
-
-
-def _doc(struct: Any) -> str:
-    return inspect.cleandoc(struct.__doc__)
-
-
-def _default(field: Any) -> str:
-    if field.default_factory is not msgspec.NODEFAULT:
-        value = field.default_factory()
-    elif field.default is not msgspec.NODEFAULT:
-        value = field.default
-    else:
-        return "required"
-    if value is None:
-        return "nil"
-    if isinstance(value, msgspec.Struct):
-        return "all defaults"
-    text = f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value!r}`".replace("'", '"')
-    if field.name.endswith(("_bytes", "max_pixels")) and value and value % (1 << 20) == 0:
-        text += f" ({value >> 20} Mi)"
-    return text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,7 @@
+"""`python -m epd.docs`."""
+
+import sys
+
+from epd.docs import main
+
+sys.exit(main())
