@@ -83,7 +83,9 @@ async def test_a_body_that_is_too_large_is_413_by_its_real_length():
     await refused(b" " * 2000, 413, "body_too_large", max_body_bytes=1000)
 
 
-@pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b'{"a": "\\ud800"}', b"[" * 100_000, b"{} {}"])
+@pytest.mark.parametrize(
+    "body", [b"{", b"\xff\xfe", b'{"a": "\\ud800"}', b'{"a": "\xed\xa0\x80"}', b"[" * 100_000, b"{} {}"]
+)
 async def test_malformed_json_is_400(body):
     await refused(body, 400, "invalid_json")
 

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from epd.config import EndpointConfig
+from epd.endpoint.http import encodings
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
 from epd.endpoint.http.failures import send_failure
 from epd.endpoint.http.refusals import RefusedError
@@ -149,6 +150,7 @@ def read_json(body: bytes) -> Any:
 
     Raises:
         msgspec.DecodeError: it is none.
+        UnicodeError: a string in it is no UTF-8.
         RecursionError: it is nested too deeply.
     """
     collects = gc.isenabled()
@@ -168,7 +170,7 @@ def media_of(path: str, body: bytes, config: EndpointConfig) -> list[Medium]:
     """
     try:
         data = read_json(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeError) as error:  # the latter for strings that are no UTF-8
         raise RefusedError(ErrorCode.INVALID_JSON, f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise RefusedError(ErrorCode.INVALID_JSON, "the body is nested too deeply") from None
@@ -226,7 +228,7 @@ def _is_json(scope: Scope) -> bool:
 def _check_encoding(scope: Scope) -> None:
     """The server has undone the encodings that it knows."""
     encoding: bytes = next((v for k, v in scope["headers"] if k == b"content-encoding"), b"").strip().lower()
-    if encoding not in (b"", b"identity", b"gzip", b"deflate", b"br", b"zstd"):
+    if encoding not in (b"", b"identity") and encoding.decode("latin-1") not in encodings.KNOWN:
         text = f"Content-Encoding {encoding[:64].decode('latin-1')!r} is not supported; gzip and deflate are"
         raise RefusedError(ErrorCode.UNSUPPORTED_ENCODING, text)
 
