@@ -90,7 +90,7 @@ async def names_of(served, file, kind="png"):
     return await patches(served, chat_body(with_picture(url=image_url(file, kind))))
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def expected(served):
     names = await names_of(served, DEMO)
     assert len(names) > 4
@@ -138,7 +138,7 @@ async def test_by_an_address_a_file_and_an_upload(served, expected, host):
 
 async def test_a_redirect_to_the_inside_is_not_followed(served, host):
     answer, body = await served.chat(content=with_picture(url=f"{host}/inside"))
-    assert answer.status == 400 and body["error"]["message"]
+    assert (answer.status, body["error"]["type"]) == (400, "media_not_fetched") and "302" in body["error"]["message"]
 
 
 async def test_an_address_that_does_not_answer_is_the_requests_fault(served, host):
