@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from broker.request import TRANSITIONS, State
+from broker.core.request import TRANSITIONS, State
 from epd import config, docs
 from epd.cli import COMMANDS, build_parser
 from epd.docs.vllm import names_of

@@ -17,12 +17,12 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.serial_utils import MsgpackDecoder
 
 from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config
-from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
+from epd.messages import EncodeJob, KvPeer, Stage, WorkerInfo
 from epd.multimodal.item_identifiers import patches_of
 from epd.multimodal.positions import positions_for
 from workers import options, parameters, quiet_threads
@@ -30,6 +30,7 @@ from workers.adapters import Adapters
 from workers.amx import permit_amx
 from workers.handover import Handover
 from workers.isolation import isolate_items
+from workers.outputs import OutputPacker
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -73,21 +74,21 @@ class Engine:
 
     Args:
         config: the pipeline's configuration.
-        role: encode, prefill or decode.
+        stage: encode, prefill or decode.
         name: this worker's name.
     """
 
-    def __init__(self, config: Config, role: Role, name: str) -> None:
+    def __init__(self, config: Config, stage: Stage, name: str) -> None:
         started = time.monotonic()
-        self.role = role
+        self.stage = stage
         quiet_threads.share_process_group()
         permit_amx()
-        if role is not Role.ENCODE:
+        if stage is not Stage.ENCODE:
             quiet_threads.calm_nixl()
-        self.vllm_config = options.vllm_config(config, role, name)
+        self.vllm_config = options.vllm_config(config, stage, name)
         self._positions = positions_for(self.vllm_config)
-        self.core = EngineCore(self.vllm_config, options.MakeExecutor(role), log_stats=False)
-        if role is Role.ENCODE:
+        self.core = EngineCore(self.vllm_config, options.MakeExecutor(stage), log_stats=False)
+        if stage is Stage.ENCODE:
             self.core.collective_rpc(parameters.drop_language_model)
             self.core.collective_rpc(parameters.skip_positions)
             self.core.collective_rpc(isolate_items)
@@ -95,10 +96,10 @@ class Engine:
         connector = self.scheduler.get_ec_connector()
         assert isinstance(connector, PatchCacheConnector)
         self.connector = connector
-        self.scheduler.encoder_cache_manager = ReadyPatchCache(connector, gated=role is not Role.ENCODE)
+        self.scheduler.encoder_cache_manager = ReadyPatchCache(connector, gated=stage is not Stage.ENCODE)
         self._adapters = Adapters(self.core)
         self.handover = Handover(self.scheduler)
-        self._encoder = MsgpackEncoder()
+        self._packer = OutputPacker()
         self._request_decoder = MsgpackDecoder(EngineCoreRequest)
         self._item_decoder = MsgpackDecoder(MultiModalKwargsItem)
         self.start_s = time.monotonic() - started
@@ -109,7 +110,7 @@ class Engine:
         """What this worker tells the broker when it registers."""
         config = self.vllm_config
         tower_bytes, language_bytes = self.parameter_bytes()
-        widths = dict(config.ec_transfer_config.mm_encoder_output_widths) if self.role is Role.ENCODE else {}
+        widths = dict(config.ec_transfer_config.mm_encoder_output_widths) if self.stage is Stage.ENCODE else {}
         return WorkerInfo(
             model=config.model_config.model,
             widths=widths,
@@ -117,7 +118,7 @@ class Engine:
             owner=str(config.ec_transfer_config.ec_connector_extra_config["owner"]),
             max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
             max_num_seqs=config.scheduler_config.max_num_seqs,
-            kv=self._kv_peer() if self.role is Role.PREFILL else None,
+            kv=self._kv_peer() if self.stage is Stage.PREFILL else None,
             kv_capacity_tokens=self._kv_capacity_tokens(),
             tower_bytes=tower_bytes,
             language_bytes=language_bytes,
@@ -140,7 +141,7 @@ class Engine:
 
     def _kv_capacity_tokens(self) -> int:
         cache = self.vllm_config.cache_config
-        return 0 if self.role is Role.ENCODE else int(cache.num_gpu_blocks or 0) * int(cache.block_size)
+        return 0 if self.stage is Stage.ENCODE else int(cache.num_gpu_blocks or 0) * int(cache.block_size)
 
     # ---- feeding it ------------------------------------------------------------------------------------------------
 
@@ -273,7 +274,7 @@ class Engine:
         request_ids = list(request_ids)
         self.handover.forget(request_ids)
         self.core.abort_requests([one for one in request_ids if one in self.scheduler.requests])
-        if self.role is Role.PREFILL:
+        if self.stage is Stage.PREFILL:
             self.scheduler.get_kv_connector().connector_scheduler.give_up(request_ids)
         for request_id in request_ids:
             self.connector.forget(request_id)
@@ -315,8 +316,8 @@ class Engine:
         return written
 
     def pack(self, output: EngineCoreOutput) -> list[bytes]:
-        """An engine output as opaque frames."""
-        return [bytes(frame) for frame in self._encoder.encode(output)]
+        """An engine output as opaque frames; none where it has nothing but token ids and a finish reason."""
+        return self._packer.pack(output)
 
     def shutdown(self) -> None:
         """Frees the engine."""

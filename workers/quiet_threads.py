@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from vllm.distributed import nixl_utils
 
+from epd.process import logs
+
 NIXL_PROGRESS_US = 100_000
 
 
@@ -20,6 +22,7 @@ def calm_nixl() -> None:
     NIXL 1.5's Python API sets the thread's delay to 0, which makes it spin; with any other delay it waits for events of
     the transport and looks around every `NIXL_PROGRESS_US` microseconds.
     """
+    logs.adopt("nixl")
     bindings = sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind
     config = bindings.nixlAgentConfig
     if config.__name__ == "EventDrivenConfig":

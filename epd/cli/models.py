@@ -47,13 +47,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Prints what was found; returns 1 where the model is refused."""
     from epd.local import engine_options, environment, extras
-    from epd.process import service
+    from epd.process import logs
 
     config = options.configure(args)
     extras.need(extras.ENGINE)
     config = engine_options.checked(environment.resolve_model(config))
     environment.set_engine_environment(config.model, config.log.level)
-    service.configure_logging(config.log, "check")
+    logs.configure(config.log, "check")
     told = _examined(config)
     if args.json:
         print(json.dumps(told.as_json(), indent=2))

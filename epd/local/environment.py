@@ -76,6 +76,7 @@ def set_engine_environment(model: str, log_level: str = "info") -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "DEBUG" if log_level.lower() == "debug" else "WARNING",
+        "VLLM_CONFIGURE_LOGGING": "1" if "VLLM_LOGGING_CONFIG_PATH" in os.environ else "0",  # `epd.process.logs` does
         "TOKENIZERS_PARALLELISM": "false",
     }
     if Path(model).is_dir():

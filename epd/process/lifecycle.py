@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import uvloop
 
 from epd.config import LogConfig
-from epd.process.service import configure_logging
+from epd.process import logs
 
 OK, FAILED, MISCONFIGURED = 0, 1, 2
 
@@ -62,7 +62,7 @@ def run(config: LogConfig, name: str, main: Main) -> int:
     Returns:
         What `main` returns: the exit status.
     """
-    configure_logging(config, name)
+    logs.configure(config, name)
     return uvloop.run(_run(main))
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from epd.endpoint.http.failures import ExplicitErrors, Failure, current_exchange
+from epd.endpoint.http.exchange import current_exchange
+from epd.endpoint.http.failures import ExplicitErrors, Failure
 
 from .asgi_call import call
 

@@ -140,7 +140,7 @@ def test_cached_tokens_are_those_that_prefill_did_not_compute_not_those_that_dec
     stats = PrefillStats()
     stats.set(num_prompt_tokens=100, num_local_cached_tokens=32, num_external_cached_tokens=68)
     one = flight(num_prompt_tokens=100)
-    one.num_cached_tokens = told
+    one.part.num_cached_tokens = told
     (first,) = one.output(make([1], prefill_stats=stats))
     assert first.prefill_stats.num_cached_tokens == first.prefill_stats.num_local_cached_tokens == cached
     assert first.prefill_stats.num_computed_tokens == 100 - cached

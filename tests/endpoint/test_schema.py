@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from epd.messages import Tokens
+from epd.messages import RequestOutput
 
 from .fake_broker import output, says
 from .serving import chat_body, image_url, serving, with_picture
@@ -88,7 +88,7 @@ async def answers(broker, submit, frames):
         ids = torch.full((rows, width), 100, dtype=torch.int64)
         tensors = LogprobsTensors(ids, torch.full((rows, width), -1.0), torch.ones(rows, dtype=torch.int64))
         part = output(submit.request_id, [], new_prompt_logprobs_tensors=tensors)
-        await broker.send(Tokens(request_id=submit.request_id, token_ids=[]), part)
+        await broker.send(RequestOutput(request_id=submit.request_id, token_ids=[]), part)
     await says([100, 101])(broker, submit, frames)
 
 

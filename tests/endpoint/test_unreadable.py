@@ -2,7 +2,8 @@
 
 import pytest
 
-from epd.endpoint.http.failures import ExplicitErrors, current_exchange
+from epd.endpoint.http.exchange import current_exchange
+from epd.endpoint.http.failures import ExplicitErrors
 from epd.endpoint.http.unreadable import UnreadableInput
 
 from .asgi_call import call

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from epd.config import BrokerConfig, Config
-from epd.messages import Message, Role
+from epd.messages import Message, Stage
 from epd.transport import wire
 from tests.faults.engines import Ask
 from tests.faults.processes import (
@@ -25,6 +25,7 @@ from tests.faults.processes import (
     Packet,
     Peer,
     WorkerProcess,
+    kind_of,
 )
 
 
@@ -47,7 +48,7 @@ class Cluster:
         self.broker = BrokerProcess(self, BROKER)
         self.endpoint = EndpointProcess(self, "endpoint")
         self.cache = CacheProcess(self, "cache")
-        roles = [Role.ENCODE, Role.ENCODE, Role.PREFILL, Role.DECODE, Role.DECODE]
+        roles = [Stage.ENCODE, Stage.ENCODE, Stage.PREFILL, Stage.DECODE, Stage.DECODE]
         self.workers = [WorkerProcess(self, role, f"{role}-{i}") for i, role in enumerate(roles)]
         for process in (self.broker, self.cache, *self.workers, self.endpoint):
             process.start()
@@ -88,7 +89,7 @@ class Cluster:
 
     def send(self, source: str, target: str, incarnation: str, message: Message, frames: list[bytes]) -> None:
         """Puts a message on the wire between a peer's incarnation and the broker."""
-        packet = Packet(source, target, type(message).__name__, wire.encode(message, frames))
+        packet = Packet(source, target, kind_of(message), wire.encode(message, frames))
         self.seen.append((packet, incarnation))
         for delay_s, parts in self.fault(packet):
             self.deliver(target, incarnation, parts, LATENCY_S + delay_s)
@@ -112,14 +113,14 @@ class Cluster:
         self.asks.append(ask)
         self.after(after_s, lambda: self.endpoint.ask(ask))
 
-    def worker(self, role: Role) -> WorkerProcess:
+    def worker(self, role: Stage) -> WorkerProcess:
         """The worker of a role that has most to do."""
         mine = [worker for worker in self.workers if worker.role is role]
         return max(mine, key=lambda worker: sum(worker.engine.held().values()))
 
     def held(self) -> dict[str, int]:
         """What anybody holds for requests; empty when all is at rest."""
-        counters = self.broker.core.board.counters()
+        counters = self.broker.core.counters()
         found = {name: getattr(counters, name) for name in counters.__struct_fields__ if name.startswith("held_")}
         for worker in self.workers:
             if not worker.hangs:

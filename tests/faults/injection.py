@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Iterator
 
 from cache.slot import HEADER_BYTES, MAGIC, slot_bytes
-from epd.messages import Role
+from epd.messages import Stage
 from tests.faults.cluster import Cluster
 from tests.faults.engines import DTYPE, WIDTH, Ask, EngineRequest
-from tests.faults.processes import BROKER, Fault, Packet, Process, WorkerProcess
+from tests.faults.processes import BROKER, LAST, Fault, Packet, Process, WorkerProcess
 
 HANG_S, SLOW_S = 6.0, 0.5
 SLOT_BYTES = slot_bytes(4, WIDTH, DTYPE)
@@ -27,9 +27,9 @@ EDGES: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
     "prefill–decode": {("prefill", "decode"): ("kv",), ("decode", "prefill"): ("register", "call off")},
     "broker–decode": {
         (BROKER, "decode"): ("Decode", "Prefilled", "Abort"),
-        ("decode", BROKER): ("Tokens", "Finished", "Released"),
+        ("decode", BROKER): ("StepOutputs", LAST + "StepOutputs", "Released"),
     },
-    "broker–endpoint": {(BROKER, "endpoint"): ("Tokens", "Finished")},
+    "broker–endpoint": {(BROKER, "endpoint"): ("Outputs", LAST + "Outputs")},
 }
 MEMORY_EDGES = ("encode–cache", "cache–prefill")
 # Who is killed, or hangs, for an edge.
@@ -150,7 +150,7 @@ def replay(cluster: Cluster, edge: str) -> None:
 def process(cluster: Cluster, name: str) -> Process:
     """The process of a name; of several workers, the one that has most to do."""
     named = {"broker": cluster.broker, "endpoint": cluster.endpoint, "cache": cluster.cache}
-    return named[name] if name in named else cluster.worker(Role(name))
+    return named[name] if name in named else cluster.worker(Stage(name))
 
 
 def _process_fault(name: str, fault: str, at_s: float) -> Callable[[Cluster], None]:
@@ -177,7 +177,7 @@ def _memory_fault(edge: str, fault: str, number: int) -> Callable[[Cluster], Non
     of a slot overtakes its data. "stale": the slot has another generation. "corrupted": a bit is another. "slow": the
     step takes long.
     """
-    role = Role.ENCODE if edge == "encode–cache" else Role.PREFILL
+    role = Stage.ENCODE if edge == "encode–cache" else Stage.PREFILL
 
     def begin(cluster: Cluster) -> None:
         count = itertools.count()
@@ -188,7 +188,7 @@ def _memory_fault(edge: str, fault: str, number: int) -> Callable[[Cluster], Non
             memory = cluster.pools[cluster.cache.pool_id]
             if fault == "slow":
                 worker.hang(SLOW_S)
-            elif role is Role.ENCODE:
+            elif role is Stage.ENCODE:
                 cluster.after(0.0, lambda: damage(cluster, memory, fault, number))
             else:
                 damage(cluster, memory, fault, number)

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from broker.core import Core
+from broker.core.core import Core
 from epd import messages as m
-from epd.messages import Message, Role
+from epd.messages import Kind, Message, Stage
 from epd.transport import wire
 from tests.faults.engines import DTYPE, WIDTH, Ask, Engine
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
 from workers.prefill import PrefillStage
-from workers.stage import Stage
+from workers.stage import StageRunner
 
 if TYPE_CHECKING:
     from tests.faults.cluster import Cluster
@@ -33,8 +33,13 @@ MAX_RESTARTS = 3
 TICK_S = 0.25
 POOL_BYTES = 1 << 18
 BROKER = "broker"
+LAST = "last "
 
-STAGES: dict[Role, type[Stage]] = {Role.ENCODE: EncodeStage, Role.PREFILL: PrefillStage, Role.DECODE: DecodeStage}
+STAGES: dict[Stage, type[StageRunner]] = {
+    Stage.ENCODE: EncodeStage,
+    Stage.PREFILL: PrefillStage,
+    Stage.DECODE: DecodeStage,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,13 @@ class Packet:
     target: str
     kind: str
     parts: list[bytes]
+
+
+def kind_of(message: Message) -> str:
+    """The kind of a packet with a message: outputs with the end of an answer are of another kind than those without."""
+    name = type(message).__name__
+    is_last = isinstance(message, m.StepOutputs | m.Outputs) and any(one.finish_reason for one in message.outputs)
+    return LAST + name if is_last else name
 
 
 # What becomes of a packet: each (delay in seconds, parts) is delivered.
@@ -132,7 +144,7 @@ class BrokerProcess(Process):
 class Peer(Process):
     """A daemon with a link to the broker, as `epd.transport.link` keeps it."""
 
-    role: Role
+    role: Kind | Stage
 
     def start(self) -> None:
         self.num_malformed = 0
@@ -154,8 +166,9 @@ class Peer(Process):
         if self.registered or incarnation != self.incarnation:
             return
         hello = m.Hello(
-            name=self.name, role=self.role, incarnation=incarnation, host="h", pid=1, info=self.info(),
-            pools=self.pools(),
+            name=self.name, kind=Kind.WORKER if isinstance(self.role, Stage) else self.role,
+            stage=self.role if isinstance(self.role, Stage) else None, incarnation=incarnation, host="h", pid=1,
+            info=self.info(), pools=self.pools(),
         )  # fmt: skip
         self.cluster.send(str(self.role), BROKER, incarnation, hello, [])
         self.later(HELLO_EVERY_S, lambda: self._hello(incarnation))
@@ -222,7 +235,7 @@ class Peer(Process):
 class CacheProcess(Peer):
     """The owner of a pool. When it dies, its memory stays with those who have it mapped."""
 
-    role = Role.CACHE
+    role = Kind.CACHE
 
     def start(self) -> None:
         self.pool_id = f"pool{next(self.cluster.numbers)}"
@@ -236,7 +249,7 @@ class CacheProcess(Peer):
 class WorkerProcess(Peer):
     """A real stage over an engine without a model."""
 
-    def __init__(self, cluster: Cluster, role: Role, name: str) -> None:
+    def __init__(self, cluster: Cluster, role: Stage, name: str) -> None:
         super().__init__(cluster, name)
         self.role = role
 
@@ -244,7 +257,8 @@ class WorkerProcess(Peer):
         self.engine_id = f"{self.name}.{next(self.cluster.numbers)}"
         self.engine = Engine(self.engine_id, self.cluster.pools, self.send_kv)
         self.cluster.by_engine[self.engine_id] = self
-        self.stage = STAGES[self.role](self.cluster.config, self.name, self.say, lambda command, *args: command(*args))
+        make, clock = STAGES[self.role], lambda: self.cluster.now
+        self.stage = make(self.cluster.config, self.name, self.say, lambda command, *args: command(*args), clock)
         self.stage.engine = self.engine  # type: ignore[assignment]
         match self.stage:
             case EncodeStage():
@@ -253,7 +267,6 @@ class WorkerProcess(Peer):
                 self.stage._legs, self.stage._pushing = {}, set()
             case DecodeStage():
                 self.stage._requests, self.stage._arriving, self.stage._lacking = {}, set(), {}
-                self.stage.clock = lambda: self.cluster.now
         self._steps, self._stepping = 0, False
         super().start()
 
@@ -264,7 +277,7 @@ class WorkerProcess(Peer):
             other.engine.peer_gone(self.engine_id)
 
     def info(self) -> m.WorkerInfo:
-        kv = m.KvPeer(engine_id=self.engine_id, host="h", port=1) if self.role is Role.PREFILL else None
+        kv = m.KvPeer(engine_id=self.engine_id, host="h", port=1) if self.role is Stage.PREFILL else None
         return m.WorkerInfo(
             model="toy", widths={"image": WIDTH}, dtype=DTYPE, max_batch_tokens=64, max_num_seqs=8,
             owner=self.engine_id[:16], kv=kv, kv_capacity_tokens=4096,
@@ -316,7 +329,7 @@ class WorkerProcess(Peer):
 class EndpointProcess(Peer):
     """Submits requests, holds them, and submits them to the next broker too, as `epd.endpoint.engine.flights` does."""
 
-    role = Role.ENDPOINT
+    role = Kind.ENDPOINT
 
     def start(self) -> None:
         self.asks: dict[str, Ask] = {}
@@ -375,16 +388,21 @@ class EndpointProcess(Peer):
                 ask.end = "broker_lost"
 
     def take(self, message: Message, frames: list[bytes]) -> None:
-        ask = self.asks.get(getattr(message, "request_id", ""))
+        if isinstance(message, m.Outputs):
+            at = 0
+            for output in message.outputs:
+                self._take_output(output, frames[at : at + output.num_frames])
+                at += output.num_frames
+        elif isinstance(message, m.Failed) and (ask := self.asks.get(message.request_id)) and not ask.end:
+            ask.end = message.code
+
+    def _take_output(self, output: m.RequestOutput, frames: list[bytes]) -> None:
+        ask = self.asks.get(output.request_id)
         if ask is None or ask.end:
             return
-        match message:
-            case m.Tokens() | m.Finished():
-                if message.num_before > len(ask.tokens):
-                    self._submit_rest(ask)
-                elif message.num_before in (-1, len(ask.tokens)):
-                    ask.tokens += msgspec.msgpack.decode(frames[0])
-                    if isinstance(message, m.Finished):
-                        ask.end = "finished"
-            case m.Failed():
-                ask.end = message.code
+        if output.num_before > len(ask.tokens):
+            self._submit_rest(ask)
+        elif output.num_before in (-1, len(ask.tokens)):
+            ask.tokens += msgspec.msgpack.decode(frames[0])
+            if output.finish_reason:
+                ask.end = "finished"

@@ -15,6 +15,7 @@ from vllm.v1.outputs import LogprobsTensors
 
 from epd.endpoint.engine.resume import resumable
 from epd.endpoint.engine.submission import wants_prompt_logprobs
+from epd.endpoint.http.exchange import Part
 from epd.multimodal.splitter import Split
 
 _TOKEN_BYTES = 8
@@ -49,7 +50,7 @@ class Flight:
         num_restarts: how often the same broker needed it again.
         unread_bytes: output that its client has not taken.
         timers: fail it at its deadline, or when no broker has come; cancelled when it ends.
-        num_cached_tokens: of the prompt, that the prefill worker had computed before; -1 while nobody has said so.
+        part: how far it has come, for its exchange.
     """
 
     def __init__(
@@ -71,11 +72,16 @@ class Flight:
         self.resumable = may_resume and resumable(request.sampling_params)
         # Log-probabilities of the prompt come in an output of their own.
         self.prefill_samples = prefill_samples and self.resumable and not wants_prompt_logprobs(request)
+        self.part = Part(
+            request_id=self.request_id,
+            client_id=request.external_req_id or self.request_id,
+            num_prompt_tokens=num_prompt_tokens,
+            num_patches=len(self.patches),
+        )
         self.token_ids: list[int] = []
         self.has_output = self.begun = self.sent = False
         self.attempts = self.num_restarts = self.unread_bytes = 0
         self.timers: dict[str, asyncio.TimerHandle] = {}
-        self.num_cached_tokens = -1
         self._submitted_at = time.monotonic()
         self._num_rows = num_prompt_tokens - 1
         self._waits = wants_prompt_logprobs(request)
@@ -124,6 +130,7 @@ class Flight:
         output.request_id = self.request_id
         output.new_prompt_logprobs_tensors = None  # of the one token that decode computes again, if any
         self.token_ids += output.new_token_ids
+        self.part.num_output_tokens = len(self.token_ids)
         if self._waits and not self._parts and self._row_logprobs is None:
             if output.finished:
                 raise IncompleteOutputError("the prompt's log-probabilities did not arrive")
@@ -139,7 +146,7 @@ class Flight:
             preempted = [event for event in output.events or () if event.type == EngineCoreEventType.PREEMPTED]
             output.events = preempted or None
         if not self.has_output:
-            self.has_output = True
+            self.has_output, self.part.first_at = True, time.monotonic()
             first = outputs[0]
             first.events = [
                 EngineCoreEvent(type=kind, timestamp=self._submitted_at)
@@ -148,7 +155,7 @@ class Flight:
             if first.prefill_stats is not None:
                 # As of one engine: a decode worker counts the KV that it was pushed, which was just computed for it.
                 local = first.prefill_stats.num_local_cached_tokens
-                cached = local if self.num_cached_tokens < 0 else self.num_cached_tokens
+                cached = local if self.part.num_cached_tokens < 0 else self.part.num_cached_tokens
                 num_tokens = self._num_rows + 1
                 first.prefill_stats.set(num_tokens, min(cached, num_tokens), num_external_cached_tokens=0)
             if self._parts:

@@ -7,7 +7,6 @@ exception. Pure ASGI, no vLLM.
 
 from __future__ import annotations
 
-import contextvars
 import json
 import math
 import secrets
@@ -18,6 +17,7 @@ import msgspec
 import structlog
 
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
+from epd.endpoint.http.exchange import SCOPE_KEY, Exchange, current_exchange
 from epd.endpoint.http.keys import owner_of
 from epd.errors import ErrorCode
 
@@ -66,31 +66,6 @@ def failure_of(code: ErrorCode, message: str, retry_after_s: float = RETRY_AFTER
     return Failure(code=code, message=message, status=code.status, retry_after_s=retry_after_s if code.retry else 0.0)
 
 
-class Exchange:
-    """One HTTP request and its answer, as far as failures are concerned.
-
-    Attributes:
-        owner: a digest of the API key that it came with, or nothing.
-        name: its `X-Request-Id`.
-        failure: why it fails; the first reason stays.
-        has_submitted: whether anything of it has been given to the pipeline.
-        has_own_options: whether it chose how its media are processed; the encoder may not take what comes of that.
-    """
-
-    def __init__(self, owner: str = "", name: str = "") -> None:
-        self.owner, self.name = owner, name
-        self.failure: Failure | None = None
-        self.has_submitted = self.has_own_options = False
-
-    def note(self, failure: Failure) -> None:
-        """It fails by this, unless it does already."""
-        if failure.code == ErrorCode.ENCODE_FAILED and self.has_own_options:
-            text = "the model cannot encode what the request's mm_processor_kwargs make of its media"
-            failure = failure_of(ErrorCode.INVALID_REQUEST, f"{text}: {failure.message}")
-        if self.failure is None:
-            self.failure = failure
-
-
 # Anthropic's own words for what every server says.
 _OWN_WORDS: dict[str, str] = {ErrorCode.UNAUTHORIZED: "authentication_error"}
 _WORDS_BY_STATUS = {
@@ -106,8 +81,6 @@ _ERROR_EVENTS = (b"event: error", b'data: {"error"')
 _NAME_BYTES = 8
 _OF_BODY = frozenset({b"content-type", b"content-length"})
 _OWN_HEADERS = _OF_BODY | {b"retry-after", b"cache-control"}
-
-current_exchange: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar("exchange", default=None)
 
 
 def is_anthropic(path: str) -> bool:
@@ -146,6 +119,7 @@ class ExplicitErrors:
             await self._app(scope, receive, send)
             return
         exchange = Exchange(owner_of(scope, has_keys=self._has_keys), _named(scope))
+        scope[SCOPE_KEY] = exchange
         answer = _Answer(scope["path"].removeprefix(scope.get("root_path", "")), send, exchange)
         token = current_exchange.set(answer.exchange)
         try:

@@ -21,13 +21,15 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.exceptions import VLLMClientError
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
 from epd.config import Config, ConfigError
 from epd.endpoint.engine.engine_client import PipelineCore
 from epd.endpoint.engine.llm import PipelineLLM
-from epd.endpoint.http.asgi import AsgiBridge, Lifespan
+from epd.endpoint.engine.submission import PipelineError
+from epd.endpoint.http.asgi import App, AsgiBridge, Lifespan
 from epd.endpoint.http.authentication import ApiKeys
 from epd.endpoint.http.bodies import Bodies
 from epd.endpoint.http.failures import ExplicitErrors, failure_of
@@ -39,15 +41,17 @@ from epd.endpoint.media.bounds import MediaBounds
 from epd.endpoint.media.routes import MediaRoutes
 from epd.endpoint.ops import readiness
 from epd.endpoint.ops.models import ModelRoutes
+from epd.endpoint.ops.request_log import WATCHED_PATHS, RequestLog, quiet_refusals
 from epd.endpoint.ops.routes import OpsRoutes
 from epd.endpoint.ops.warmup import warm_up
 from epd.errors import ErrorCode
-from epd.process import activation, resources
+from epd.process import activation, logs, resources
 
 log = structlog.get_logger()
 
 _TASKS = ("generate",)
 _END_S = 2.0
+_REQUEST_LOGGERS = ("vllm.entrypoints.serve.utils.request_logger", "vllm.v1.engine.async_llm")
 
 
 class Endpoint:
@@ -70,6 +74,9 @@ class Endpoint:
         self._loop = asyncio.get_running_loop()
         args = serve_args(self._config)
         vllm_config = vllm_config_of(args)
+        if args.enable_log_requests:
+            logs.hear(*_REQUEST_LOGGERS)
+        quiet_refusals(VLLMClientError, PipelineError)
         self.core = PipelineCore(self._config, vllm_config, self._name)
         async with contextlib.AsyncExitStack() as stack:
             llm = PipelineLLM(
@@ -84,9 +91,7 @@ class Endpoint:
             self._watch(llm.output_handler)
             app = await self._app(args, llm)
             await stack.enter_async_context(Lifespan(app))
-            keys = self._config.endpoint.api_keys
-            explicit = ExplicitErrors(app, has_keys=bool(keys))
-            self.bridge = AsgiBridge(ApiKeys(explicit, keys) if keys else explicit, refusal=unreadable_body)
+            self.bridge = AsgiBridge(self._around(app, args), refusal=unreadable_body)
             collector = readiness.Collector(self.view)
             prometheus_client.REGISTRY.register(collector)
             stack.callback(prometheus_client.REGISTRY.unregister, collector)
@@ -178,6 +183,17 @@ class Endpoint:
         except ValueError as error:  # such as an adapter that cannot be served
             raise ConfigError(str(error)) from error
         app.state.server = _Uvicorn(self.died)
+        return app
+
+    def _around(self, app: App, args: argparse.Namespace) -> App:
+        """What stands in front of vLLM's application, the innermost first."""
+        keys = self._config.endpoint.api_keys
+        app = ExplicitErrors(app, has_keys=bool(keys))
+        if keys:
+            app = ApiKeys(app, keys)
+        if not args.disable_uvicorn_access_log:
+            silent = filter(None, (args.disable_access_log_for_endpoints or "").split(","))
+            app = RequestLog(app, self.core.stories, WATCHED_PATHS | set(silent))
         return app
 
     async def _listen(self, stack: contextlib.AsyncExitStack, tls: ssl.SSLContext | None) -> None:

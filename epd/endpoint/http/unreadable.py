@@ -13,7 +13,8 @@ import traceback
 import structlog
 
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
-from epd.endpoint.http.failures import current_exchange, failure_of, send_failure
+from epd.endpoint.http.exchange import current_exchange
+from epd.endpoint.http.failures import failure_of, send_failure
 from epd.errors import ErrorCode
 
 log = structlog.get_logger()

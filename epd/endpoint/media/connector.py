@@ -25,7 +25,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.video import get_video_loader_backend_for_processor
 
-from epd.endpoint.http.failures import current_exchange
+from epd.endpoint.http.exchange import current_exchange
 from epd.endpoint.http.refusals import RefusedError
 from epd.endpoint.media import addresses
 from epd.endpoint.media.bounds import MediaBounds, media_timeout

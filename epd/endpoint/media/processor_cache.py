@@ -35,7 +35,7 @@ from vllm.multimodal.cache.base import (
 from vllm.multimodal.media import MediaWithBytes
 from vllm.renderers import BaseRenderer
 
-from epd.endpoint.http.failures import current_exchange
+from epd.endpoint.http.exchange import current_exchange
 from epd.endpoint.http.refusals import RefusedError
 from epd.endpoint.media import connector, repeats
 from epd.endpoint.media.bounds import MediaBounds

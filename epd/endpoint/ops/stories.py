@@ -66,6 +66,10 @@ class Stories:
         if story is not None and story.state != IN_FLIGHT:
             story.events = list(events) or story.events
 
+    def get(self, request_id: str) -> RequestStory | None:
+        """The request of the pipeline with this id, if it is still kept."""
+        return self._stories.get(request_id)
+
     def find(self, client_id: str, owner: str = "") -> list[RequestStory]:
         """The requests behind the id that a client knows, oldest first; empty where this owner has none."""
         found = self._of(_stem(client_id), owner)

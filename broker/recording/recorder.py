@@ -1,4 +1,4 @@
-"""The flight recorder: what the decision core has seen, appended to a file, so that `broker.replay` can do it again.
+"""The flight recorder: what the decision core has seen, appended to a file, so that `replay` can do it again.
 
 Lives in the broker daemon; owns the file. A file is a run of MessagePack values: first a map, how the core was made
 (`HEAD_FIELDS`), then an array for each event:
@@ -24,15 +24,15 @@ import msgpack
 import msgspec
 import structlog
 
-from broker.board import Send
+from broker.core.outbox import Send
 from epd import __version__
 from epd.config import BrokerConfig
 from epd.transport import wire
 
 log = structlog.get_logger()
 
-FORMAT = 1
-HEAD_FIELDS = ("format", "version", "began", "config", "first_generation")
+FORMAT = 2
+HEAD_FIELDS = ("format", "version", "began", "config", "first_generation", "epoch_s")
 SUFFIX = ".mpk"
 _BUFFER_BYTES = 1 << 20
 
@@ -55,12 +55,15 @@ class Recorder:
         max_bytes: at so many bytes the recording ends; what is later cannot be replayed without what is before.
         config: what the core was made with.
         first_generation: likewise.
+        epoch_s: likewise.
 
     Raises:
         OSError: no file can be made there.
     """
 
-    def __init__(self, folder: str, max_bytes: int, config: BrokerConfig, first_generation: int) -> None:
+    def __init__(
+        self, folder: str, max_bytes: int, config: BrokerConfig, first_generation: int, epoch_s: float = 0.0
+    ) -> None:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         _make_room(path, max_bytes)
@@ -70,7 +73,7 @@ class Recorder:
         self._packer = msgpack.Packer()
         self._left = max_bytes
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        head = (FORMAT, __version__, began, msgspec.to_builtins(config), first_generation)
+        head = (FORMAT, __version__, began, msgspec.to_builtins(config), first_generation, epoch_s)
         self._write(dict(zip(HEAD_FIELDS, head, strict=True)))
         self._flush()
 

@@ -7,7 +7,7 @@ asking anybody. The frames are the ones that arrived, not copies.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 class PixelStore:
@@ -15,10 +15,10 @@ class PixelStore:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._frames: OrderedDict[str, list[bytes]] = OrderedDict()
+        self._frames: OrderedDict[str, Sequence[bytes]] = OrderedDict()
         self.num_bytes = 0
 
-    def put(self, frames: Mapping[str, list[bytes]]) -> None:
+    def put(self, frames: Mapping[str, Sequence[bytes]]) -> None:
         """Keeps the frames of some patches, by hash; those without any are left out."""
         for patch_hash, one in frames.items():
             if one and patch_hash not in self._frames:
@@ -28,15 +28,15 @@ class PixelStore:
             _, gone = self._frames.popitem(last=False)
             self.num_bytes -= _size(gone)
 
-    def get(self, patch_hash: str, own: Mapping[str, list[bytes]]) -> list[bytes]:
+    def get(self, patch_hash: str, own: Mapping[str, Sequence[bytes]]) -> Sequence[bytes]:
         """The frames of a patch: from `own` (by hash) if they are there, else from the store, else none."""
         if own.get(patch_hash):
             return own[patch_hash]
         if patch_hash in self._frames:
             self._frames.move_to_end(patch_hash)
             return self._frames[patch_hash]
-        return []
+        return ()
 
 
-def _size(frames: list[bytes]) -> int:
+def _size(frames: Sequence[bytes]) -> int:
     return sum(map(len, frames))

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 import msgpack
 import msgspec
 
-from broker.board import Send
-from broker.core import Core
-from broker.recorder import FORMAT, HEAD_FIELDS, digest
+from broker.core.core import Core
+from broker.core.outbox import Send
+from broker.recording.recorder import FORMAT, HEAD_FIELDS, digest
 from epd import messages as m
 from epd.config import BrokerConfig
 from epd.transport import wire
@@ -88,19 +88,24 @@ def _records(file: BinaryIO) -> Iterator[Any]:
 
 
 def _begin(head: Any) -> Replayed:
-    if not isinstance(head, dict) or tuple(head) != HEAD_FIELDS or head["format"] != FORMAT:
-        raise RecordingError("it does not begin as a recording of this version does")
+    if not isinstance(head, dict) or "format" not in head or "version" not in head:
+        raise RecordingError("it does not begin as a recording does")
+    if head["format"] != FORMAT or tuple(head) != HEAD_FIELDS:
+        text = (
+            f"recorded by EPD {head['version']} in format {head['format']}; this version replays format {FORMAT} only"
+        )
+        raise RecordingError(text)
     try:
         config = msgspec.convert(head["config"], BrokerConfig)
     except msgspec.ValidationError as error:
         raise RecordingError(f"recorded by EPD {head['version']}, with other settings: {error}") from None
-    return Replayed(head["version"], head["began"], Core(config, head["first_generation"]))
+    return Replayed(head["version"], head["began"], Core(config, head["first_generation"], head["epoch_s"]))
 
 
 def _again(done: Replayed, now: float, what: list[Any]) -> list[Send]:
     if len(what) == 1:
         done.num_ticks += 1
-        done.core.board.process_held = what[0]
+        done.core.status_board.process_held = what[0]
         return done.core.tick(now)
     done.num_messages += 1
     peer_id, prefix, header, sizes = what
@@ -109,4 +114,4 @@ def _again(done: Replayed, now: float, what: list[Any]) -> list[Send]:
         return done.core.handle(peer_id, message, frames, now)
     except Exception:  # as the daemon does
         done.errors.append(f"event {done.num_events}: {traceback.format_exc()}")
-        return done.core.board.take()
+        return done.core.take()
