@@ -26,6 +26,7 @@ from epd.transport.sockets import MessageSocket
 log = structlog.get_logger()
 
 TICK_S = 0.25
+NUM_READ = 3  # routing id, prefix, header: the rest is opaque
 
 
 class Broker:
@@ -66,7 +67,7 @@ class Broker:
 
     async def serve(self) -> None:
         """Handles messages and the passing of time, for ever."""
-        self._socket = MessageSocket(self._bound, self._handle)
+        self._socket = MessageSocket(self._bound, self._handle, NUM_READ)
         try:
             while True:
                 await asyncio.sleep(TICK_S)
