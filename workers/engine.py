@@ -258,7 +258,7 @@ class Engine:
 
     def _leg(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int]) -> EngineCoreRequest:
         """A leg's request, checked for what vLLM's model runner would end the whole engine over."""
-        request = self._adapters.settle(self._request_decoder.decode(frames))
+        request = self._adapters.prepare(self._request_decoder.decode(frames))
         request.request_id = leg_id
         if self._positions is not None:
             for feature in request.mm_features or ():
@@ -295,7 +295,7 @@ class Engine:
 
     def step(self) -> tuple[list[EngineCoreOutput], bool]:
         """One engine step: its outputs, and whether the model ran."""
-        self.handover.settle()
+        self.handover.match()
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         return [one for each in (outputs or {}).values() for one in each.outputs], executed

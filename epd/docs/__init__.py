@@ -1,6 +1,6 @@
 """Writes the generated pages of `docs/`: `python -m epd.docs`, or `make docs`; `--check` only compares.
 
-Lives in a developer's process; owns `docs/protocol.md`, `docs/configuration.md` and `docs/errors.md`. The facts come
+Lives in a developer's process; owns `docs/protocol.md`, `configuration.md`, `errors.md` and `vllm.md`. The facts come
 from the code; only the text between them stands in the modules here, one for each page.
 """
 
@@ -13,13 +13,14 @@ from pathlib import Path
 from epd.docs.configuration import configuration
 from epd.docs.errors import errors
 from epd.docs.protocol import protocol
+from epd.docs.vllm import vllm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def pages() -> dict[Path, str]:
     """All generated pages, by where they belong."""
-    written = {"protocol.md": protocol(), "configuration.md": configuration(), "errors.md": errors()}
+    written = {"protocol.md": protocol(), "configuration.md": configuration(), "errors.md": errors(), "vllm.md": vllm()}
     return {ROOT / "docs" / name: text for name, text in written.items()}
 
 

@@ -73,15 +73,15 @@ def test_an_adapter_is_read_with_its_first_request_and_again_once_the_engine_has
 
     core = Core()
     adapters = Adapters(core)
-    assert adapters.settle(request(None)).lora_request is None
+    assert adapters.prepare(request(None)).lora_request is None
     for number in (1, 5):
-        assert adapters.settle(request(asked("red", number, "/a/red"))).lora_request.lora_int_id == 1
+        assert adapters.prepare(request(asked("red", number, "/a/red"))).lora_request.lora_int_id == 1
     assert core.loaded == [1]
     core.loaded.clear()
-    adapters.settle(request(asked("red", 1, "/a/red")))
+    adapters.prepare(request(asked("red", 1, "/a/red")))
     assert core.loaded == [1]
     with pytest.raises(ValueError, match="not here"):
-        adapters.settle(request(asked("blue", 1, "/a/blue")))
+        adapters.prepare(request(asked("blue", 1, "/a/blue")))
 
 
 @pytest.mark.parametrize("spared", [True, False])
