@@ -1,10 +1,10 @@
-"""The decision core's door: messages in, messages out.
+"""The door of the decision core: messages in, messages out. Pure.
 
-`Core.handle` takes one message from one peer, and `Core.tick` the time; both return what to send. The daemon performs
-it, tests and the simulator call it directly. Every accepted request ends in exactly one last output or FAILED, or in
-silence when its endpoint cancelled it or is gone.
+`Core.handle` takes one message from one peer, and `Core.tick` takes the time; both return what to send. The daemon
+sends it; tests and the simulator call the core directly. Every accepted request ends with exactly one last output or
+FAILED, or silently if its endpoint has cancelled it or is gone.
 
-This module puts the parts together, each with what it needs and no more, and says which part takes which message.
+This module creates the parts, gives each only what it needs, and says which part handles which message.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What messages are made of: kinds of peers, stages, pools, slots, patches, workers and stories. See the package.
+"""What messages are made of: kinds of peers, stages, pools, slots, patches, workers and stories. Pure.
 
 `Struct` is the base of all of them: immutable, no unknown fields, defaults left out on the wire.
 """

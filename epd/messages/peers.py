@@ -1,4 +1,4 @@
-"""Messages between the broker and any peer: registration, heartbeats, status. See the package."""
+"""Messages between the broker and any peer: registration, heartbeats, status. Pure."""
 
 from __future__ import annotations
 
