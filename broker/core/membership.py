@@ -109,6 +109,7 @@ class Membership:
         worker = cast(Worker, peer)
         worker.draining = True
         self._stages.retire(worker)
+        self._patches.queue.workers_changed()
         self._changed(now)
         self._tell(worker, Happening.DRAINING, now)
 
