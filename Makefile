@@ -15,7 +15,7 @@ demo: setup ## run the whole pipeline on this machine's CPU
 	.venv/bin/epd demo $(ARGS)
 
 test: setup check ## check, then every test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --junitxml=build/tests.xml $(ARGS)
 
 check: setup ## lint, formatting and types
 	$(PY) -m ruff check .

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -20,6 +21,7 @@ import httpx
 from epd.builtin import MODEL_NAME, model_path
 from epd.config import Config
 from epd.local import LocalPipeline
+from epd.local.environment import scratch_environment
 
 T = TypeVar("T")
 
@@ -116,6 +118,8 @@ def plain_vllm(log: Path, *options: str, model: Path | None = None) -> Iterator[
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",  # as the pipeline's, so that they find each other's kernels
     }
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    scratch = tempfile.TemporaryDirectory(prefix="plain-", ignore_cleanup_errors=True)
+    env |= scratch_environment(Path(scratch.name))
     with log.open("w") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
@@ -132,9 +136,6 @@ def plain_vllm(log: Path, *options: str, model: Path | None = None) -> Iterator[
     finally:
         client.close()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
+            os.killpg(process.pid, signal.SIGKILL)  # in good order it takes ten seconds
+        process.wait(10)
+        scratch.cleanup()

@@ -39,7 +39,8 @@ class Supervisor:
         listening: A socket for the daemons that listen; it stays the caller's.
 
     Attributes:
-        restart_crashed: Start daemons again that end without being asked to, after 0.5 s at first and 10 s at most.
+        restart_crashed: Start daemons again that end without being asked to, after 0.5 s at first.
+        max_backoff_s: How long one that ends again and again is waited with at most.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Supervisor:
     ) -> None:
         self.run_dir, self._preload, self.on_change, self._listening = run_dir, preload, on_change, listening
         self.restart_crashed = False
+        self.max_backoff_s = _MAX_BACKOFF_S
         self.daemons: dict[str, Daemon] = {}
         self.stopping = False
         self._forker: Forker | None = None
@@ -228,7 +230,7 @@ class Supervisor:
     async def _start_again(self, daemon: Daemon) -> None:
         lived_s = time.monotonic() - daemon.started_at
         previous_s = 0.0 if lived_s > _STEADY_S else self._failures.get(daemon.name, 0.0)
-        wait_s = min(_MAX_BACKOFF_S, 2 * previous_s or _BACKOFF_S)
+        wait_s = min(self.max_backoff_s, 2 * previous_s or _BACKOFF_S)
         self._failures[daemon.name] = wait_s
         await asyncio.sleep(wait_s)
         if self.stopping or daemon.alive:

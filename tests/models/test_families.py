@@ -8,13 +8,12 @@ from __future__ import annotations
 import concurrent.futures
 import re
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from benchmarks.servers import DTYPE, Running
 from epd.config import Config, EndpointConfig
-from tests.models.processes import PlainVllm
+from tests.models.conftest import Plain
 from tests.models.questions import Question, ask, film, picture, pictures, sound, text
 from tests.models.registry import FAMILIES, Family
 
@@ -91,15 +90,8 @@ def _counts(running: Running, num_answered: int) -> dict[str, int]:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="module")
-def plain_vllm() -> Iterator[PlainVllm]:
-    """One process for all families."""
-    with PlainVllm() as plain:
-        yield plain
-
-
 @pytest.fixture(scope="module", params=list(QUESTIONS))
-def asked(request: pytest.FixtureRequest, plain_vllm: PlainVllm, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+def asked(request: pytest.FixtureRequest, plain_vllm: Plain, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     """Both servers' answers; they start side by side."""
     family, questions = FAMILIES[request.param], QUESTIONS[request.param]
     folder = family.folder(tmp_path_factory.mktemp("models"), request.param)
@@ -114,7 +106,7 @@ def asked(request: pytest.FixtureRequest, plain_vllm: PlainVllm, tmp_path_factor
         model=str(folder), served_model_name="tiny", engine=engine, endpoint=EndpointConfig(port=0, max_images=4)
     )
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        plain = pool.submit(plain_vllm.answers, task)
+        plain = pool.submit(plain_vllm, task)
         running = Running(config, encode=2, prefill=1, decode=1)
         try:
             return Asked(family, questions, plain.result(), running)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -13,7 +13,7 @@ from benchmarks.servers import DTYPE, Running
 from epd.config import Config, EndpointConfig
 from tests import media_files as files
 from tests.media_files import video_part
-from tests.models.processes import PlainVllm
+from tests.models.conftest import Plain
 from tests.models.registry import FAMILIES
 from tests.pipeline.chats import png, scribble
 from tests.pipeline.test_disaggregation import of, story
@@ -88,15 +88,8 @@ NUM_PATCHES = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain_vllm() -> Iterator[PlainVllm]:
-    """One process for all families."""
-    with PlainVllm() as plain:
-        yield plain
-
-
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paddleocr_vl"])
-def answers(request: pytest.FixtureRequest, plain_vllm: PlainVllm, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def answers(request: pytest.FixtureRequest, plain_vllm: Plain, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the pipeline and plain vLLM answer to each chat, the stories, and what the pipeline's workers hold."""
     family = FAMILIES[request.param]
     folder = str(family.folder(tmp_path_factory.mktemp("models"), request.param))
@@ -111,7 +104,7 @@ def answers(request: pytest.FixtureRequest, plain_vllm: PlainVllm, tmp_path_fact
     endpoint = EndpointConfig(port=0, max_images=4, serve={"trust_request_mm_kwargs": True})
     config = Config(model=folder, served_model_name="tiny", engine=engine, endpoint=endpoint)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answering = pool.submit(plain_vllm.answers, task)
+        answering = pool.submit(plain_vllm, task)
         running = Running(config, encode=2, prefill=1, decode=1)
         try:
             return compare(running, chats, answering.result(), rates=request.param == "qwen2_5_vl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import importlib.util
 import io
 import json
@@ -16,7 +17,8 @@ from benchmarks.servers import DTYPE, Running
 from epd.config import Config, EndpointConfig
 from tests import media_files as files
 from tests.media_files import audio_part, image_part, input_audio, text_part, video_part
-from tests.models.processes import python
+from tests.models.conftest import Plain
+from tests.models.registry import FAMILIES
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
@@ -140,24 +142,24 @@ def _resampled(part: dict[str, Any]) -> dict[str, Any]:
 class Both:
     """A pipeline, and what plain vLLM says to each of its chats."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, plain_vllm: Plain) -> None:
         for file, content in LOCAL.items():
             (folder / file).write_bytes(content())
         self.chats: dict[str, Messages] = {
             chat: json.loads(json.dumps(messages()).replace(FOLDER, str(folder)))
             for chat, (messages, _) in MODELS[name].items()
         }
-        model = folder / name
-        python("tests.models.tiny", name, str(model))
+        model = FAMILIES[name].folder(folder, name)
         served = ENGINE | {"limit_mm_per_prompt": {"image": 32, "video": 4, "audio": AUDIOS.get(name, 24)}}
         engine = served | {"kv_cache_memory_bytes": 64 << 20, "allowed_local_media_path": str(folder)}
         chats = [_for_plain(messages) for messages in self.chats.values()]
-        task = {"engine": engine, "max_tokens": MAX_TOKENS, "chats": chats}
-        answers = json.loads(python("tests.models.plain", str(model), stdin=json.dumps(task)))
-        self.plain: dict[str, Any] = dict(zip(self.chats, answers, strict=True))
+        task = {"model": str(model), "engine": engine, "max_tokens": MAX_TOKENS, "chats": chats}
         endpoint = EndpointConfig(port=0, allowed_local_media_path=str(folder))
         config = Config(model=str(model), served_model_name="tiny", engine=served, endpoint=endpoint)
-        self.running = Running(config, encode=2, prefill=1, decode=1)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            answering = pool.submit(plain_vllm, task)
+            self.running = Running(config, encode=2, prefill=1, decode=1)
+            self.plain: dict[str, Any] = dict(zip(self.chats, answering.result(), strict=True))
 
     def ask(self, chat: str) -> tuple[dict[str, Any], int]:
         """The pipeline's answer, and how many patches were encoded for it."""
@@ -170,7 +172,7 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Both]]:
+def servers(plain_vllm: Plain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Both]]:
     """The pipeline of a model; the one before it is closed."""
     running: dict[str, Both] = {}
 
@@ -178,7 +180,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         if name not in running:
             while running:
                 running.popitem()[1].running.close()
-            running[name] = Both(tmp_path_factory.mktemp(name), name)
+            running[name] = Both(tmp_path_factory.mktemp(name), name, plain_vllm)
         return running[name]
 
     yield serve

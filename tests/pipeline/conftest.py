@@ -1,15 +1,19 @@
-"""One pipeline and one plain vLLM for all tests of this folder that only talk to them."""
+"""The pipelines that several modules of this folder share, by what they are made of; each starts with its first test.
+
+Tests that kill or restart daemons leave them all running and idle.
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from benchmarks.servers import DTYPE, MAX_IMAGES, MAX_MODEL_LEN, Running, plain_vllm
+from benchmarks.servers import DTYPE, MAX_IMAGES, MAX_MODEL_LEN, Running
+from epd.builtin import DEMO_QUESTION
 from epd.config import Config, EndpointConfig
+from tests.pipeline.chats import ask, chat, demo
 
 
 def config(**endpoint: object) -> Config:
@@ -20,32 +24,36 @@ def config(**endpoint: object) -> Config:
     )
 
 
-@pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, httpx.Client]]:
-    """Both servers, started side by side."""
-    log = tmp_path_factory.mktemp("plain") / "vllm.log"
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        starting = pool.submit(Running, config(), encode=2, prefill=1, decode=1)
-        try:
-            with plain_vllm(log) as plain:
-                yield starting.result(), plain
-        finally:
-            starting.result().close()
+@pytest.fixture(scope="package")
+def running() -> Iterator[Running]:
+    """The pipeline of most tests: two encode workers, one prefill, one decode; what ends stays away."""
+    running = Running(config(), encode=2, prefill=1, decode=1)
+    yield running
+    running.close()
 
 
-@pytest.fixture(scope="session")
-def running(servers: tuple[Running, httpx.Client]) -> Running:
-    """The pipeline: two encode workers, one prefill, one decode."""
-    return servers[0]
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def epd(running: Running) -> httpx.Client:
     """HTTP to the pipeline."""
     return running.http
 
 
-@pytest.fixture(scope="session")
-def plain(servers: tuple[Running, httpx.Client]) -> httpx.Client:
-    """HTTP to plain vLLM."""
-    return servers[1]
+@pytest.fixture(scope="package")
+def pairs() -> Iterator[Running]:
+    """Two workers of each stage; what is killed comes back, as under systemd, and soon, however often it is killed."""
+    yield from comes_back(2)
+
+
+@pytest.fixture(scope="package")
+def small() -> Iterator[Running]:
+    """One worker of each stage; what is killed comes back, soon."""
+    yield from comes_back(1)
+
+
+def comes_back(workers: int) -> Iterator[Running]:
+    """A pipeline with so many workers of each stage that has answered once."""
+    running = Running(config(), restart=True, encode=workers, prefill=workers, decode=workers)
+    running.pipeline.supervisor.max_backoff_s = 0.5
+    ask(running.http, chat(DEMO_QUESTION, [demo()]))
+    yield running
+    running.close()

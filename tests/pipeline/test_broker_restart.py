@@ -15,7 +15,6 @@ import pytest
 from benchmarks.servers import Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION
 from tests.pipeline.chats import ask, chat, demo, scribble, stream, tokens
-from tests.pipeline.conftest import config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -29,18 +28,16 @@ BODIES = [
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    """A pipeline whose daemons come back when they are killed, as under systemd."""
-    running = Running(config(), restart=True, encode=1, prefill=1, decode=2)
-    ask(running.http, chat(DEMO_QUESTION, [demo()]))
-    yield running
-    running.close()
+def running(pairs: Running) -> Running:
+    """A pipeline whose daemons come back when they are killed."""
+    return pairs
 
 
 @pytest.fixture(scope="module")
 def truth(running: Running) -> list:
     """What undisturbed requests answer."""
-    return [tokens(ask(running.http, body))[0][:2] for body in BODIES]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda body: tokens(ask(running.http, body))[0][:2], BODIES))
 
 
 @pytest.fixture(autouse=True)

@@ -13,29 +13,16 @@ import pytest
 from benchmarks.servers import Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION
 from tests.pipeline.chats import ask, chat, demo, scribble, stream, tokens
-from tests.pipeline.conftest import config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
-LONG = chat("List the digits.", [scribble(5)], max_tokens=900, ignore_eos=True)
+LONG = chat("List the digits.", [scribble(5)], max_tokens=400, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    """Two workers of each stage; what is killed comes back, as under systemd."""
-    running = Running(config(), restart=True, encode=2, prefill=2, decode=2)
-    ask(running.http, chat(DEMO_QUESTION, [demo()]))
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def small() -> Iterator[Running]:
-    """One worker of each stage; what is killed comes back."""
-    running = Running(config(), restart=True, encode=1, prefill=1, decode=1)
-    ask(running.http, chat(DEMO_QUESTION, [demo()]))
-    yield running
-    running.close()
+def running(pairs: Running) -> Running:
+    """Two workers of each stage; what is killed comes back."""
+    return pairs
 
 
 @pytest.fixture(autouse=True)

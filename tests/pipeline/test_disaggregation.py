@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks.servers import DTYPE
 from epd.builtin import DEMO_QUESTION, model_path
+from epd.planning.configs import dtype_bytes
 from tests.pipeline.chats import ask, chat, scribble, tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
@@ -69,16 +72,16 @@ def test_the_stages_hold_their_own_parameters_only(epd: httpx.Client) -> None:
         else:
             assert member["tower_bytes"] == 0, name
             assert member["language_bytes"] > 1_000_000, name
-    whole = sum(weight_bytes(model_path()).values())
+    whole = num_parameters(model_path()) * dtype_bytes(DTYPE)
     held = members["encode-0"]["tower_bytes"] + members["decode-0"]["language_bytes"]
     assert held == pytest.approx(whole, rel=0.01), "together they are the whole model"
 
 
-def weight_bytes(model: Path) -> dict[str, int]:
-    """Bytes of each tensor in a model's one safetensors file."""
+def num_parameters(model: Path) -> int:
+    """Elements of all tensors in a model's one safetensors file."""
     data = (model / "model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return {k: v["data_offsets"][1] - v["data_offsets"][0] for k, v in header.items() if k != "__metadata__"}
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def test_the_decode_worker_computes_nothing_of_the_prompt(epd: httpx.Client) -> None:

@@ -9,7 +9,6 @@ import concurrent.futures
 import random
 import signal
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -18,7 +17,6 @@ from benchmarks.servers import Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION
 from epd.local import State
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
-from tests.pipeline.conftest import config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -27,17 +25,9 @@ ROUNDS = 4
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    """A pipeline whose daemons come back when they are killed, as under systemd."""
-    running = Running(config(), restart=True, encode=2, prefill=2, decode=1)
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def truth(running: Running) -> dict[int, list]:
+def truth(pairs: Running) -> dict[int, list]:
     """What undisturbed requests answer."""
-    return {seed: tokens(ask(running.http, body(seed, "truth"))) for seed in range(NUM_PICTURES)}
+    return {seed: tokens(ask(pairs.http, body(seed, "truth"))) for seed in range(NUM_PICTURES)}
 
 
 def body(seed: int, salt: str) -> dict:
@@ -71,8 +61,10 @@ def wait_back(running: Running, victim: str, dead_pid: int, within_s: float = 30
 
 @pytest.mark.parametrize("victim", ["encode-0", "prefill-0", "cache", "decode-0"])
 def test_killed_at_any_moment_every_answer_is_right_or_an_explicit_error(
-    running: Running, truth: dict[int, list], victim: str
+    request: pytest.FixtureRequest, truth: dict[int, list], victim: str
 ) -> None:
+    # The only decode worker, but one of two that encode or prefill.
+    running: Running = request.getfixturevalue("small" if victim == "decode-0" else "pairs")
     rng = random.Random(victim)
     num_right = 0
     for number in range(ROUNDS):
@@ -94,6 +86,7 @@ def test_killed_at_any_moment_every_answer_is_right_or_an_explicit_error(
         assert num_right == ROUNDS * NUM_PICTURES, "the other encode worker takes over"
 
 
-def test_after_all_that_the_picture_is_still_read(running: Running) -> None:
-    [(_, text, _)] = tokens(ask(running.http, chat(DEMO_QUESTION, [demo()])))
-    assert text.strip() == DEMO_ANSWER
+def test_after_all_that_the_picture_is_still_read(pairs: Running, small: Running) -> None:
+    for running in (pairs, small):
+        [(_, text, _)] = tokens(ask(running.http, chat(DEMO_QUESTION, [demo()])))
+        assert text.strip() == DEMO_ANSWER

@@ -16,7 +16,7 @@ from tests.pipeline.test_disaggregation import of, story
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 NUM_REQUESTS = 6
-KV_BYTES = 18 << 18  # room for 17 blocks of 128 tokens; the answers grow to more than twice that
+KV_BYTES = 18 << 19  # room for 17 blocks of 128 tokens; the answers grow to more than twice that
 
 
 @pytest.fixture(scope="module")

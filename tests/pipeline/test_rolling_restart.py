@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks.servers import Running
 from tests.pipeline.chats import ask, chat, scribble, tokens
-from tests.pipeline.conftest import config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
@@ -61,26 +60,22 @@ class Client(threading.Thread):
         self.join(60)
 
 
-def test_a_rolling_restart_of_all_daemons_under_load_fails_no_request() -> None:
-    running = Running(config(), encode=2, prefill=1, decode=1)
-    try:
-        expected = [(body, tokens(ask(running.http, body))) for body in bodies()]
-        clients = [Client(running.pipeline.url, expected, first) for first in range(NUM_CLIENTS)]
-        for client in clients:
-            client.start()
+def test_a_rolling_restart_of_all_daemons_under_load_fails_no_request(running: Running) -> None:
+    expected = [(body, tokens(ask(running.http, body))) for body in bodies()]
+    clients = [Client(running.pipeline.url, expected, first) for first in range(NUM_CLIENTS)]
+    for client in clients:
+        client.start()
+    time.sleep(1.0)
+    answers = []
+    for name in ORDER:
+        before = sum(client.num_answers for client in clients)
+        running.run(running.pipeline.roll(name))
         time.sleep(1.0)
-        answers = []
-        for name in ORDER:
-            before = sum(client.num_answers for client in clients)
-            running.run(running.pipeline.roll(name))
-            time.sleep(1.0)
-            answers.append((name, sum(client.num_answers for client in clients) - before))
-        for client in clients:
-            client.stop()
-        wrong = [text for client in clients for text in client.wrong]
-        assert not wrong, (answers, wrong[:5])
-        assert all(count for _, count in answers), answers
-        print(answers)
-        running.wait_idle()
-    finally:
-        running.close()
+        answers.append((name, sum(client.num_answers for client in clients) - before))
+    for client in clients:
+        client.stop()
+    wrong = [text for client in clients for text in client.wrong]
+    assert not wrong, (answers, wrong[:5])
+    assert all(count for _, count in answers), answers
+    print(answers)
+    running.wait_idle()

@@ -10,7 +10,7 @@ from epd.builtin import model_path
 from epd.planning.activations import kv_bytes, layer_bytes
 from epd.planning.configs import find_config
 from epd.planning.shapes import Stack, shape_of
-from tests.engine_process import run_module
+from tests.forks import Forks
 from tests.planning.stage_engine import KV_BYTES
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
@@ -18,15 +18,10 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 NUM_PATCHES = 8
 
 
-def run(*arguments: str) -> dict[str, Any]:
-    """What a module of the tests prints last."""
-    return run_module(*arguments, timeout_s=150)
-
-
 @pytest.fixture(scope="module")
-def engines() -> dict[str, dict[str, Any]]:
+def engines(forks: Forks) -> dict[str, dict[str, Any]]:
     """What each stage's engine holds."""
-    return {stage: run("tests.planning.stage_engine", stage) for stage in ("encode", "prefill", "decode")}
+    return {stage: forks.run("tests.planning.stage_engine", stage) for stage in ("encode", "prefill", "decode")}
 
 
 def test_each_stage_holds_the_bytes_of_its_counted_parameters(engines: dict[str, dict[str, Any]]) -> None:
@@ -53,10 +48,12 @@ def test_kv_of_a_token_is_that_of_vllms_own_blocks(engines: dict[str, dict[str, 
     assert engines["encode"]["kv_capacity_tokens"] == 0
 
 
-def test_the_estimated_peak_of_encoding_is_of_the_size_that_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_estimated_peak_of_encoding_is_of_the_size_that_is_measured(
+    forks: Forks, capsys: pytest.CaptureFixture[str]
+) -> None:
     stack = Stack(num_layers=2, width=1152, inner=4304, num_heads=16, num_kv_heads=16, head_dim=72, gated=False)
     estimate = NUM_PATCHES * layer_bytes(stack, positions=1024, dtype_bytes=2)
-    told = run("tests.planning.peak", str(NUM_PATCHES + 1))
+    told = forks.run("tests.planning.peak", str(NUM_PATCHES + 1), timeout_s=150)
     measured = told["grown"]
     with capsys.disabled():
         sizes = f"estimated {estimate / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB"

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.servers import Running, plain_vllm
 from broker.recording.replay import replay
 from tests.pipeline.chats import ask, tokens
@@ -20,16 +22,24 @@ from tests.soak.run import Result, Soak, soak_config
 WORKERS = {"encode": 2, "prefill": 1, "decode": 2}
 
 
-def plain_answers(prompts: list[dict[str, Any]]) -> list[Choices]:
+def plain_answers(prompts: list[dict[str, Any]], plain: httpx.Client) -> list[Choices]:
     """What plain vLLM answers to each, one at a time."""
-    with tempfile.TemporaryDirectory() as folder, plain_vllm(Path(folder) / "vllm.log") as plain:
-        return [tokens(ask(plain, body)) for body in prompts]
+    return [tokens(ask(plain, body)) for body in prompts]
 
 
-def soak(plan: Plan) -> Result:
-    """Runs a plan from beginning to end."""
+def soak(plan: Plan, plain: httpx.Client | None = None) -> Result:
+    """Runs a plan from beginning to end.
+
+    Args:
+        plan: what to do.
+        plain: plain vLLM with the built-in model; without one it is started, and stopped before the storm.
+    """
     prompts = make_prompts()
-    truths = plain_answers(prompts)
+    if plain is None:
+        with tempfile.TemporaryDirectory() as folder, plain_vllm(Path(folder) / "vllm.log") as started:
+            truths = plain_answers(prompts, started)
+    else:
+        truths = plain_answers(prompts, plain)
     before = set(descendants(os.getpid()))
     recordings = tempfile.TemporaryDirectory()
     config = soak_config()

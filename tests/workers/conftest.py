@@ -1,4 +1,4 @@
-"""Engines that the tests of one module share."""
+"""Engines that the tests of this folder share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.workers.kv_pair import Pair
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """A prefill and a decode engine."""
     made = Pair(tmp_path_factory.mktemp("engines"))

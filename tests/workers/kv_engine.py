@@ -7,6 +7,7 @@ test decides what has happened on each side when something is aborted.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -171,6 +172,8 @@ class Host:
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM logs, from threads of its own, is no answer
     if "--plain" in sys.argv:  # vLLM's own connector, to see what it does
         push_connector.MODULE = "vllm.distributed.kv_transfer.kv_connector.v1.nixl"
         push_connector.PushScheduler.give_up = lambda *_: None
@@ -178,10 +181,10 @@ def main() -> None:
 
         push_scheduler.NixlPushConnectorScheduler.give_up = lambda *_: None
     host = Host(Stage(sys.argv[1]))
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
-        print(json.dumps({"result": getattr(host, name)(*arguments)}), flush=True)
+        print(json.dumps({"result": getattr(host, name)(*arguments)}), file=answers)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.engine_process import environment, free_port
+from tests.forks import environment, free_port
 
 WITHIN_S = 8.0
 _ids = itertools.count()
@@ -32,9 +32,9 @@ class RemoteEngine:
 
     def answer(self) -> dict[str, Any]:
         assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith(('{"ready"', '{"result"')):
-                return json.loads(line)
+        if line := self.process.stdout.readline():
+            told: dict[str, Any] = json.loads(line)
+            return told
         raise AssertionError(f"the {self.role} engine is gone:\n{self.log.read_text()[-3000:]}")
 
     def __getattr__(self, name: str) -> Callable[..., Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine_process import run_module
+from tests.forks import Forks
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, list]:
+def told(forks: Forks) -> dict[str, list]:
     """What the engine's process says."""
-    return run_module("tests.workers.encode_engine")
+    return forks.run("tests.workers.encode_engine")
 
 
 def test_the_items_really_have_other_shapes(told: dict[str, list]) -> None:

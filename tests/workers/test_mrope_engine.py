@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine_process import run_module
+from tests.forks import Forks
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen3_vl"])
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def told(request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the engine's process says."""
     folder: Path = tmp_path_factory.mktemp(request.param)
-    return run_module("tests.workers.mrope_engine", request.param, str(folder))
+    return forks.run("tests.workers.mrope_engine", request.param, str(folder))
 
 
 def test_it_holds_no_tower_even_if_deepstack_needed_one_to_be_made(told: dict) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine_process import run_module
+from tests.forks import Forks
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, list]:
+def told(forks: Forks) -> dict[str, list]:
     """What the engine's process says."""
-    return run_module("tests.workers.prefill_engine")
+    return forks.run("tests.workers.prefill_engine")
 
 
 def test_nothing_runs_while_too_little_is_ready_to_be_worth_a_step(told: dict[str, list]) -> None:
