@@ -182,7 +182,7 @@ class Core:
         match message:
             case m.Heartbeat():
                 self._liveness.heard_steps(peer, message.num_steps, now)
-                peer.held = message.held
+                peer.held, peer.gauges = message.held, message.gauges
                 self.board.send(peer.peer_id, m.HeartbeatAck())
                 if peer.role is Role.ENDPOINT:
                     self.board.send(peer.peer_id, self.board.status())

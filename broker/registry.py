@@ -34,6 +34,7 @@ class Peer:
     jobs: set[int] = dataclasses.field(default_factory=set)
     requests: set[str] = dataclasses.field(default_factory=set)
     held: dict[str, int] = dataclasses.field(default_factory=dict)
+    gauges: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def status(self) -> WorkerStatus:
         """This peer as shown to people."""
@@ -48,6 +49,7 @@ class Peer:
             draining=self.draining,
             info=self.info,
             held=self.held,
+            gauges=self.gauges,
         )
 
 

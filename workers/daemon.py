@@ -65,6 +65,7 @@ class Worker:
             on_lost=self._on_lost,
             steps=lambda: self._thread.num_steps,
             held=lambda: resources.of_process() | self._thread.held,
+            gauges=lambda: self._thread.gauges,
         )
 
     async def serve(self, life: Life) -> int:

@@ -36,11 +36,13 @@ class Pools(Struct, frozen=True):
 class Heartbeat(Struct, frozen=True):
     """Any peer → Broker: still here. `num_steps` counts engine steps, so that a hung engine shows.
 
-    `held` counts what the process holds, by kind: requests, patches, KV blocks, tasks, file descriptors.
+    `held` counts what the process holds, by kind: requests, patches, KV blocks, tasks, file descriptors. `gauges` are
+    what its engine tells of itself for metrics, by name (`workers.gauges`).
     """
 
     num_steps: int = 0
     held: dict[str, int] = msgspec.field(default_factory=dict)
+    gauges: dict[str, float] = msgspec.field(default_factory=dict)
 
 
 class HeartbeatAck(Struct, frozen=True):

@@ -54,6 +54,7 @@ class BrokerLink:
             broker is to be dropped. Registration then starts again by itself.
         steps: the number of engine steps, sent with each heartbeat.
         held: what this process holds, sent with each heartbeat too.
+        gauges: what it tells of itself for metrics, likewise.
     """
 
     def __init__(
@@ -69,9 +70,11 @@ class BrokerLink:
         on_lost: OnLost | None = None,
         steps: Callable[[], int] = int,
         held: Callable[[], dict[str, int]] = resources.of_process,
+        gauges: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._address, self._name, self._role = address, name, role
-        self._info, self._pools, self._steps, self._held = info, pools, steps, held
+        self._info, self._pools, self._steps = info, pools, steps
+        self._held, self._gauges = held, gauges
         self._on_message, self._on_registered, self._on_lost = on_message, on_registered, on_lost
         self._sockets = SocketFactory()
         self._socket: MessageSocket | None = None
@@ -178,7 +181,7 @@ class BrokerLink:
             if done:
                 return lost.result()
             if not self._leaving:
-                self.send(Heartbeat(num_steps=self._steps(), held=self._held()))
+                self.send(Heartbeat(num_steps=self._steps(), held=self._held(), gauges=self._gauges()))
             silent_s = time.monotonic() - self._heard_at
             if silent_s > welcome.lost_after_s:
                 return f"the broker was silent for {silent_s:.1f} s"

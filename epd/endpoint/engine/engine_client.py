@@ -25,6 +25,7 @@ from epd.endpoint.engine.adapters import AdapterChecks
 from epd.endpoint.engine.flights import Flights
 from epd.endpoint.engine.questions import Questions
 from epd.endpoint.engine.resume import SAMPLER_OPTIONS
+from epd.endpoint.engine.stat_loggers import RequestTimes
 from epd.endpoint.engine.submission import PipelineError, check_request
 from epd.endpoint.http.exchange import current_exchange
 from epd.endpoint.http.failures import failure_of
@@ -72,6 +73,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         self.beliefs = Beliefs()
         self.uploads = Uploads(config.endpoint, self.beliefs, self._send)
         self.stories = Stories(config.broker.story_keep)
+        self.request_times = RequestTimes()
         # Processors of their own may keep state that nobody can rebuild.
         prefill, decode = config.engine_options("prefill"), config.engine_options("decode")
         self.flights = Flights(
@@ -219,6 +221,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
                 if self.flights.on_output(message, frames):
                     self.flights.end(message.request_id)
                     self.stories.close(message.request_id, "finished", message.finish_reason, message.story)
+                    self.request_times.observe(message.story)
                 else:
                     self.stories.complete(message.request_id, message.story)
             case Failed():
