@@ -50,8 +50,8 @@ def load(http: httpx.Client) -> None:
     for body in (
         chat("List the digits.", [scribble(301)], max_tokens=20, ignore_eos=True),
         chat("List the digits.", [scribble(301)], max_tokens=20, ignore_eos=True),
-        chat("How many digits are there?" * 12, max_tokens=7, ignore_eos=True),
-        chat("How many digits are there?" * 12, max_tokens=9, ignore_eos=True, n=2),
+        chat("How many digits are there?" * 30, max_tokens=7, ignore_eos=True),
+        chat("How many digits are there?" * 30, max_tokens=9, ignore_eos=True, n=2, temperature=1.0),
     ):
         ask(http, body)
 
