@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
+from benchmarks.servers import DTYPE
 from epd.builtin import MODEL_NAME
 from epd.config import Config, EndpointConfig
 
@@ -28,7 +29,7 @@ NAME_WIDTH = 72
 def config() -> Config:
     """The pipeline of all benchmarks: the built-in model, as the tests run it."""
     return Config(
-        engine={"max_model_len": MAX_MODEL_LEN, "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 8}},
+        engine={"max_model_len": MAX_MODEL_LEN, "dtype": DTYPE, "limit_mm_per_prompt": {"image": 8}},
         endpoint=EndpointConfig(port=0, max_images=8),
     )
 

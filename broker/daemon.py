@@ -1,7 +1,7 @@
 """The broker daemon: one loop that owns the ROUTER socket and performs what the decision core decides.
 
 It reads headers only and forwards opaque frames untouched. A malformed message is counted and logged, at most once a
-second, and costs its sender only. With `broker.record` all that the core sees is recorded (`broker.recorder`).
+second, and costs its sender only. With `broker.record` all that the core sees is recorded (`broker.recording`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import time
 import structlog
 import zmq
 
-from broker.board import Send
-from broker.core import Core
-from broker.recorder import Recorder
+from broker.core.core import Core
+from broker.core.outbox import Send
+from broker.recording.recorder import Recorder
 from epd.config import Config, ConfigError
 from epd.process import lifecycle, resources
 from epd.process.lifecycle import Life
@@ -25,6 +25,7 @@ from epd.transport.sockets import MessageSocket
 log = structlog.get_logger()
 
 TICK_S = 0.25
+NUM_READ = 3  # routing id, prefix, header: the rest is opaque
 
 
 class Broker:
@@ -40,7 +41,8 @@ class Broker:
     def __init__(self, config: Config) -> None:
         # Generations start at the time in microseconds: no earlier broker of the same pools can have got so far.
         first_generation = time.time_ns() // 1000
-        self.core = Core(config.broker, first_generation)
+        epoch_s = time.time() - time.monotonic()
+        self.core = Core(config.broker, first_generation, epoch_s)
         self._sockets = SocketFactory()
         try:
             self._bound = self._sockets.bind_router(config.broker.address, max_waiting=UNBOUNDED)
@@ -52,7 +54,7 @@ class Broker:
         if config.broker.record:
             try:
                 self._recorder = Recorder(
-                    config.broker.record, config.broker.record_bytes, config.broker, first_generation
+                    config.broker.record, config.broker.record_bytes, config.broker, first_generation, epoch_s
                 )
             except OSError as error:
                 self._sockets.close()
@@ -64,12 +66,12 @@ class Broker:
 
     async def serve(self) -> None:
         """Handles messages and the passing of time, for ever."""
-        self._socket = MessageSocket(self._bound, self._handle)
+        self._socket = MessageSocket(self._bound, self._handle, NUM_READ)
         try:
             while True:
                 await asyncio.sleep(TICK_S)
                 now, process_held = time.monotonic(), resources.of_process()
-                self.core.board.process_held = process_held
+                self.core.status_board.process_held = process_held
                 sends = self.core.tick(now)
                 if self._recorder:
                     self._recorder.tick(now, process_held, sends)
@@ -95,7 +97,7 @@ class Broker:
             sends = self.core.handle(peer_id, message, frames, now)
         except Exception:  # an error in the core is ours, but one request's message must not end all others
             log.exception("not handled", peer=peer_id, command=type(message).__name__)
-            sends = self.core.board.take()
+            sends = self.core.take()
         if self._recorder:
             self._recorder.message(now, peer_id, parts[1:], sends)
         self._perform(sends)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cache.eviction import Clock, EvictionQueue, Rank
 from cache.extents import Extents, align
@@ -15,8 +16,7 @@ from cache.packing import pack
 from epd.messages import Pool
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """Bytes of a pool."""
 
     pool_id: str
@@ -43,12 +43,19 @@ _Victim = tuple[str, Extent, Rank]
 
 
 class Arena:
-    """Allocates extents in all pools, evicting what may be evicted in the order of `cache.eviction`."""
+    """Allocates extents in all pools, evicting what may be evicted in the order of `cache.eviction`.
+
+    Attributes:
+        capacity_bytes: bytes of all pools that can be used.
+        used_bytes: bytes allocated in all pools, those that may be evicted included.
+    """
 
     def __init__(self, pools: Iterable[Pool] = ()) -> None:
         self._memories: dict[str, _Memory] = {}
         self._evictable: dict[str, Extent] = {}
         self._evictable_bytes = 0
+        self._min_slot_bytes = self._largest_bytes = 0
+        self.capacity_bytes = self.used_bytes = 0
         self._clock = Clock()
         for pool in pools:
             self.add(pool)
@@ -59,14 +66,9 @@ class Arena:
         return [memory.pool for memory in self._memories.values()]
 
     @property
-    def capacity_bytes(self) -> int:
-        """Bytes of all pools that can be used."""
-        return sum(memory.extents.capacity_bytes for memory in self._memories.values())
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes allocated in all pools, those that may be evicted included."""
-        return sum(memory.extents.used_bytes for memory in self._memories.values())
+    def free_bytes(self) -> int:
+        """Bytes of all pools that are not allocated."""
+        return self.capacity_bytes - self.used_bytes
 
     def add(self, pool: Pool) -> None:
         """Adds a pool, all of it free.
@@ -77,6 +79,7 @@ class Arena:
         if pool.pool_id in self._memories:
             raise ValueError(f"pool {pool.pool_id} is there already")
         self._memories[pool.pool_id] = _Memory(pool, Extents(pool.nbytes))
+        self._measure()
 
     def remove(self, pool_id: str) -> None:
         """Forgets a pool and all extents in it.
@@ -87,6 +90,16 @@ class Arena:
         del self._memories[pool_id]
         for key in [key for key, extent in self._evictable.items() if extent.pool_id == pool_id]:
             self._evictable_bytes -= self._evictable.pop(key).nbytes
+        self._measure()
+
+    def _measure(self) -> None:
+        """Pools have come or gone."""
+        memories = self._memories.values()
+        self.capacity_bytes = sum(memory.extents.capacity_bytes for memory in memories)
+        self.used_bytes = sum(memory.extents.used_bytes for memory in memories)
+        self._largest_bytes = max((memory.extents.capacity_bytes for memory in memories), default=0)
+        # A patch may go to any pool, so none takes less than in any of them.
+        self._min_slot_bytes = max((memory.pool.min_slot_bytes for memory in memories), default=0)
 
     def allow_eviction(self, key: str, extent: Extent, cost_s: float) -> None:
         """From now on `key` may leave `extent` when room is needed; `cost_s` is what encoding it again takes."""
@@ -100,6 +113,7 @@ class Arena:
     def free(self, extent: Extent) -> None:
         """Frees an extent that is not evictable."""
         self._memories[extent.pool_id].extents.free(extent.offset)
+        self.used_bytes -= extent.nbytes
 
     def place(
         self, sizes: Mapping[str, int], *, keep: Collection[str] = (), prefer: str | None = None
@@ -113,8 +127,7 @@ class Arena:
             None, with nothing changed, where they do not fit at present.
         """
         sizes = self._slots(sizes)
-        free_bytes = self.capacity_bytes - self.used_bytes
-        if sum(sizes.values()) > free_bytes + self._evictable_bytes:
+        if sum(sizes.values()) > self.free_bytes + self._evictable_bytes:
             return None
         kept = [(key, *self._pull(key)) for key in keep if key in self._evictable]
         victims: list[_Victim] = []
@@ -148,7 +161,7 @@ class Arena:
             victims.append((key, extent, rank))
         victims.sort(key=lambda victim: victim[2])
         for extent in plan.values():
-            taken = self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes)
+            taken = self._retake(extent)
             assert taken, f"{extent} is not free in empty pools"
         moved = [victim for victim in victims if victim[0] in sizes]
         left = [victim for victim in victims if victim[0] not in sizes]
@@ -157,8 +170,7 @@ class Arena:
 
     def fits_empty(self, sizes: Mapping[str, int]) -> bool:
         """Whether `sizes` fit together into these pools when they are empty."""
-        largest = max((memory.extents.capacity_bytes for memory in self._memories.values()), default=0)
-        if sum(map(align, self._slots(sizes).values())) <= largest:
+        if sum(map(align, self._slots(sizes).values())) <= self._largest_bytes:
             return True  # one after the other, in that pool alone
         return self._plan_empty(sizes) is not None
 
@@ -172,36 +184,56 @@ class Arena:
         if packing is None:
             return None
         empty = Arena(self.pools)
-        extents = {key: _allocate(empty._memories[pool_id], sizes[key]) for key, pool_id in packing.items()}
+        extents = {key: empty._allocate(empty._memories[pool_id], sizes[key]) for key, pool_id in packing.items()}
         assert all(extents.values()), "a packing does not fit"
         return {key: extent for key, extent in extents.items() if extent is not None}
 
     def _slots(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The bytes that `sizes` take: a patch may go to any pool, so none takes less than in any of them."""
-        least = max((memory.pool.min_slot_bytes for memory in self._memories.values()), default=0)
-        return {key: max(nbytes, least) for key, nbytes in sizes.items()}
+        """The bytes that `sizes` take."""
+        least = self._min_slot_bytes
+        return {key: max(nbytes, least) for key, nbytes in sizes.items()} if least else dict(sizes)
 
     def _find(self, nbytes: int, prefer: str | None, victims: list[_Victim]) -> Extent | None:
-        everywhere = [m for m in self._memories.values() if m.extents.capacity_bytes >= nbytes]
-        preferred = [memory for memory in everywhere if memory.pool.pool_id == prefer]
-        for memories in (preferred, everywhere):
-            for memory in sorted(memories, key=lambda memory: -memory.extents.free_bytes):
-                if extent := _allocate(memory, nbytes):
-                    return extent
-            while (lowest := _lowest(memories)) is not None:
-                memory, key = lowest
-                victim, rank = self._pull(key)
-                memory.extents.free(victim.offset)
-                victims.append((key, victim, rank))
-                if extent := _allocate(memory, nbytes):
-                    return extent
+        preferred = self._memories.get(prefer) if prefer is not None else None
+        if preferred is not None and (extent := self._find_in([preferred], nbytes, victims)):
+            return extent
+        everywhere = sorted(self._memories.values(), key=lambda memory: -memory.extents.free_bytes)
+        return self._find_in(everywhere, nbytes, victims)
+
+    def _find_in(self, memories: list[_Memory], nbytes: int, victims: list[_Victim]) -> Extent | None:
+        memories = [memory for memory in memories if memory.extents.capacity_bytes >= nbytes]
+        for memory in memories:
+            if extent := self._allocate(memory, nbytes):
+                return extent
+        while (lowest := _lowest(memories)) is not None:
+            memory, key = lowest
+            victim, rank = self._pull(key)
+            self.free(victim)
+            victims.append((key, victim, rank))
+            if extent := self._allocate(memory, nbytes):
+                return extent
         return None
+
+    def _allocate(self, memory: _Memory, nbytes: int) -> Extent | None:
+        offset = memory.extents.allocate(nbytes)
+        if offset is None:
+            return None
+        extent = Extent(memory.pool.pool_id, offset, align(nbytes))
+        self.used_bytes += extent.nbytes
+        return extent
+
+    def _retake(self, extent: Extent) -> bool:
+        """Takes back what was freed; false where it is in use by now."""
+        if not self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes):
+            return False
+        self.used_bytes += extent.nbytes
+        return True
 
     def _spare(self, victims: list[_Victim]) -> None:
         """Takes back, most valuable first, those `victims` whose memory was not needed after all."""
         for victim in reversed(list(victims)):
             key, extent, rank = victim
-            if self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes):
+            if self._retake(extent):
                 self._put(key, extent, rank)
                 victims.remove(victim)
             else:
@@ -211,7 +243,7 @@ class Arena:
         for extent in placed:
             self.free(extent)
         for key, extent, rank in victims:
-            taken = self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes)
+            taken = self._retake(extent)
             assert taken, f"{extent} was in use before and is not free"
             self._put(key, extent, rank)
 
@@ -226,11 +258,6 @@ class Arena:
         rank = self._memories[extent.pool_id].evictable.remove(key)
         assert rank is not None, f"{key} has no rank"
         return extent, rank
-
-
-def _allocate(memory: _Memory, nbytes: int) -> Extent | None:
-    offset = memory.extents.allocate(nbytes)
-    return None if offset is None else Extent(memory.pool.pool_id, offset, align(nbytes))
 
 
 def _lowest(memories: list[_Memory]) -> tuple[_Memory, str] | None:

@@ -16,7 +16,7 @@ import structlog
 from cache import pools
 from cache.pools.shared_memory import SharedMemoryView, sweep_stale
 from epd.config import Config
-from epd.messages import Message, Pool, Role, Welcome
+from epd.messages import Kind, Message, Pool, Welcome
 from epd.process import lifecycle, resources
 from epd.process.lifecycle import Life
 from epd.transport.link import BrokerLink
@@ -62,7 +62,7 @@ async def main(config: Config, name: str, life: Life) -> int:
         async with BrokerLink(
             config.broker.address,
             name,
-            Role.CACHE,
+            Kind.CACHE,
             on_message=_unexpected,
             pools=lambda: [descriptor],
             on_registered=registered,

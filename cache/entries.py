@@ -6,7 +6,10 @@ Lives in the broker's decision core, behind `cache.index`.
 from __future__ import annotations
 
 import enum
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
 
 from cache.arena import Extent
 from cache.slot import slot_bytes
@@ -37,8 +40,10 @@ class ShapeError(ValueError):
     """A patch is asked for with another shape than the one it has under the same hash."""
 
 
-@dataclass(frozen=True, slots=True)
-class PatchNeed:
+_slot_bytes = lru_cache(maxsize=4096)(slot_bytes)  # patches have few shapes
+
+
+class PatchNeed(NamedTuple):
     """A patch that a request needs: `num_tokens` x `width` elements of `dtype`.
 
     `encode_cost_s` is what encoding it takes, in seconds; it decides what is kept longer. With equal costs per byte
@@ -59,11 +64,10 @@ class PatchNeed:
     @property
     def nbytes(self) -> int:
         """Bytes of its slot."""
-        return slot_bytes(*self.shape)
+        return _slot_bytes(self.num_tokens, self.width, self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class Acquired:
+class Acquired(NamedTuple):
     """A patch pinned by `acquire_all`, and its slot."""
 
     patch_hash: str
@@ -96,22 +100,31 @@ class IndexStats:
 
 @dataclass(slots=True)
 class Entry:
-    """A patch that has been asked for: where it is, how it is, and who pins it."""
+    """A patch that has been asked for: where it is, how it is, and who pins it, in the order they came."""
 
     need: PatchNeed
     extent: Extent | None
     generation: int
     state: State = State.ALLOCATED
     owner: str = ""
-    holders: set[str] = field(default_factory=set)
+    holders: dict[Hashable, None] = field(default_factory=dict)
+    _slot: Slot | None = None
 
     @property
     def slot(self) -> Slot | None:
         """Its slot; None where it has no memory."""
-        if self.extent is None:
-            return None
-        where, need = self.extent, self.need
-        return Slot(
-            pool_id=where.pool_id, offset=where.offset, nbytes=where.nbytes, generation=self.generation,
-            num_tokens=need.num_tokens, width=need.width, dtype=need.dtype, owner=self.owner,
-        )  # fmt: skip
+        if self._slot is None and self.extent is not None:
+            where, need = self.extent, self.need
+            self._slot = Slot(
+                pool_id=where.pool_id, offset=where.offset, nbytes=where.nbytes, generation=self.generation,
+                num_tokens=need.num_tokens, width=need.width, dtype=need.dtype, owner=self.owner,
+            )  # fmt: skip
+        return self._slot
+
+    def move(self, extent: Extent | None, generation: int) -> None:
+        """It has other memory, or none; or what is in its memory is new."""
+        self.extent, self.generation, self.owner, self._slot = extent, generation, "", None
+
+    def written(self, owner: str) -> None:
+        """`owner` has written it."""
+        self.state, self.owner, self._slot = State.READY, owner, None

@@ -10,13 +10,14 @@ An entry is named by the hash of its patch's content (pixels, model, processor s
     ALLOCATED, READY --drop, pool removed, renew without room--> LOST while it is pinned, then absent
 
 Every allocation and every renewal has a generation of its own; whoever names an earlier one (an encoder that comes
-late) is refused. A holder is a request, by its id.
+late) is refused. A holder is whoever pins entries; the index only tells them apart.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 from cache.arena import Arena, Extent, Placement
 from cache.entries import Acquired, Entry, FencedError, IndexStats, Outcome, PatchNeed, ShapeError, State
@@ -37,8 +38,10 @@ class CacheIndex:
         self._generations = itertools.count(first_generation)
         self._arena = Arena()
         self._entries: dict[str, Entry] = {}
-        self._pins: dict[str, dict[str, None]] = {}  # holder -> hashes
+        self._pins: dict[Hashable, dict[str, None]] = {}  # holder -> hashes
         self._quarantined: dict[int, Extent] = {}  # by the generation that may still be written there
+        self._num_by_state: Counter[State] = Counter()
+        self._num_pins = self._num_embeddings = self._pinned_bytes = self._quarantined_bytes = 0
         self._num_hits = self._num_coalesced = self._num_new = self._num_evictions = 0
 
     @property
@@ -66,9 +69,10 @@ class CacheIndex:
         """
         self._arena.remove(pool_id)
         self._quarantined = {g: extent for g, extent in self._quarantined.items() if extent.pool_id != pool_id}
+        self._quarantined_bytes = sum(extent.nbytes for extent in self._quarantined.values())
         gone = self.in_pool(pool_id)
         for patch_hash in gone:
-            self._entries[patch_hash].extent = None
+            self._move(self._entries[patch_hash], None)
             self._lose(patch_hash)
         return gone
 
@@ -77,7 +81,7 @@ class CacheIndex:
         return [h for h, entry in self._entries.items() if entry.extent and entry.extent.pool_id == pool_id]
 
     def acquire_all(
-        self, needs: Sequence[PatchNeed], holder: str, *, prefer_pool: str | None = None
+        self, needs: Sequence[PatchNeed], holder: Hashable, *, prefer_pool: str | None = None
     ) -> list[Acquired] | None:
         """Pins all of `needs` for `holder`, allocating what is absent; all or nothing.
 
@@ -107,15 +111,14 @@ class CacheIndex:
         self._forget_evicted(placement)
         return [self._pin(need, holder, placement.extents.get(h)) for h, need in wanted.items()]
 
-    def share(self, holder: str, other: str) -> None:
+    def share(self, holder: Hashable, other: Hashable) -> None:
         """Pins for `holder` too what `other` pins, except for LOST patches: between two legs of a request."""
         for patch_hash in self._pins.get(other, ()):
             entry = self._entries[patch_hash]
             if entry.state is not State.LOST:
-                entry.holders.add(holder)
-                self._pins.setdefault(holder, {})[patch_hash] = None
+                self._add_pin(entry, patch_hash, holder)
 
-    def holds(self, holder: str) -> bool:
+    def holds(self, holder: Hashable) -> bool:
         """Whether `holder` pins anything."""
         return holder in self._pins
 
@@ -134,8 +137,11 @@ class CacheIndex:
         """The patch has been written by `owner`: ALLOCATED becomes READY; False where another generation is awaited."""
         if not self.is_current(patch_hash, generation) or self.state(patch_hash) is not State.ALLOCATED:
             return False
-        self._entries[patch_hash].state, self._entries[patch_hash].owner = State.READY, owner
-        self._allow_eviction_if_unpinned(patch_hash)
+        entry = self._entries[patch_hash]
+        self._leave_state(entry)
+        entry.written(owner)
+        self._enter_state(entry)
+        self._allow_eviction_if_unpinned(entry)
         return True
 
     def is_current(self, patch_hash: str, generation: int) -> bool:
@@ -168,9 +174,11 @@ class CacheIndex:
                 return None
             self._forget_evicted(placement)
             self._retire(entry, quarantine)
-            entry.extent = placement.extents[patch_hash]
-        entry.generation = next(self._generations)
+            self._move(entry, placement.extents[patch_hash])
+        entry.move(entry.extent, next(self._generations))
+        self._leave_state(entry)
         entry.state = State.ALLOCATED
+        self._enter_state(entry)
         return entry.slot
 
     def drop(self, patch_hash: str, generation: int, *, quarantine: bool = False) -> bool:
@@ -193,10 +201,11 @@ class CacheIndex:
         """Nobody can write into the slot of `generation` any more: its memory is free. False where none was held."""
         if (extent := self._quarantined.pop(generation, None)) is None:
             return False
+        self._quarantined_bytes -= extent.nbytes
         self._arena.free(extent)
         return True
 
-    def release(self, holder: str) -> list[str]:
+    def release(self, holder: Hashable) -> list[str]:
         """Unpins all that `holder` pins; nothing happens where it pins nothing.
 
         READY patches that nobody else pins are kept for reuse until they are evicted.
@@ -205,23 +214,27 @@ class CacheIndex:
             The hashes that are ALLOCATED but not needed now: the caller commits or drops them.
         """
         unneeded = []
-        for patch_hash in self._pins.pop(holder, ()):
+        pins = self._pins.pop(holder, {})
+        self._num_pins -= len(pins)
+        for patch_hash in pins:
             entry = self._entries[patch_hash]
-            entry.holders.remove(holder)
+            del entry.holders[holder]
             if entry.holders:
                 continue
+            if entry.extent is not None:
+                self._pinned_bytes -= entry.extent.nbytes
             if entry.state is State.LOST:
-                del self._entries[patch_hash]
+                self._forget(patch_hash)
             elif entry.state is State.ALLOCATED:
                 unneeded.append(patch_hash)
             else:
-                self._allow_eviction_if_unpinned(patch_hash)
+                self._allow_eviction_if_unpinned(entry)
         return unneeded
 
-    def holders(self, patch_hash: str) -> frozenset[str]:
-        """Who pins a patch."""
+    def holders(self, patch_hash: str) -> tuple[Hashable, ...]:
+        """Who pins a patch, in the order they came."""
         entry = self._entries.get(patch_hash)
-        return frozenset(entry.holders) if entry else frozenset()
+        return tuple(entry.holders) if entry else ()
 
     def slot(self, patch_hash: str) -> Slot | None:
         """A patch's current slot; None where it is absent or LOST."""
@@ -252,24 +265,27 @@ class CacheIndex:
         return sorted(found)
 
     def stats(self) -> IndexStats:
-        """The index in numbers; takes time in proportion to the number of entries."""
-        states = [entry.state for entry in self._entries.values()]
-        ready = [entry for entry in self._entries.values() if entry.state is State.READY]
+        """The index in numbers."""
         return IndexStats(
             total_bytes=self._arena.capacity_bytes,
             used_bytes=self._arena.used_bytes,
-            pinned_bytes=sum(e.extent.nbytes for e in self._entries.values() if e.extent and e.holders),
-            quarantined_bytes=sum(extent.nbytes for extent in self._quarantined.values()),
-            num_allocated=states.count(State.ALLOCATED),
-            num_ready=len(ready),
-            num_lost=states.count(State.LOST),
-            num_pins=sum(len(hashes) for hashes in self._pins.values()),
-            num_embeddings=sum(entry.need.num_tokens for entry in ready),
+            pinned_bytes=self._pinned_bytes,
+            quarantined_bytes=self._quarantined_bytes,
+            num_allocated=self._num_by_state[State.ALLOCATED],
+            num_ready=self._num_by_state[State.READY],
+            num_lost=self._num_by_state[State.LOST],
+            num_pins=self._num_pins,
+            num_embeddings=self._num_embeddings,
             num_hits=self._num_hits,
             num_coalesced=self._num_coalesced,
             num_new=self._num_new,
             num_evictions=self._num_evictions,
         )
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of all pools that can be used."""
+        return self._arena.capacity_bytes
 
     def _distinct(self, needs: Sequence[PatchNeed]) -> dict[str, PatchNeed]:
         wanted: dict[str, PatchNeed] = {}
@@ -281,15 +297,21 @@ class CacheIndex:
             wanted.setdefault(need.patch_hash, need)
         return wanted
 
-    def _pin(self, need: PatchNeed, holder: str, extent: Extent | None) -> Acquired:
+    def _pin(self, need: PatchNeed, holder: Hashable, extent: Extent | None) -> Acquired:
         """Pins a patch, in `extent` where it is new."""
         patch_hash = need.patch_hash
         if extent:
             self._num_new += 1
             outcome = Outcome.NEW
-            entry = self._entries.setdefault(patch_hash, Entry(need, extent, 0))
-            entry.need, entry.extent, entry.state, entry.owner = need, extent, State.ALLOCATED, ""
-            entry.generation = next(self._generations)
+            entry = self._entries.get(patch_hash)
+            if entry is None:
+                entry = self._entries[patch_hash] = Entry(need, extent, next(self._generations))
+            else:  # it is LOST, and somebody still pins it
+                self._leave_state(entry)
+                self._move(entry, extent)
+                entry.move(extent, next(self._generations))
+                entry.need, entry.state = need, State.ALLOCATED
+            self._enter_state(entry)
         else:
             entry = self._entries[patch_hash]
             entry.need = need  # what its encoding costs may be known better by now
@@ -297,32 +319,65 @@ class CacheIndex:
             self._num_hits += outcome is Outcome.HIT
             self._num_coalesced += outcome is Outcome.PENDING
             self._arena.forbid_eviction(patch_hash)
-        entry.holders.add(holder)
-        self._pins.setdefault(holder, {})[patch_hash] = None
+        self._add_pin(entry, patch_hash, holder)
         slot = entry.slot
         assert slot is not None, f"{patch_hash} is pinned without memory"
         return Acquired(patch_hash, outcome, slot)
 
+    def _add_pin(self, entry: Entry, patch_hash: str, holder: Hashable) -> None:
+        pins = self._pins.get(holder)
+        if pins is None:
+            pins = self._pins[holder] = {}
+        if patch_hash in pins:
+            return
+        pins[patch_hash] = None
+        self._num_pins += 1
+        if not entry.holders and entry.extent is not None:
+            self._pinned_bytes += entry.extent.nbytes
+        entry.holders[holder] = None
+
     def _forget_evicted(self, placement: Placement) -> None:
         self._num_evictions += len(placement.evicted)
         for patch_hash in placement.evicted:
-            del self._entries[patch_hash]
+            self._forget(patch_hash)
 
-    def _allow_eviction_if_unpinned(self, patch_hash: str) -> None:
-        entry = self._entries[patch_hash]
+    def _forget(self, patch_hash: str) -> None:
+        self._leave_state(self._entries.pop(patch_hash))
+
+    def _enter_state(self, entry: Entry) -> None:
+        self._num_by_state[entry.state] += 1
+        if entry.state is State.READY:
+            self._num_embeddings += entry.need.num_tokens
+
+    def _leave_state(self, entry: Entry) -> None:
+        self._num_by_state[entry.state] -= 1
+        if entry.state is State.READY:
+            self._num_embeddings -= entry.need.num_tokens
+
+    def _move(self, entry: Entry, extent: Extent | None) -> None:
+        """Gives an entry other memory, or none."""
+        if entry.holders:
+            self._pinned_bytes += (extent.nbytes if extent else 0) - (entry.extent.nbytes if entry.extent else 0)
+        entry.move(extent, entry.generation)
+
+    def _allow_eviction_if_unpinned(self, entry: Entry) -> None:
         if entry.extent and entry.state is State.READY and not entry.holders:
-            self._arena.allow_eviction(patch_hash, entry.extent, entry.need.encode_cost_s)
+            self._arena.allow_eviction(entry.need.patch_hash, entry.extent, entry.need.encode_cost_s)
 
     def _retire(self, entry: Entry, quarantine: bool) -> None:
         """Frees an entry's memory, or sets it aside under its generation."""
         if entry.extent and quarantine:
             self._quarantined[entry.generation] = entry.extent
+            self._quarantined_bytes += entry.extent.nbytes
         elif entry.extent:
             self._arena.free(entry.extent)
-        entry.extent = None
+        self._move(entry, None)
 
     def _lose(self, patch_hash: str) -> None:
         """Marks an entry that has no memory any more."""
-        self._entries[patch_hash].state = State.LOST
-        if not self._entries[patch_hash].holders:
-            del self._entries[patch_hash]
+        entry = self._entries[patch_hash]
+        self._leave_state(entry)
+        entry.state = State.LOST
+        self._enter_state(entry)
+        if not entry.holders:
+            self._forget(patch_hash)

@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+
+# By these names the broker finds its policies (`broker.policies`).
+OrderName = Literal["fcfs", "sjf", "edf"]
+ChoiceName = Literal["least_loaded", "round_robin", "affine"]
 
 
 class ConfigError(ValueError):
@@ -34,6 +38,12 @@ class BrokerConfig(_Section):
     less than `absence_grace_s`, requests and uploads wait for it; 0 refuses them at once. A worker that holds
     something and whose engine makes no step for `hung_after_s` is taken for lost, and ends itself.
 
+    Of each tenant's requests, and of its patches, the next one is chosen by `request_order` and `patch_order`: "fcfs"
+    (first come, first served), "sjf" (shortest job first) or "edf" (earliest deadline first); tenants take turns under
+    any of them. The worker of each stage is chosen by `encode_choice`, `prefill_choice` and `decode_choice`:
+    "least_loaded" (in estimated seconds once workers have said what their work takes, else in tokens), "round_robin",
+    or "affine" (who has worked on the same patches and beginning of a prompt before, unless it is much busier).
+
     `record` is a folder where the broker records what it sees, for `epd replay`: no pixels and no prompts, but the
     numbers of the tokens of answers. A recording ends after `record_bytes`; of earlier ones as much is kept.
     """
@@ -53,6 +63,11 @@ class BrokerConfig(_Section):
     max_attempts: int = 3
     absence_grace_s: float = 30.0
     hung_after_s: float = 60.0
+    request_order: OrderName = "fcfs"
+    patch_order: OrderName = "fcfs"
+    encode_choice: ChoiceName = "least_loaded"
+    prefill_choice: ChoiceName = "least_loaded"
+    decode_choice: ChoiceName = "least_loaded"
     record: str = ""
     record_bytes: int = 1 << 30
 

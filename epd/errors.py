@@ -6,8 +6,6 @@ Lives in every process; pure. `docs/errors.md` is written from here. Also how an
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 
@@ -118,9 +116,6 @@ class ErrorCode(enum.StrEnum):
     )  # fmt: skip
     ENGINE_FAILED = "engine_failed", 500, Fault.SERVER, False, "an engine has failed at it, or vLLM has at the endpoint"
 
-
-# For the broker, until it asks the codes themselves.
-HTTP_STATUS: Mapping[ErrorCode, int] = MappingProxyType({code: code.status for code in ErrorCode})
 
 _LINE_CHARS, _INPUT_CHARS = 500, 60
 

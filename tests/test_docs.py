@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from broker.request import TRANSITIONS, State
+from broker.core.request import TRANSITIONS, State
 from epd import config, docs
 from epd.cli import COMMANDS, build_parser
+from epd.docs.vllm import names_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -137,3 +138,21 @@ def test_architecture_names_every_module_in_one_row():
     }
     named = [name for name in named if Path(name).name not in ("__init__.py", "__main__.py")]
     assert sorted(named) == sorted(modules), set(named) ^ modules
+
+
+def test_every_word_of_the_glossary_is_used_where_it_says():
+    text = (ROOT / "docs" / "glossary.md").read_text("utf-8")
+    rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    words = [word for word, *_ in rows if word != "word"]
+    assert len(words) == len(set(words)) > 20, "one row for one word"
+    for word, *_, where in rows:
+        if word == "word":
+            continue
+        stem = word.removesuffix("y")  # story, stories
+        source = (ROOT / where.strip("`")).read_text("utf-8")
+        assert re.search(rf"\b{stem}", source, re.IGNORECASE), f"{word} in {where}"
+
+
+def test_the_list_of_vllm_names_is_read_from_imports_of_every_kind():
+    source = "import vllm.a\nfrom vllm.b import C, D as E\ndef f():\n    from vllm import G\nfrom vllmish import X\n"
+    assert names_of(source) == ["vllm.G", "vllm.a", "vllm.b.C", "vllm.b.D"]

@@ -51,7 +51,7 @@ class Adapters:
         self._numbers: dict[tuple[str, str], int] = {}
         spare_base_requests()
 
-    def settle(self, request: EngineCoreRequest) -> EngineCoreRequest:
+    def prepare(self, request: EngineCoreRequest) -> EngineCoreRequest:
         """Gives the request's adapter this engine's name and number, and reads it if it is not loaded.
 
         It is read here, since an adapter that cannot be read during a step ends the whole engine.

@@ -19,19 +19,21 @@ import structlog
 
 from epd.config import Config, ConfigError
 from epd.errors import one_line
-from epd.messages import Draining, Message, Pools, Role, Welcome, WorkerInfo
+from epd.messages import Draining, Kind, Message, Pools, Welcome, WorkerInfo
 from epd.process import lifecycle, resources
 from epd.process.lifecycle import Life, first
 from epd.transport.link import BrokerLink
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
 from workers.prefill import PrefillStage
-from workers.stage import Frames, Stage
+from workers.stage import Frames, StageRunner
 from workers.thread import EngineThread
 
 log = structlog.get_logger()
 
-STAGES: dict[str, type[Stage]] = {stage.role.value: stage for stage in (EncodeStage, PrefillStage, DecodeStage)}
+STAGES: dict[str, type[StageRunner]] = {
+    runner.stage.value: runner for runner in (EncodeStage, PrefillStage, DecodeStage)
+}
 # Engine thread and event loop share the interpreter: with Python's 5 ms, a message can wait that long for its turn.
 SWITCH_INTERVAL_S = 0.0002
 _STOP_S = 5.0
@@ -58,12 +60,14 @@ class Worker:
         self._link = BrokerLink(
             config.broker.address,
             name,
-            Role(stage),
+            Kind.WORKER,
+            stage=lambda: self._stage.stage,
             info=self._info,
             on_message=self._on_message,
             on_registered=self._on_registered,
             on_lost=self._on_lost,
             steps=lambda: self._thread.num_steps,
+            work=lambda: self._stage.work,
             held=lambda: resources.of_process() | self._thread.held,
             gauges=lambda: self._thread.gauges,
         )

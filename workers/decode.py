@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from epd.errors import ErrorCode
 from epd.messages import (
     Abort,
     Decode,
-    Failed,
-    Finished,
+    LegFailed,
+    LegOutput,
     Message,
     NeedPatches,
     PatchReady,
     Prefilled,
     Ready,
     Released,
-    Role,
-    Tokens,
+    Stage,
+    StepOutputs,
 )
 from workers.leaks import LeakWatch
 from workers.reading import ReadingStage
 from workers.resources import blocks
 from workers.stage import Frames
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreOutput
 
 _ARRIVING_POLL_S = 0.0002
 _WAIT_POLL_S = 0.05
@@ -36,7 +41,7 @@ class DecodeStage(ReadingStage):
     looked after only now and then.
     """
 
-    role = Role.DECODE
+    stage = Stage.DECODE
 
     def start(self) -> None:
         """Builds the engine."""
@@ -49,28 +54,28 @@ class DecodeStage(ReadingStage):
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in DECODE, PREFILLED, READY and ABORT."""
         match message:
-            case Decode() if self.is_new(message.request_id):
+            case Decode() if self.is_new(message.leg_id):
                 try:
                     self.engine.add_decode(
-                        message.request_id, frames, message.prefill, message.output_token_ids, message.awaits_token
+                        message.leg_id, frames, message.prefill, message.output_token_ids, message.awaits_token
                     )
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
-                    self._post(Failed(request_id=message.request_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
+                    self._post(LegFailed(leg_id=message.leg_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
                 else:
-                    self._requests[message.request_id] = len(message.output_token_ids)
+                    self._requests[message.leg_id] = len(message.output_token_ids)
             case Prefilled():
-                if message.request_id in self._requests:
-                    self._arriving.add(message.request_id)
-                    if self.engine.give_token(message.request_id, message.token_ids):
-                        self._requests[message.request_id] += len(message.token_ids)
-            case Ready() if message.request_id in self._requests:
-                self.engine.connector.expect(message.request_id, [patch.patch_hash for patch in message.ready])
-                self._ready(message.request_id, message.ready)
+                if message.leg_id in self._requests:
+                    self._arriving.add(message.leg_id)
+                    if self.engine.give_token(message.leg_id, message.token_ids):
+                        self._requests[message.leg_id] += len(message.token_ids)
+            case Ready() if message.leg_id in self._requests:
+                self.engine.connector.expect(message.leg_id, [patch.patch_hash for patch in message.ready])
+                self._ready(message.leg_id, message.ready)
             case Abort():
-                self.engine.abort([message.request_id])
-                self._forget(message.request_id)
-                self._post(Released(request_id=message.request_id), ())
+                self.engine.abort([message.leg_id])
+                self._forget(message.leg_id)
+                self._post(Released(leg_id=message.leg_id), ())
 
     def _stale(self, request_id: str, patch: PatchReady, reason: str) -> None:
         if request_id in self._requests:
@@ -79,42 +84,47 @@ class DecodeStage(ReadingStage):
 
     def step(self) -> bool:
         """Decodes one token of every request that has its KV."""
+        started = self.clock()
         self._look_at_slots()
         outputs, executed = self.engine.step()
+        told: list[LegOutput] = []
+        frames: list[bytes] = []
         for output in outputs:
-            request_id = output.request_id
-            if request_id not in self._requests:
-                continue
-            self._arriving.discard(request_id)
-            output.kv_transfer_params = None
-            token_ids = list(output.new_token_ids)
-            if str(output.finish_reason) == "error":  # it has been refused its KV (`workers.push_connector`)
-                self._forget(request_id)
-                text = "its KV was not pushed"
-                self._post(Failed(request_id=request_id, code=ErrorCode.WORKER_LOST, message=text), ())
-                continue
-            stats = output.prefill_stats
-            pushed = stats.num_external_cached_tokens if stats else -1
-            frames = self.engine.pack(output)
-            before = self._requests[request_id]
-            self._requests[request_id] += len(token_ids)
-            if output.finished:
-                self._forget(request_id)
-                done = Finished(
-                    request_id=request_id,
-                    token_ids=token_ids,
-                    finish_reason=str(output.finish_reason),
-                    num_before=before,
-                    num_pushed_tokens=pushed,
-                )
-                self._post(done, frames)
-            else:
-                told = Tokens(request_id=request_id, token_ids=token_ids, num_before=before, num_pushed_tokens=pushed)
-                self._post(told, frames)
+            if output.request_id in self._requests and (one := self._take(output, frames)) is not None:
+                told.append(one)
+        if told:
+            self._post(StepOutputs(outputs=told), frames)
+        if executed:
+            self.did(self.clock() - started, sum(len(one.token_ids) for one in told))
         if not executed:
             self._ask_for_patches()
         self._give_up_waiting()
         return executed
+
+    def _take(self, output: EngineCoreOutput, frames: list[bytes]) -> LegOutput | None:
+        """What there is to say of an engine output, whose opaque frames go behind `frames`."""
+        leg_id = output.request_id
+        self._arriving.discard(leg_id)
+        output.kv_transfer_params = None
+        if str(output.finish_reason) == "error":  # it has been refused its KV (`workers.push_connector`)
+            self._forget(leg_id)
+            self._post(LegFailed(leg_id=leg_id, code=ErrorCode.WORKER_LOST, message="its KV was not pushed"), ())
+            return None
+        token_ids, stats = list(output.new_token_ids), output.prefill_stats
+        packed, before = self.engine.pack(output), self._requests[leg_id]
+        frames += packed
+        if output.finished:
+            self._forget(leg_id)
+        else:
+            self._requests[leg_id] = before + len(token_ids)
+        return LegOutput(
+            leg_id=leg_id,
+            token_ids=token_ids,
+            num_before=before,
+            num_pushed_tokens=stats.num_external_cached_tokens if stats else -1,
+            finish_reason=str(output.finish_reason) if output.finished else "",
+            num_frames=len(packed),
+        )
 
     def _give_up_waiting(self) -> None:
         """Requests whose token does not come go on elsewhere."""
@@ -128,12 +138,12 @@ class DecodeStage(ReadingStage):
         for request_id, patch_hashes in self.engine.connector.take_needed().items():
             if request_id in self._requests:
                 self.engine.connector.expect(request_id, patch_hashes)
-                self._post(NeedPatches(request_id=request_id, patch_hashes=patch_hashes), ())
+                self._post(NeedPatches(leg_id=request_id, patch_hashes=patch_hashes), ())
 
     def _fail(self, request_id: str, code: ErrorCode, text: str) -> None:
         self.engine.abort([request_id])
         self._forget(request_id)
-        self._post(Failed(request_id=request_id, code=code, message=text), ())
+        self._post(LegFailed(leg_id=request_id, code=code, message=text), ())
 
     def _forget(self, request_id: str) -> None:
         self._requests.pop(request_id, None)
@@ -150,7 +160,7 @@ class DecodeStage(ReadingStage):
         return _WAIT_POLL_S if slots_s is None else slots_s
 
     def held(self) -> dict[str, int]:
-        """As `Stage`, and the requests that this stage knows."""
+        """As `StageRunner`, and the requests that this stage knows."""
         return super().held() | {"requests": len(self._requests)}
 
     def leak(self, now: float) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 
-from epd.messages import DropEncode, Encode, Encoded, EncodedJob, EncodeFailed, EncodeJob, Message, Role
-from workers.stage import Frames, Stage, ever_later
+from epd.messages import DropEncode, Encode, Encoded, EncodedJob, EncodeFailed, EncodeJob, Message, Stage
+from workers.stage import Frames, StageRunner, ever_later
 
 # How often it is looked whether slots are written, of another host or on a device: at first, and at most.
 _STORE_POLL_S = (0.0005, 0.02)
 
 
-class EncodeStage(Stage):
+class EncodeStage(StageRunner):
     """Encodes each patch as an engine request of its own; vLLM batches those that wait together."""
 
-    role = Role.ENCODE
+    stage = Stage.ENCODE
 
     def start(self) -> None:
         """Builds the engine, and proves what it can encode in pieces."""
@@ -67,15 +67,17 @@ class EncodeStage(Stage):
 
     def step(self) -> bool:
         """Encodes what waits, as far as one batch takes it, and reports each patch that is in its slot."""
-        started = time.monotonic()
+        started = self.clock()
         outputs, executed = self.engine.step()
         written = self.engine.take_written()
-        took_s = time.monotonic() - started
+        took_s = self.clock() - started
         num_new = len((written.done | written.storing) - self._storing.keys())
         share_s = {name: self._storing.get(name, took_s / max(1, num_new)) for name in written.done | written.storing}
         self._storing = {name: share_s[name] for name in written.storing}
         self._num_unsettled = written.num_unsettled
         done = [(share_s[name], job) for name in written.done if (job := self._end(name))]
+        if executed or done:
+            self.did(took_s if executed else 0.0, sum(job.num_tokens for _, job in done))
         if done:
             jobs = [EncodedJob(job_id=job.job_id, generation=job.slot.generation) for _, job in done]
             self._post(Encoded(jobs=jobs, took_s=sum(each_s for each_s, _ in done)), ())
@@ -98,7 +100,7 @@ class EncodeStage(Stage):
         return self._jobs.pop(name, None)
 
     def has_work(self) -> bool:
-        """As `Stage`; also while embeddings are on their way to another host, or copies on a device have not run."""
+        """As `StageRunner`; also while embeddings are on their way to another host, or copies have not run."""
         return super().has_work() or bool(self._storing or self._num_unsettled)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
@@ -108,7 +110,7 @@ class EncodeStage(Stage):
         return 0.0 if num_idle_steps < 3 else 0.05
 
     def held(self) -> dict[str, int]:
-        """As `Stage`, and the jobs that this stage knows."""
+        """As `StageRunner`, and the jobs that this stage knows."""
         return super().held() | {"requests": len(self._jobs)}
 
     def reset(self) -> None:

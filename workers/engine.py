@@ -17,12 +17,12 @@ from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.serial_utils import MsgpackDecoder
 
 from cache import ec_connector
 from cache.ec_connector import PatchCacheConnector, Written
 from epd.config import Config
-from epd.messages import EncodeJob, KvPeer, Role, WorkerInfo
+from epd.messages import EncodeJob, KvPeer, Stage, WorkerInfo
 from epd.multimodal.item_identifiers import patches_of
 from epd.multimodal.positions import positions_for
 from workers import options, parameters, quiet_threads
@@ -31,6 +31,7 @@ from workers.amx import permit_amx
 from workers.gauges import Gauges
 from workers.handover import Handover
 from workers.isolation import isolate_items
+from workers.outputs import OutputPacker
 
 # Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -74,21 +75,21 @@ class Engine:
 
     Args:
         config: the pipeline's configuration.
-        role: encode, prefill or decode.
+        stage: encode, prefill or decode.
         name: this worker's name.
     """
 
-    def __init__(self, config: Config, role: Role, name: str) -> None:
+    def __init__(self, config: Config, stage: Stage, name: str) -> None:
         started = time.monotonic()
-        self.role = role
+        self.stage = stage
         quiet_threads.share_process_group()
         permit_amx()
-        if role is not Role.ENCODE:
+        if stage is not Stage.ENCODE:
             quiet_threads.calm_nixl()
-        self.vllm_config = options.vllm_config(config, role, name)
+        self.vllm_config = options.vllm_config(config, stage, name)
         self._positions = positions_for(self.vllm_config)
-        self.core = EngineCore(self.vllm_config, options.MakeExecutor(role), log_stats=False)
-        if role is Role.ENCODE:
+        self.core = EngineCore(self.vllm_config, options.MakeExecutor(stage), log_stats=False)
+        if stage is Stage.ENCODE:
             self.core.collective_rpc(parameters.drop_language_model)
             self.core.collective_rpc(parameters.skip_positions)
             self.core.collective_rpc(isolate_items)
@@ -97,10 +98,10 @@ class Engine:
         connector = self.scheduler.get_ec_connector()
         assert isinstance(connector, PatchCacheConnector)
         self.connector = connector
-        self.scheduler.encoder_cache_manager = ReadyPatchCache(connector, gated=role is not Role.ENCODE)
+        self.scheduler.encoder_cache_manager = ReadyPatchCache(connector, gated=stage is not Stage.ENCODE)
         self._adapters = Adapters(self.core)
         self.handover = Handover(self.scheduler)
-        self._encoder = MsgpackEncoder()
+        self._packer = OutputPacker()
         self._request_decoder = MsgpackDecoder(EngineCoreRequest)
         self._item_decoder = MsgpackDecoder(MultiModalKwargsItem)
         self.start_s = time.monotonic() - started
@@ -111,7 +112,7 @@ class Engine:
         """What this worker tells the broker when it registers."""
         config = self.vllm_config
         tower_bytes, language_bytes = self.parameter_bytes()
-        widths = dict(config.ec_transfer_config.mm_encoder_output_widths) if self.role is Role.ENCODE else {}
+        widths = dict(config.ec_transfer_config.mm_encoder_output_widths) if self.stage is Stage.ENCODE else {}
         return WorkerInfo(
             model=config.model_config.model,
             widths=widths,
@@ -119,7 +120,7 @@ class Engine:
             owner=str(config.ec_transfer_config.ec_connector_extra_config["owner"]),
             max_batch_tokens=config.scheduler_config.max_num_batched_tokens,
             max_num_seqs=config.scheduler_config.max_num_seqs,
-            kv=self._kv_peer() if self.role is Role.PREFILL else None,
+            kv=self._kv_peer() if self.stage is Stage.PREFILL else None,
             kv_capacity_tokens=self._kv_capacity_tokens(),
             tower_bytes=tower_bytes,
             language_bytes=language_bytes,
@@ -142,7 +143,7 @@ class Engine:
 
     def _kv_capacity_tokens(self) -> int:
         cache = self.vllm_config.cache_config
-        return 0 if self.role is Role.ENCODE else int(cache.num_gpu_blocks or 0) * int(cache.block_size)
+        return 0 if self.stage is Stage.ENCODE else int(cache.num_gpu_blocks or 0) * int(cache.block_size)
 
     # ---- feeding it ------------------------------------------------------------------------------------------------
 
@@ -259,7 +260,7 @@ class Engine:
 
     def _leg(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int]) -> EngineCoreRequest:
         """A leg's request, checked for what vLLM's model runner would end the whole engine over."""
-        request = self._adapters.settle(self._request_decoder.decode(frames))
+        request = self._adapters.prepare(self._request_decoder.decode(frames))
         request.request_id = leg_id
         if self._positions is not None:
             for feature in request.mm_features or ():
@@ -275,7 +276,7 @@ class Engine:
         request_ids = list(request_ids)
         self.handover.forget(request_ids)
         self.core.abort_requests([one for one in request_ids if one in self.scheduler.requests])
-        if self.role is Role.PREFILL:
+        if self.stage is Stage.PREFILL:
             self.scheduler.get_kv_connector().connector_scheduler.give_up(request_ids)
         for request_id in request_ids:
             self.connector.forget(request_id)
@@ -296,7 +297,7 @@ class Engine:
 
     def step(self) -> tuple[list[EngineCoreOutput], bool]:
         """One engine step: its outputs, and whether the model ran."""
-        self.handover.settle()
+        self.handover.match()
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         return [one for each in (outputs or {}).values() for one in each.outputs], executed
@@ -317,8 +318,8 @@ class Engine:
         return written
 
     def pack(self, output: EngineCoreOutput) -> list[bytes]:
-        """An engine output as opaque frames."""
-        return [bytes(frame) for frame in self._encoder.encode(output)]
+        """An engine output as opaque frames; none where it has nothing but token ids and a finish reason."""
+        return self._packer.pack(output)
 
     def shutdown(self) -> None:
         """Frees the engine."""

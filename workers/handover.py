@@ -52,7 +52,7 @@ class Handover:
         """The requests whose KV has come, and whose token has not."""
         return frozenset(self._arrived)
 
-    def settle(self) -> None:
+    def match(self) -> None:
         """Before a step: hides KV that has come from the scheduler as long as its token has not, else hands it over."""
         arrived = self._scheduler.finished_recving_kv_req_ids
         for request_id in list(self._awaited):

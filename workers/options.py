@@ -17,7 +17,7 @@ from vllm.v1.executor import Executor
 from cache import ec_connector
 from epd.config import Config, ConfigError
 from epd.errors import one_line
-from epd.messages import Role
+from epd.messages import Stage
 from epd.multimodal.recurrent import has_recurrent_state
 from workers import parameters, push_connector
 from workers.adapters import check_options
@@ -27,15 +27,15 @@ DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
 _MODALITIES = ("image", "video", "audio")
 
 
-def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
+def engine_options(config: Config, stage: Stage, name: str) -> dict[str, Any]:
     """The vLLM engine options of a stage: the user's own, over what the stage needs, under what it cannot do without.
 
     Raises:
         ConfigError: the user asks for something that the stage decides.
     """
-    user = config.engine_options(role.value)
+    user = config.engine_options(stage.value)
     if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
-        raise ConfigError(f"the {role} stage decides {', '.join(sorted(fixed))} itself")
+        raise ConfigError(f"the {stage} stage decides {', '.join(sorted(fixed))} itself")
     check_options(user)
     # A progress bar is no line of a log.
     options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni", "use_tqdm_on_load": False}
@@ -43,22 +43,22 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
     if int(user.get("tensor_parallel_size", 1)) > 1 or int(user.get("pipeline_parallel_size", 1)) > 1:
         del options["distributed_executor_backend"]
-        if role is not Role.ENCODE:
+        if stage is not Stage.ENCODE:
             options["worker_extension_cls"] = "workers.worker_extension.WorkerExtension"
     engine_id = f"{name}-{secrets.token_hex(4)}"
     ec = {
         "ec_connector": ec_connector.CONNECTOR,
         "ec_connector_module_path": ec_connector.MODULE,
-        "ec_role": "ec_producer" if role is Role.ENCODE else "ec_consumer",
+        "ec_role": "ec_producer" if stage is Stage.ENCODE else "ec_consumer",
         "engine_id": engine_id,
         "ec_connector_extra_config": {
             "owner": secrets.token_hex(8),
-            "min_overlap_tokens": config.prefill.min_overlap_tokens if role is Role.PREFILL else 0,
+            "min_overlap_tokens": config.prefill.min_overlap_tokens if stage is Stage.PREFILL else 0,
         },
     }
     options |= user
     options |= {"mm_processor_cache_gb": 0, "ec_transfer_config": ec}
-    if role is Role.ENCODE:
+    if stage is Stage.ENCODE:
         options |= {"enable_prefix_caching": False, "enable_lora": False}
     else:
         kv = {
@@ -67,7 +67,7 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
             # What a push that has failed leaves is never decoded; the broker decides what becomes of the request.
             "kv_load_failure_policy": "fail",
             "kv_connector_extra_config": {"kv_lease_duration": push_connector.LEASE_S},
-            "kv_role": "kv_producer" if role is Role.PREFILL else "kv_consumer",
+            "kv_role": "kv_producer" if stage is Stage.PREFILL else "kv_consumer",
             "engine_id": engine_id,
             "kv_buffer_device": "cpu" if current_platform.is_cpu() else "cuda",
         }
@@ -75,7 +75,7 @@ def engine_options(config: Config, role: Role, name: str) -> dict[str, Any]:
     return options
 
 
-def vllm_config(config: Config, role: Role, name: str) -> VllmConfig:
+def vllm_config(config: Config, stage: Stage, name: str) -> VllmConfig:
     """VLLM's configuration of a stage.
 
     A model with DeepStack adds embeddings to the first layers of its language model too, and switches that off where it
@@ -84,7 +84,7 @@ def vllm_config(config: Config, role: Role, name: str) -> VllmConfig:
     Raises:
         ConfigError: as `engine_options`; what vLLM refuses; speculative decoding of a model with a recurrent state.
     """
-    options = engine_options(config, role, name)
+    options = engine_options(config, stage, name)
     made = _made(options)
     if made.speculative_config is not None and has_recurrent_state(made):
         raise ConfigError(
@@ -92,7 +92,7 @@ def vllm_config(config: Config, role: Role, name: str) -> VllmConfig:
             " speculative decoding, which prefill does not know of: switch it off"
         )
     vision = getattr(made.model_config.hf_config, "vision_config", None)
-    if role is Role.ENCODE or not getattr(vision, "deepstack_visual_indexes", None):
+    if stage is Stage.ENCODE or not getattr(vision, "deepstack_visual_indexes", None):
         return made
     limits = options["limit_mm_per_prompt"] | {"image": 1, "video": 1}
     options |= {"limit_mm_per_prompt": limits, "skip_mm_profiling": True}
@@ -110,12 +110,12 @@ def _made(options: dict[str, Any]) -> VllmConfig:
 class MakeExecutor:
     """Makes vLLM's executor, and drops a tower that nothing will run before memory is shared out."""
 
-    def __init__(self, role: Role) -> None:
-        self._role = role
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
 
     def __call__(self, config: VllmConfig) -> Executor:
         """An executor whose workers have loaded the model."""
         executor = Executor.get_class(config)(config)
-        if self._role is not Role.ENCODE:
+        if self._stage is not Stage.ENCODE:
             executor.collective_rpc(parameters.drop_tower)
         return executor

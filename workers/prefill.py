@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from epd.errors import ErrorCode
-from epd.messages import Abort, Failed, Message, PatchReady, Prefill, Prefilled, Pushed, Ready, Released, Role, Stale
+from epd.messages import (
+    Abort,
+    LegFailed,
+    Message,
+    PatchReady,
+    Prefill,
+    Prefilled,
+    Pushed,
+    Ready,
+    Released,
+    Stage,
+    Stale,
+)
 from workers.leaks import LeakWatch
 from workers.reading import ReadingStage
 from workers.resources import blocks
@@ -34,7 +45,7 @@ class Leg(NamedTuple):
 class PrefillStage(ReadingStage):
     """Runs each request for one token: the first of its answer where that was asked for, else it is thrown away."""
 
-    role = Role.PREFILL
+    stage = Stage.PREFILL
 
     def start(self) -> None:
         """Builds the engine."""
@@ -46,10 +57,10 @@ class PrefillStage(ReadingStage):
     def handle(self, message: Message, frames: Frames) -> None:
         """Takes in PREFILL, READY and ABORT."""
         match message:
-            case Prefill() if self.is_new(message.request_id):
+            case Prefill() if self.is_new(message.leg_id):
                 try:
                     is_last = self.engine.add_prefill(
-                        message.request_id,
+                        message.leg_id,
                         frames,
                         message.output_token_ids,
                         message.samples,
@@ -57,31 +68,30 @@ class PrefillStage(ReadingStage):
                     )
                 except Exception as error:
                     text = f"{type(error).__name__}: {error}"[:500]
-                    self._post(Failed(request_id=message.request_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
+                    self._post(LegFailed(leg_id=message.leg_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
                     return
-                self._legs[message.request_id] = Leg(
+                self._legs[message.leg_id] = Leg(
                     len(message.output_token_ids), message.samples, is_last or message.is_last
                 )
-                self._ready(message.request_id, message.ready)
+                self._ready(message.leg_id, message.ready)
             case Ready():
-                self._ready(message.request_id, message.ready)
+                self._ready(message.leg_id, message.ready)
             case Abort():
-                self.engine.abort([message.request_id])
-                self._legs.pop(message.request_id, None)
-                self._pushing.discard(message.request_id)
-                self._post(Released(request_id=message.request_id), ())
+                self.engine.abort([message.leg_id])
+                self._legs.pop(message.leg_id, None)
+                self._pushing.discard(message.leg_id)
+                self._post(Released(leg_id=message.leg_id), ())
 
     def _stale(self, request_id: str, patch: PatchReady, reason: str) -> None:
-        told = Stale(
-            request_id=request_id, patch_hash=patch.patch_hash, generation=patch.slot.generation, reason=reason
-        )
+        told = Stale(leg_id=request_id, patch_hash=patch.patch_hash, generation=patch.slot.generation, reason=reason)
         self._post(told, ())
 
     def step(self) -> bool:
         """Prefills what is ready, and notices pushes that are done."""
-        started = time.monotonic()
+        started = self.clock()
         self._look_at_slots()
         outputs, executed = self.engine.step()
+        took_s, num_computed = self.clock() - started, 0
         for output in outputs:
             leg = self._legs.get(output.request_id)
             if leg is None or not output.finished:
@@ -91,24 +101,27 @@ class PrefillStage(ReadingStage):
             reason = str(output.finish_reason)
             if reason not in ("length", "stop"):
                 text = f"prefill ended with {reason}"
-                self._post(Failed(request_id=output.request_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
+                self._post(LegFailed(leg_id=output.request_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
                 continue
             # vLLM ends every request here after one token; "stop" is what that token says.
             ends = leg.samples and (leg.is_last or reason == "stop")
             if not ends:
                 self._pushing.add(output.request_id)
             stats = output.prefill_stats
+            num_computed += stats.num_computed_tokens if stats else 0
             done = Prefilled(
-                request_id=output.request_id,
+                leg_id=output.request_id,
                 num_cached_tokens=stats.num_local_cached_tokens if stats else 0,
-                took_s=time.monotonic() - started,
+                took_s=took_s,
                 token_ids=list(output.new_token_ids) if leg.samples else [],
                 finish_reason=reason if ends else "",
             )
             self._post(done, self._frames(output, leg, ends))
         for request_id in [one for one in self._pushing if not self.engine.holds(one)]:
             self._pushing.discard(request_id)
-            self._post(Pushed(request_id=request_id), ())
+            self._post(Pushed(leg_id=request_id), ())
+        if executed:
+            self.did(took_s, num_computed)
         return executed
 
     def _frames(self, output: EngineCoreOutput, leg: Leg, ends: bool) -> Frames:
@@ -134,7 +147,7 @@ class PrefillStage(ReadingStage):
         return ever_later(_PUSH_POLL_S, num_idle_steps) if self._pushing else _PATCH_POLL_S
 
     def held(self) -> dict[str, int]:
-        """As `Stage`, and the requests that this stage knows."""
+        """As `StageRunner`, and the requests that this stage knows."""
         return super().held() | {"requests": len(self._legs) + len(self._pushing)}
 
     def leak(self, now: float) -> str:

@@ -12,12 +12,12 @@ from functools import partial
 
 from cache.slot import StaleSlotError
 from epd.messages import PatchReady
-from workers.stage import Stage, ever_later
+from workers.stage import StageRunner, ever_later
 
 _SLOT_POLL_S = (0.0002, 0.005)
 
 
-class ReadingStage(Stage):
+class ReadingStage(StageRunner):
     """A stage whose requests wait for patches."""
 
     def _ready(self, request_id: str, ready: Iterable[PatchReady]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from epd.config import Config
-from epd.messages import Message, Pool, Role, WorkerInfo
+from epd.messages import Message, Pool, Stage, Work, WorkerInfo
 from workers.resources import of_engine
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _MAX_SEEN = 8192
 Post = Callable[[Message, Frames], None]
 
 
-class Stage(abc.ABC):
+class StageRunner(abc.ABC):
     """One stage's side of the engine thread (`workers.thread.Steps`).
 
     Args:
@@ -35,23 +35,31 @@ class Stage(abc.ABC):
         name: this worker's name.
         post: sends a message to the broker; called in the engine thread.
         call: has a command run in the engine thread, between two steps; may be called in any thread.
+        clock: seconds of any monotonic clock.
     """
 
-    role: Role
+    stage: Stage
 
-    def __init__(self, config: Config, name: str, post: Post, call: Callable[..., None]) -> None:
-        self._config, self._name, self._post, self._call = config, name, post, call
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        post: Post,
+        call: Callable[..., None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._name, self._post, self._call, self.clock = config, name, post, call, clock
         self.engine: Engine
         self.draining = False
-        self.clock: Callable[[], float] = time.monotonic
         self._seen: OrderedDict[str, None] = OrderedDict()
         self.info = WorkerInfo()
+        self.work = Work()
 
     def start(self) -> None:
         """Builds the engine."""
         from workers.engine import Engine
 
-        self.engine = Engine(self._config, self.role, self._name)
+        self.engine = Engine(self._config, self.stage, self._name)
         self.info = self.engine.info()
 
     def stop(self) -> None:
@@ -64,7 +72,7 @@ class Stage(abc.ABC):
 
     def gauges(self) -> dict[str, float]:
         """What the engine tells of itself for metrics; nothing where it has no KV."""
-        return {} if self.role is Role.ENCODE else self.engine.gauges.read()
+        return {} if self.stage is Stage.ENCODE else self.engine.gauges.read()
 
     def has_work(self) -> bool:
         """Whether the engine has anything to step for."""
@@ -83,6 +91,11 @@ class Stage(abc.ABC):
         if len(self._seen) > _MAX_SEEN:
             self._seen.popitem(last=False)
         return True
+
+    def did(self, busy_s: float, num_units: int) -> None:
+        """The model has run for `busy_s`, and finished so many units of this stage's work (`epd.messages.Work`)."""
+        before = self.work  # replaced, never changed: the event loop reads it
+        self.work = Work(busy_s=before.busy_s + busy_s, num_units=before.num_units + num_units)
 
     def leak(self, now: float) -> str:
         """Why this worker should be replaced: its engine holds memory for nobody (`workers.leaks`); "" if it does not.

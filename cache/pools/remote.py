@@ -134,7 +134,7 @@ class RemoteView:
                         if (question := self._asked.get()) is None:
                             return
                         exchange.ask(question)
-                exchange.settle()
+                exchange.collect()
         finally:
             exchange.close()
             os.close(wake)
@@ -179,7 +179,7 @@ class _Exchange:
         question.asked_at = time.monotonic()
         self._open[number] = question
 
-    def settle(self) -> None:
+    def collect(self) -> None:
         """Takes the answers that are there, and gives up what a silent host owes."""
         while self._socket is not None:
             try:

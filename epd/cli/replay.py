@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from broker.replay import RecordingError, Replayed, replay
+from broker.recording.replay import RecordingError, Replayed, replay
 from epd.messages import Story
 
 DIFFERS, USAGE = 1, 2
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
         return USAGE
     print("\n".join(summary(done)))
     if args.request:
-        board = done.core.board
-        stories = [board.story(one) for one in board.told() if args.request in one]
+        told = done.core.stories
+        stories = [told.story(one) for one in told.ids() if args.request in one]
         for story in stories:
             print("\n".join(["", *tell(story)]))
         if not stories:
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(done: Replayed) -> list[str]:
     """A recording in a few lines."""
-    counters = done.core.board.counters()
+    counters = done.core.counters()
     failures = ", ".join(f"{code} {count}" for code, count in sorted(done.failures.items()))
-    in_flight = len(done.core.board.requests)
+    in_flight = len(done.core.requests)
     same = "as it was then, in every event"
     if done.first_difference:
         same = f"differs from event {done.first_difference} on: recorded by EPD {done.version}, or an error of EPD"

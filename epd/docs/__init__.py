@@ -14,6 +14,7 @@ from epd.docs.configuration import configuration
 from epd.docs.errors import errors
 from epd.docs.metrics import metrics
 from epd.docs.protocol import protocol
+from epd.docs.vllm import vllm
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -25,6 +26,7 @@ def pages() -> dict[Path, str]:
         "configuration.md": configuration(),
         "errors.md": errors(),
         "metrics.md": metrics(),
+        "vllm.md": vllm(),
     }
     return {ROOT / "docs" / name: text for name, text in written.items()}
 

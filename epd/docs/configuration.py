@@ -94,4 +94,6 @@ def _toml_type(kind: Any) -> str:
         return "table"
     if typing.get_origin(kind) is list:
         return f"list of {_toml_type(typing.get_args(kind)[0])}s"
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(f'"{value}"' for value in typing.get_args(kind))
     return _TOML_TYPES[kind]

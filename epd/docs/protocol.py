@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from epd.docs.parts import default, doc, note
-from epd.messages import Role, Struct
-from epd.protocol import PROTOCOL_VERSION, TABLE, Command
+from epd.messages import Kind, Stage, Struct
+from epd.protocol import PROTOCOL_VERSION, TABLE, Command, Speaker
 from epd.transport import link, wire
 
 _PROTOCOL = """\
@@ -28,7 +28,8 @@ of their own. The words MUST, MUST NOT, SHOULD and MAY are those of RFC 2119.
 ## Goals
 - One broker joins any number of endpoints, cache daemons and workers; all decisions are made in one place.
 - The broker reads headers only. Media, engine requests and engine outputs are opaque frames that it forwards.
-- Every accepted request ends with exactly one FINISHED or FAILED; if its endpoint cancelled it or is gone, with none.
+- Every accepted request ends with exactly one last output or FAILED; with none, if its endpoint cancelled it or is
+  gone.
 - A peer that has restarted is never taken for its earlier self, and a message that comes too late changes nothing.
 - A malformed message costs its sender only. Everything is bounded; nothing is pickled.
 
@@ -87,7 +88,7 @@ sequenceDiagram
   peer had on its hands ends as if it had been lost. A peer that wants to leave in good order finishes its work first.
 - An endpoint also gets STATUS after WELCOME, with each HEARTBEAT_ACK, and when a peer comes or goes. A worker gets
   POOLS when the pools change.
-- The broker drops a message that its sender's role may not send, and one that is not legal in the state of the request
+- The broker drops a message that its sender's kind may not send, and one that is not legal in the state of the request
   or patch it names (see the commands).
 
 ## A request
@@ -108,29 +109,29 @@ sequenceDiagram
     B->>D: PREFILLED
     P-->>D: KV, through NIXL
     P->>B: PUSHED
-    D->>B: TOKENS
-    B->>A: TOKENS
-    D->>B: FINISHED
-    B->>A: FINISHED
+    loop each engine step
+        D->>B: STEP_OUTPUTS (of all legs in it)
+        B->>A: OUTPUTS
+    end
 ```
 - An endpoint MAY submit a request again to a broker that does not have it, under the same `request_id`, with more
-  `attempts` and the tokens that it has got as `output_token_ids`; TOKENS then bring only what follows them.
+  `attempts` and the tokens that it has got as `output_token_ids`; OUTPUTS then bring only what follows them.
 - `request_id` MUST be new: while a request of that id is in flight, another one is refused (`duplicate_request`).
 - The broker answers SUBMIT with FAILED where it refuses the request; nothing else is sent for it then.
 - PREFILL, DECODE and the first ENCODEs go out together, once the request has all its slots and room on a decode worker.
 - READY MAY name one patch or several, in any order. A prefill worker MAY compute the tokens before the first patch that
   is missing.
-- KV goes from worker to worker, so TOKENS and FINISHED MAY reach the broker before PREFILLED and PUSHED. The broker
-  keeps such a FINISHED until PREFILLED has come.
+- KV goes from worker to worker, so STEP_OUTPUTS MAY reach the broker before PREFILLED and PUSHED. The broker keeps a
+  leg's last output until PREFILLED has come.
 - ENCODED names the generation of each slot that was written. The broker MUST ignore any but the current one.
 - A reader that finds something else in a slot MUST NOT use it. A prefill worker says STALE and gets READY when the
-  patch has been encoded again; a decode worker ends the request with FAILED.
-- A worker MUST answer ABORT with RELEASED, or with the PREFILLED, FINISHED or FAILED that was already on its way. Until
+  patch has been encoded again; a decode worker ends the leg with LEG_FAILED.
+- A worker MUST answer ABORT with RELEASED, or with the PREFILLED, last output or LEG_FAILED that was on its way. Until
   then the broker keeps the request's slots pinned.
 - A worker MUST answer each job of an ENCODE once, in an ENCODED or by ENCODE_FAILED, also after DROP_ENCODE.
 - UPLOAD is answered by UPLOADED when all its patches can be read, or with a code. The broker holds it while encode
   workers or pools are away, as it holds requests.
-- CANCEL has no answer. TOKENS of that request MAY still arrive and MUST be ignored.
+- CANCEL has no answer. Outputs of that request MAY still arrive and MUST be ignored.
 """
 
 
@@ -150,8 +151,8 @@ def protocol() -> str:
         "| code | command | to the broker from | from the broker to | when | opaque frames |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {row.code} | [{row.name}](#{row.name.lower()}) | {_roles(row.to_broker)} | {_roles(row.from_broker)} "
-            f"| {row.state} | {row.frames} |"
+            f"| {row.code} | [{row.name}](#{row.name.lower()}) | {_speakers(row.to_broker)} "
+            f"| {_speakers(row.from_broker)} | {row.state} | {row.frames} |"
             for row in TABLE
         ),
         "",
@@ -168,9 +169,11 @@ def protocol() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _roles(roles: Iterable[Role]) -> str:
-    names = [role.value for role in Role if role in frozenset(roles)]
-    return "any" if len(names) == len(Role) else ", ".join(names)
+def _speakers(speakers: Iterable[Speaker]) -> str:
+    """Kinds of peers, and stages of workers, in words."""
+    found = frozenset(speakers)
+    names = [one.value for one in (*Kind, *Stage) if one in found]
+    return "any" if found == frozenset(Kind) else ", ".join(names)
 
 
 def _command(row: Command) -> Iterator[str]:

@@ -13,7 +13,7 @@ import msgspec
 
 from epd.config import Config
 from epd.errors import one_line
-from epd.messages import Role
+from epd.messages import Stage
 
 
 class Modality(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +66,7 @@ def examine(config: Config) -> Examination:
         from workers.engine import Engine
         from workers.proving import prove_units
 
-        engine = Engine(config, Role.ENCODE, "check")
+        engine = Engine(config, Stage.ENCODE, "check")
         architectures = engine.vllm_config.model_config.hf_config.architectures or []
         proofs = prove_units(engine)
     except Exception as error:

@@ -9,14 +9,14 @@ counts.
 """
 
 from epd.messages.parts import (
-    STAGES,
     Counters,
+    Kind,
     KvPeer,
     Patch,
     Pool,
     PoolFill,
-    Role,
     Slot,
+    Stage,
     StoryEvent,
     Struct,
     WorkerInfo,
@@ -31,19 +31,22 @@ from epd.messages.peers import (
     HeartbeatAck,
     Hello,
     Pools,
+    Serves,
     Status,
     Unknown,
     Welcome,
+    Work,
+    updated,
 )
 from epd.messages.requests import (
     Cancel,
     DropUpload,
     Failed,
-    Finished,
     GetStory,
+    Outputs,
+    RequestOutput,
     Story,
     Submit,
-    Tokens,
     Upload,
     Uploaded,
 )
@@ -56,6 +59,8 @@ from epd.messages.stages import (
     EncodedJob,
     EncodeFailed,
     EncodeJob,
+    LegFailed,
+    LegOutput,
     NeedPatches,
     PatchReady,
     Prefill,
@@ -64,18 +69,19 @@ from epd.messages.stages import (
     Ready,
     Released,
     Stale,
+    StepOutputs,
 )
 
 Message = (
-    Hello | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Draining | Goodbye | Status | GetCache | CacheState
-    | Submit | Cancel | Upload | Uploaded | DropUpload | Tokens | Finished | Failed | GetStory | Story
+    Hello | Serves | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Draining | Goodbye | Status
+    | GetCache | CacheState
+    | Submit | Cancel | Upload | Uploaded | DropUpload | Outputs | Failed | GetStory | Story
     | Encode | DropEncode | Encoded | EncodeFailed
     | Prefill | Ready | Stale | Prefilled | Pushed | Released | Abort
-    | Decode | NeedPatches
+    | Decode | NeedPatches | StepOutputs | LegFailed
 )  # fmt: skip
 
 __all__ = [
-    "STAGES",
     "Abort",
     "CacheState",
     "Cancel",
@@ -90,16 +96,19 @@ __all__ = [
     "Encoded",
     "EncodedJob",
     "Failed",
-    "Finished",
     "GetCache",
     "GetStory",
     "Goodbye",
     "Heartbeat",
     "HeartbeatAck",
     "Hello",
+    "Kind",
     "KvPeer",
+    "LegFailed",
+    "LegOutput",
     "Message",
     "NeedPatches",
+    "Outputs",
     "Patch",
     "PatchReady",
     "Pool",
@@ -110,19 +119,23 @@ __all__ = [
     "Pushed",
     "Ready",
     "Released",
-    "Role",
+    "RequestOutput",
+    "Serves",
     "Slot",
+    "Stage",
     "Stale",
     "Status",
+    "StepOutputs",
     "Story",
     "StoryEvent",
     "Struct",
     "Submit",
-    "Tokens",
     "Unknown",
     "Upload",
     "Uploaded",
     "Welcome",
+    "Work",
     "WorkerInfo",
     "WorkerStatus",
+    "updated",
 ]

@@ -1,4 +1,4 @@
-"""What messages are made of: roles, pools, slots, patches, workers and stories. See the package.
+"""What messages are made of: kinds of peers, stages, pools, slots, patches, workers and stories. See the package.
 
 `Struct` is the base of all of them: immutable, no unknown fields, defaults left out on the wire.
 """
@@ -10,21 +10,27 @@ import enum
 import msgspec
 
 
-class Role(enum.StrEnum):
-    """What a peer of the broker does. The last three are the stages of the pipeline."""
+class Kind(enum.StrEnum):
+    """What a peer of the broker is, as long as it lives."""
 
     ENDPOINT = "endpoint"
     CACHE = "cache"
+    WORKER = "worker"
+
+
+class Stage(enum.StrEnum):
+    """What a worker does for requests now; it may change while the worker is registered."""
+
     ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
 
 
-STAGES = (Role.ENCODE, Role.PREFILL, Role.DECODE)
+class Struct(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, frozen=True, kw_only=True, gc=False):
+    """Base of all message structs: immutable, no unknown fields, defaults left out on the wire.
 
-
-class Struct(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Base of all message structs: immutable, no unknown fields, defaults left out on the wire."""
+    They are never part of a cycle, so the garbage collector need not look at them.
+    """
 
 
 class Pool(Struct, frozen=True):
@@ -127,7 +133,10 @@ class Patch(Struct, frozen=True):
 
 
 class StoryEvent(Struct, frozen=True):
-    """One line of a request's story: `at_s` seconds after it was accepted, on the broker's clock."""
+    """One line of a request's story: `at_s` seconds after it was accepted, on the broker's clock.
+
+    `event` is one of `epd.journal.Happening`.
+    """
 
     at_s: float
     event: str
@@ -145,7 +154,7 @@ class WorkerStatus(Struct, frozen=True):
     """
 
     name: str
-    role: Role
+    stage: Stage
     incarnation: str
     host: str
     pid: int

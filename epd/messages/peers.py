@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import msgspec
 
-from epd.messages.parts import Counters, Pool, PoolFill, Role, Struct, WorkerInfo, WorkerStatus
+from epd.messages.parts import Counters, Kind, Pool, PoolFill, Stage, Struct, WorkerInfo, WorkerStatus
 
 
 class Hello(Struct, frozen=True):
-    """Any peer → Broker: registers under `name`; `incarnation` is new at each start and fences what came before."""
+    """Any peer → Broker: registers under `name`; `incarnation` is new at each start and fences what came before.
+
+    A worker says which `stage` it serves; nobody else does.
+    """
 
     name: str
-    role: Role
+    kind: Kind
     incarnation: str
     host: str
     pid: int
+    stage: Stage | None = None
     info: WorkerInfo = WorkerInfo()
     pools: list[Pool] = msgspec.field(default_factory=list)
+
+
+class Serves(Struct, frozen=True):
+    """Worker → Broker: from now on it serves this stage, and this is what it says of itself there.
+
+    It has nothing on its hands: what it had is done, or was handed back.
+    """
+
+    stage: Stage
+    info: WorkerInfo
 
 
 class Welcome(Struct, frozen=True):
@@ -33,15 +47,27 @@ class Pools(Struct, frozen=True):
     pools: list[Pool]
 
 
+class Work(Struct, frozen=True):
+    """What an engine has done: `busy_s` seconds of steps in which its model ran, for so many units of work.
+
+    Units are those of the worker's load: embedding rows encoded, prompt tokens prefilled, tokens decoded.
+    """
+
+    busy_s: float = 0.0
+    num_units: int = 0
+
+
 class Heartbeat(Struct, frozen=True):
     """Any peer → Broker: still here. `num_steps` counts engine steps, so that a hung engine shows.
 
-    `held` counts what the process holds, by kind: requests, patches, KV blocks, tasks, file descriptors. `gauges` are
-    what its engine tells of itself for metrics, by name (`workers.gauges`).
+    `held` counts what the process holds, by kind: requests, patches, KV blocks, tasks, file descriptors. `work` is
+    what a worker's engine has done since it began to serve its stage, so that the broker learns what work costs;
+    `gauges` are what it tells of itself for metrics, by name (`workers.gauges`).
     """
 
     num_steps: int = 0
     held: dict[str, int] = msgspec.field(default_factory=dict)
+    work: Work = Work()
     gauges: dict[str, float] = msgspec.field(default_factory=dict)
 
 
@@ -64,13 +90,17 @@ class Goodbye(Struct, frozen=True):
 
 
 class Status(Struct, frozen=True):
-    """Broker → Endpoint: the workers and counters, at each change of the workers and with each heartbeat's answer.
+    """Broker → Endpoint: workers and counters, when workers come or go and with each heartbeat's answer.
 
-    `broker_held` counts what the broker itself holds, `peers_held` (by name) what caches and endpoints do.
+    `workers` are those of which something has changed since the last STATUS to this endpoint, or with `is_whole` all
+    there are; `gone` are the incarnations of those that are registered no more. `broker_held` counts what the broker
+    itself holds, `peers_held` (by name) what caches and endpoints do.
     """
 
     workers: list[WorkerStatus]
     counters: Counters
+    gone: list[str] = msgspec.field(default_factory=list)
+    is_whole: bool = False
     num_pools: int = 0
     broker_held: dict[str, int] = msgspec.field(default_factory=dict)
     peers_held: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
@@ -84,3 +114,14 @@ class CacheState(Struct, frozen=True):
     """Broker → Endpoint: the pools, and what lies where in them."""
 
     pools: list[PoolFill] = msgspec.field(default_factory=list)
+
+
+def updated(before: Status | None, now: Status) -> Status:
+    """All workers as of a STATUS, given all as of the one before it."""
+    if now.is_whole or before is None:
+        return now
+    workers = {one.incarnation: one for one in before.workers}
+    for incarnation in now.gone:
+        workers.pop(incarnation, None)
+    workers |= {one.incarnation: one for one in now.workers}
+    return msgspec.structs.replace(now, workers=list(workers.values()), gone=[], is_whole=True)

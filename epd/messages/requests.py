@@ -15,7 +15,8 @@ class Submit(Struct, frozen=True):
     it is, for fairness. A request that was begun before (the broker was lost) comes with the number of `attempts`
     made, and with `output_token_ids`, the tokens that its client has: it continues after them. `resumable` says that
     going on from prompt and tokens gives what an undisturbed run would have given, `prefill_samples` that the prefill
-    worker is to sample the first token.
+    worker is to sample the first token. `prefix_hashes` name the beginnings of the prompt, from short to long, so that
+    a request can go where the beginning of its prompt was prefilled before.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class Submit(Struct, frozen=True):
     output_token_ids: list[int] = msgspec.field(default_factory=list)
     resumable: bool = False
     prefill_samples: bool = False
+    prefix_hashes: list[str] = msgspec.field(default_factory=list)
 
 
 class Cancel(Struct, frozen=True):
@@ -64,37 +66,35 @@ class DropUpload(Struct, frozen=True):
     upload_id: str
 
 
-class Tokens(Struct, frozen=True):
-    """Decode → Broker → Endpoint: new tokens of a request, as one opaque engine output.
+class RequestOutput(Struct, frozen=True):
+    """What a request's engines have given since the last time.
 
-    The broker keeps `token_ids`, so that another decode worker can go on where this one stopped. They are empty for
-    an output of the prefill worker, which has log-probabilities of the prompt only. `num_before` counts the tokens of
-    the whole answer that came before (-1: not said), so that a message that is missing or comes twice shows. The broker
-    adds how many tokens of the prompt the prefill worker had computed before; -1 while it does not know. With its first
-    tokens the decode worker says of how many the KV was pushed to it; it had that of the others. -1 later on.
+    `num_frames` opaque frames hold the engine output; none where it is all said here. `token_ids` are empty for log-
+    probabilities of the prompt only. `num_before` counts the tokens of the whole answer that came before (-1: not
+    said), so that what is missing or comes twice shows. `num_cached_tokens` of the prompt the prefill worker had
+    computed before; -1 while it has not said so. With a `finish_reason` the request has ended, and its story is here.
     """
 
     request_id: str
     token_ids: list[int]
     num_before: int = -1
     num_cached_tokens: int = -1
-    num_pushed_tokens: int = -1
-
-
-class Finished(Struct, frozen=True):
-    """Decode → Broker → Endpoint: the last engine output of a request, as in TOKENS; the broker adds the story."""
-
-    request_id: str
-    token_ids: list[int]
-    finish_reason: str
-    num_before: int = -1
-    num_cached_tokens: int = -1
-    num_pushed_tokens: int = -1
+    finish_reason: str = ""
+    num_frames: int = 0
     story: list[StoryEvent] = msgspec.field(default_factory=list)
 
 
+class Outputs(Struct, frozen=True):
+    """Broker → Endpoint: new tokens of requests, and the last ones of those that have ended.
+
+    Opaque frames: each output's, in order.
+    """
+
+    outputs: list[RequestOutput]
+
+
 class Failed(Struct, frozen=True):
-    """Worker → Broker → Endpoint: the request ends without an answer, and why.
+    """Broker → Endpoint: the request ends without an answer, and why.
 
     `status` is the HTTP status for the client, `code` a stable word, `retry_after_s` > 0 where trying again may help.
     """
@@ -119,4 +119,5 @@ class Story(Struct, frozen=True):
     request_id: str
     found: bool
     state: str = ""
+    began_at: float = 0.0
     events: list[StoryEvent] = msgspec.field(default_factory=list)

@@ -1,7 +1,7 @@
 """Messages between the broker and the stage workers: encode, prefill, decode. See the package.
 
-Between broker and workers `request_id` names a leg: one attempt at a request. The first leg has the request's own id,
-each later one an id that no worker has seen before.
+Broker and workers speak of legs: one leg is one attempt at a request. The first leg has the request's own id, each
+later one an id that no worker has seen before.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Prefill(Struct, frozen=True):
     `is_last`, nobody wants the KV.
     """
 
-    request_id: str
+    leg_id: str
     ready: list[PatchReady] = msgspec.field(default_factory=list)
     output_token_ids: list[int] = msgspec.field(default_factory=list)
     samples: bool = False
@@ -86,14 +86,14 @@ class Prefill(Struct, frozen=True):
 class Ready(Struct, frozen=True):
     """Broker → Prefill or Decode: patches that this request waits for can be read now."""
 
-    request_id: str
+    leg_id: str
     ready: list[PatchReady]
 
 
 class Stale(Struct, frozen=True):
     """Prefill or Decode → Broker: a slot did not hold what it should; encode the patch again."""
 
-    request_id: str
+    leg_id: str
     patch_hash: str
     generation: int
     reason: str
@@ -108,7 +108,7 @@ class Prefilled(Struct, frozen=True):
     where they were asked for, else none.
     """
 
-    request_id: str
+    leg_id: str
     num_cached_tokens: int = 0
     took_s: float = 0.0
     token_ids: list[int] = msgspec.field(default_factory=list)
@@ -118,19 +118,19 @@ class Prefilled(Struct, frozen=True):
 class Pushed(Struct, frozen=True):
     """Prefill → Broker: the KV of this request has been written to the decode worker."""
 
-    request_id: str
+    leg_id: str
 
 
 class Released(Struct, frozen=True):
     """Prefill or Decode → Broker: after an ABORT: the request is gone from here and its slots are not read any more."""
 
-    request_id: str
+    leg_id: str
 
 
 class Abort(Struct, frozen=True):
     """Broker → Prefill or Decode: drop this request. Answered by RELEASED."""
 
-    request_id: str
+    leg_id: str
 
 
 class Decode(Struct, frozen=True):
@@ -141,7 +141,7 @@ class Decode(Struct, frozen=True):
     `awaits_token` the next one is sampled by the prefill worker and comes with PREFILLED: this worker goes on after it.
     """
 
-    request_id: str
+    leg_id: str
     prefill: KvPeer
     output_token_ids: list[int] = msgspec.field(default_factory=list)
     awaits_token: bool = False
@@ -150,5 +150,36 @@ class Decode(Struct, frozen=True):
 class NeedPatches(Struct, frozen=True):
     """Decode → Broker: the request was preempted and must be prefilled here; make these patches readable."""
 
-    request_id: str
+    leg_id: str
     patch_hashes: list[str]
+
+
+class LegOutput(Struct, frozen=True):
+    """What one engine step gave a leg.
+
+    `num_frames` opaque frames hold the engine output; none where it is all said here. The broker keeps `token_ids`, so
+    that another worker can go on where this one stopped; `num_before` counts the tokens of the whole answer that came
+    before them (-1: not said). With its first tokens the decode worker says of how many the KV was pushed to it; it
+    had that of the others. -1 later on. With a `finish_reason` they are the leg's last.
+    """
+
+    leg_id: str
+    token_ids: list[int]
+    num_before: int = -1
+    num_pushed_tokens: int = -1
+    finish_reason: str = ""
+    num_frames: int = 0
+
+
+class StepOutputs(Struct, frozen=True):
+    """Decode → Broker: what one engine step gave all legs that were in it. Opaque frames: each output's, in order."""
+
+    outputs: list[LegOutput]
+
+
+class LegFailed(Struct, frozen=True):
+    """Prefill or Decode → Broker: this leg ends here without an answer, and why; `code` as in FAILED."""
+
+    leg_id: str
+    code: str
+    message: str

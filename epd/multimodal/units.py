@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from epd.messages import Role, WorkerStatus
+from epd.messages import Stage, WorkerStatus
 
 ITEM = "item"
 
@@ -23,7 +23,7 @@ def agreed_units(workers: Iterable[WorkerStatus]) -> dict[str, Unit] | None:
 
     Modalities that they differ in are left out, and those whose unit is the whole item.
     """
-    reports = [worker.info for worker in workers if worker.role is Role.ENCODE]
+    reports = [worker.info for worker in workers if worker.stage is Stage.ENCODE]
     if not reports:
         return None
     units: dict[str, Unit] = {}

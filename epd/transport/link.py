@@ -18,7 +18,20 @@ from typing import Self
 import structlog
 import zmq
 
-from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Message, Pool, Role, Unknown, Welcome, WorkerInfo
+from epd.messages import (
+    Goodbye,
+    Heartbeat,
+    HeartbeatAck,
+    Hello,
+    Kind,
+    Message,
+    Pool,
+    Stage,
+    Unknown,
+    Welcome,
+    Work,
+    WorkerInfo,
+)
 from epd.process import resources
 from epd.process.hosts import this_host
 from epd.transport import wire
@@ -45,7 +58,8 @@ class BrokerLink:
     Args:
         address: the broker's ZeroMQ address.
         name: this peer's name, stable across its restarts.
-        role: what it does.
+        kind: what it is.
+        stage: what a worker serves at the time of each registration; None for others.
         info: called at each registration.
         pools: called at each registration (cache daemons).
         on_message: called with each message after WELCOME, on the event loop, never concurrently.
@@ -54,6 +68,7 @@ class BrokerLink:
             broker is to be dropped. Registration then starts again by itself.
         steps: the number of engine steps, sent with each heartbeat.
         held: what this process holds, sent with each heartbeat too.
+        work: what a worker's engine has done, likewise.
         gauges: what it tells of itself for metrics, likewise.
     """
 
@@ -61,7 +76,7 @@ class BrokerLink:
         self,
         address: str,
         name: str,
-        role: Role,
+        kind: Kind,
         *,
         on_message: OnMessage,
         info: Callable[[], WorkerInfo] = WorkerInfo,
@@ -70,9 +85,11 @@ class BrokerLink:
         on_lost: OnLost | None = None,
         steps: Callable[[], int] = int,
         held: Callable[[], dict[str, int]] = resources.of_process,
+        stage: Callable[[], Stage | None] = lambda: None,
+        work: Callable[[], Work] = Work,
         gauges: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        self._address, self._name, self._role = address, name, role
+        self._address, self._name, self._kind, self._stage, self._work = address, name, kind, stage, work
         self._info, self._pools, self._steps = info, pools, steps
         self._held, self._gauges = held, gauges
         self._on_message, self._on_registered, self._on_lost = on_message, on_registered, on_lost
@@ -162,7 +179,8 @@ class BrokerLink:
     async def _say_hello(self, sock: MessageSocket, welcome: asyncio.Future[Welcome]) -> Welcome:
         hello = Hello(
             name=self._name,
-            role=self._role,
+            kind=self._kind,
+            stage=self._stage(),
             incarnation=self.incarnation,
             host=this_host(),
             pid=os.getpid(),
@@ -181,7 +199,10 @@ class BrokerLink:
             if done:
                 return lost.result()
             if not self._leaving:
-                self.send(Heartbeat(num_steps=self._steps(), held=self._held(), gauges=self._gauges()))
+                heartbeat = Heartbeat(
+                    num_steps=self._steps(), held=self._held(), work=self._work(), gauges=self._gauges()
+                )
+                self.send(heartbeat)
             silent_s = time.monotonic() - self._heard_at
             if silent_s > welcome.lost_after_s:
                 return f"the broker was silent for {silent_s:.1f} s"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from broker.board import Send
-from broker.core import Core
-from broker.recorder import Recorder
-from broker.replay import Replayed, replay
+from broker.core.core import Core
+from broker.core.outbox import Send
+from broker.recording.recorder import Recorder
+from broker.recording.replay import Replayed, replay
 from epd.config import BrokerConfig
 from epd.messages import Message
 from epd.transport import wire
@@ -26,9 +26,9 @@ class RecordedCore(Core):
         return sends
 
     def tick(self, now: float) -> list[Send]:
-        self.board.process_held = {"fds": round(now * 4)}  # as the daemon, which looks before each tick
+        self.status_board.process_held = {"fds": round(now * 4)}  # as the daemon, which looks before each tick
         sends = super().tick(now)
-        self.recorder.tick(now, self.board.process_held, sends)
+        self.recorder.tick(now, self.status_board.process_held, sends)
         return sends
 
     def replayed(self) -> Replayed:

@@ -6,8 +6,8 @@ import pytest
 
 from epd import messages as m
 from epd.config import BrokerConfig
-from epd.messages import Role
-from tests.broker.world import SLOT_BYTES, World, encode_info
+from epd.messages import Kind, Stage
+from tests.broker.world import SLOT_BYTES, Finished, Tokens, World, encode_info, step
 
 
 @pytest.fixture
@@ -33,20 +33,20 @@ def test_a_lost_worker_of_requests_that_may_not_be_tried_again_fails_them_explic
     assert (failed.code, failed.status) == ("worker_lost", 502)
     assert f"{stage}0" in failed.message
     other = world.d[0] if stage == "p" else world.p[0]
-    assert [one.request_id for one in world.take(m.Abort, other)] == ["r"]
+    assert [one.leg_id for one in world.take(m.Abort, other)] == ["r"]
     world.encode_all()
-    world.say(other, m.Released(request_id="r"))
+    world.say(other, m.Released(leg_id="r"))
     world.assert_idle()
 
 
 def test_a_prefill_worker_lost_after_its_push_harms_nobody(world: World) -> None:
     world.submit("r")
-    world.say(world.p[0], m.Prefilled(request_id="r"))
-    world.say(world.p[0], m.Pushed(request_id="r"))
+    world.say(world.p[0], m.Prefilled(leg_id="r"))
+    world.say(world.p[0], m.Pushed(leg_id="r"))
     world.wait(4.0, but=(world.p[0],))
     assert world.take(m.Failed) == []
-    world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="stop"))
-    assert len(world.take(m.Finished)) == 1
+    world.say(world.d[0], step("r", token_ids=[7], finish_reason="stop"))
+    assert len(world.take(Finished)) == 1
     world.assert_idle()
 
 
@@ -62,7 +62,7 @@ def test_the_patches_of_a_lost_encode_worker_go_to_another_one_and_to_other_memo
     for send in again + [one for one in sends if one.peer_id == world.e[1]]:
         message = send.message
         world.say_encoded(world.e[1], message)
-    assert world.core.board.requests["r"].missing == set()
+    assert world.core.requests["r"].leg.missing == set()
     assert world.take(m.Failed) == []
 
 
@@ -84,15 +84,15 @@ def test_requests_fail_with_the_last_worker_of_a_stage_where_there_is_no_grace(s
     [worker] = world.p if stage == "prefill" else world.d
     world.say(worker, m.Goodbye(reason="killed"))
     assert len(world.take(m.Failed)) == 9
-    assert world.core.board.counters().held_queued == 0
+    assert world.core.counters().held_queued == 0
 
 
 def test_a_patch_that_was_there_when_two_workers_were_lost_fails_its_request_and_spares_the_third() -> None:
     world = World()
     world.pipeline(encode=1)
     world.submit("r", ["poison"])
-    world.join("e1", Role.ENCODE, encode_info())
-    world.join("e2", Role.ENCODE, encode_info())
+    world.join("e1", Stage.ENCODE, encode_info())
+    world.join("e2", Stage.ENCODE, encode_info())
     for _ in range(2):
         [send] = world.take_jobs()
         world.say(send.peer_id, m.Goodbye(reason="killed"))
@@ -106,9 +106,9 @@ def test_the_memory_of_a_lost_encode_worker_is_used_again_once_it_is_back() -> N
     world.pipeline(pool_bytes=2 * SLOT_BYTES)
     encoding(world, patches=["a"])
     world.wait(4.0, but=(world.e[0],))
-    assert world.core.board.patches.index.stats().quarantined_bytes == SLOT_BYTES
-    world.join("e0", Role.ENCODE, encode_info())
-    assert world.core.board.patches.index.stats().quarantined_bytes == 0
+    assert world.core.patches.index.stats().quarantined_bytes == SLOT_BYTES
+    world.join("e0", Stage.ENCODE, encode_info())
+    assert world.core.patches.index.stats().quarantined_bytes == 0
 
 
 def test_a_late_encoded_of_an_earlier_generation_or_worker_changes_nothing(world: World) -> None:
@@ -116,7 +116,7 @@ def test_a_late_encoded_of_an_earlier_generation_or_worker_changes_nothing(world
     message = first.message
     world.say_encoded(second.peer_id, message)
     assert world.take(m.Ready) == []
-    assert world.core.board.counters().num_fenced == 1
+    assert world.core.counters().num_fenced == 1
     world.say_encoded(first.peer_id, message, message.slot.generation - 1)
     assert world.take(m.Ready) == []
 
@@ -124,7 +124,7 @@ def test_a_late_encoded_of_an_earlier_generation_or_worker_changes_nothing(world
 def test_a_stale_slot_is_encoded_again_from_the_request_that_found_it(world: World) -> None:
     [(worker, message)] = (world.submit("r", ["a"]), world.encode_all())[1]
     world.take(m.Ready)
-    stale = m.Stale(request_id="r", patch_hash="a", generation=message.slot.generation, reason="checksum")
+    stale = m.Stale(leg_id="r", patch_hash="a", generation=message.slot.generation, reason="checksum")
     world.say(world.p[0], stale)
     [again] = world.take_jobs()
     assert again.frames == [b"pixels of a"]
@@ -157,10 +157,10 @@ def test_a_cancelled_request_drops_what_was_not_encoded_and_frees_its_slots_when
 ) -> None:
     sends = encoding(world, patches=["a", "b"])
     world.say(world.endpoint, m.Cancel(request_id="r", reason="disconnect"))
-    assert {one.request_id for one in world.take(m.Abort)} == {"r"}
-    assert world.core.board.counters().held_pins == 2, "the prefill worker may still be reading"
-    world.say(world.p[0], m.Released(request_id="r"))
-    world.say(world.d[0], m.Released(request_id="r"))
+    assert {one.leg_id for one in world.take(m.Abort)} == {"r"}
+    assert world.core.counters().held_pins == 2, "the prefill worker may still be reading"
+    world.say(world.p[0], m.Released(leg_id="r"))
+    world.say(world.d[0], m.Released(leg_id="r"))
     drops = world.take_sends(m.DropEncode)
     assert len(drops) == 2
     first, second = sends
@@ -168,26 +168,26 @@ def test_a_cancelled_request_drops_what_was_not_encoded_and_frees_its_slots_when
     world.say_encoded(second.peer_id, second.message)
     world.assert_idle()
     assert world.take(m.Failed) == []
-    assert world.take(m.Finished) == []
+    assert world.take(Finished) == []
 
 
 def test_a_dropped_patch_that_is_wanted_again_is_encoded_after_all(world: World) -> None:
     [send] = encoding(world, patches=["a"])
     world.say(world.endpoint, m.Cancel(request_id="r"))
-    world.say(world.p[0], m.Released(request_id="r"))
-    world.say(world.d[0], m.Released(request_id="r"))
+    world.say(world.p[0], m.Released(leg_id="r"))
+    world.say(world.d[0], m.Released(leg_id="r"))
     world.submit("r2", ["a"])
     world.say(send.peer_id, m.EncodeFailed(job_id=send.message.job_id, message="dropped", dropped=True))
     assert [message.patch_hash for _, message in world.encode_all()] == ["a"]
-    assert [one.request_id for one in world.take(m.Ready)] == ["r2"]
+    assert [one.leg_id for one in world.take(m.Ready)] == ["r2"]
 
 
 def test_a_lost_endpoint_cancels_its_requests(world: World) -> None:
     world.submit("r")
     world.say(world.endpoint, m.Goodbye(reason="stopped"))
     assert len(world.take(m.Abort)) == 2
-    world.say(world.p[0], m.Released(request_id="r"))
-    world.say(world.d[0], m.Released(request_id="r"))
+    world.say(world.p[0], m.Released(leg_id="r"))
+    world.say(world.d[0], m.Released(leg_id="r"))
     world.assert_idle()
 
 
@@ -201,7 +201,7 @@ def test_without_grace_a_lost_cache_fails_the_requests_whose_patches_it_held_and
     [refused] = world.take(m.Failed)
     assert (refused.code, refused.status) == ("not_ready", 503)
     pool = m.Pool(pool_id="pool2", kind="shared_memory", name="pool2", nbytes=1 << 20, host="h")
-    world.join("cache", Role.CACHE, pools=[pool])
+    world.join("cache", Kind.CACHE, pools=[pool])
     assert [one.pools for one in world.take(m.Pools, world.p[0])][-1] == [pool]
     world.submit("r2", ["a"])
     assert [message.slot.pool_id for _, message in world.encode_all()] == ["pool2"]
@@ -209,33 +209,33 @@ def test_without_grace_a_lost_cache_fails_the_requests_whose_patches_it_held_and
 
 def test_a_worker_that_registers_again_under_its_name_replaces_the_earlier_incarnation(world: World) -> None:
     world.submit("r")
-    world.join("d0", Role.DECODE)
-    assert "registered again" in world.core.board.requests["r"].story[-1].detail
-    world.say("d0#1", m.Tokens(request_id="r", token_ids=[7]))
-    assert world.take(m.Tokens) == []
+    world.join("d0", Stage.DECODE)
+    assert "registered again" in world.core.requests["r"].story[-1].detail
+    world.say("d0#1", step("r", token_ids=[7]))
+    assert world.take(Tokens) == []
     assert world.take(m.Unknown, "d0#1")
 
 
 def test_a_message_of_a_peer_that_is_not_registered_is_answered_with_unknown(world: World) -> None:
     world.say("stranger", m.Heartbeat())
     assert len(world.take(m.Unknown, "stranger")) == 1
-    assert world.core.board.counters().num_fenced == 1
+    assert world.core.counters().num_fenced == 1
 
 
 def test_a_message_that_the_sender_s_role_may_not_send_changes_nothing(world: World) -> None:
     world.submit("r")
-    world.say(world.e[0], m.Finished(request_id="r", token_ids=[7], finish_reason="stop"))
-    world.say(world.endpoint, m.Prefilled(request_id="r"))
-    assert world.core.board.counters().num_fenced == 2
-    assert "r" in world.core.board.requests
+    world.say(world.e[0], step("r", token_ids=[7], finish_reason="stop"))
+    world.say(world.endpoint, m.Prefilled(leg_id="r"))
+    assert world.core.counters().num_fenced == 2
+    assert "r" in world.core.requests
 
 
 def test_an_accepted_request_ends_exactly_once(world: World) -> None:
     world.submit("r")
     world.finish("r", world.p[0], world.d[0])
     world.finish("r", world.p[0], world.d[0])
-    world.say(world.d[0], m.Failed(request_id="r", code="engine_failed", message="late"))
-    assert len(world.take(m.Finished)) == 1
+    world.say(world.d[0], m.LegFailed(leg_id="r", code="engine_failed", message="late"))
+    assert len(world.take(Finished)) == 1
     assert world.take(m.Failed) == []
     world.assert_idle()
 
@@ -271,7 +271,7 @@ def test_requests_that_wait_for_a_slot_too_long_are_refused_in_order_while_every
     [failed] = world.take(m.Failed)
     assert (failed.request_id, failed.status) == ("r2", 503)
     assert failed.retry_after_s > 0
-    assert world.core.board.patches.index.stats().used_bytes <= 2 * SLOT_BYTES
+    assert world.core.patches.index.stats().used_bytes <= 2 * SLOT_BYTES
 
 
 def test_requests_beyond_the_queue_s_bound_are_refused_at_once() -> None:
@@ -314,26 +314,26 @@ def test_a_request_that_can_never_fit_is_refused_with_a_reason(world: World, cha
 
 def test_a_request_that_comes_twice_changes_nothing(world: World) -> None:
     world.submit("r")
-    before = world.core.board.counters().num_fenced
+    before = world.core.counters().num_fenced
     world.submit("r")
     assert world.take(m.Failed) == []
-    assert world.core.board.counters().num_fenced == before + 1
-    assert list(world.core.board.requests) == ["r"]
+    assert world.core.counters().num_fenced == before + 1
+    assert list(world.core.requests) == ["r"]
 
 
 def test_a_request_of_another_endpoint_under_the_same_id_is_refused(world: World) -> None:
     world.submit("r")
-    world.endpoint = world.join("ep2", Role.ENDPOINT)
+    world.endpoint = world.join("ep2", Kind.ENDPOINT)
     world.submit("r")
     assert [one.code for one in world.take(m.Failed, world.endpoint)] == ["duplicate_request"]
-    assert "r" in world.core.board.requests
+    assert "r" in world.core.requests
 
 
 def test_a_preempted_request_whose_patches_are_gone_fails_explicitly(world: World) -> None:
     world.submit("r", ["a"])
     world.encode_all()
-    world.say(world.p[0], m.Prefilled(request_id="r"))
-    world.say(world.d[0], m.Tokens(request_id="r", token_ids=[7]), [b"t"])
+    world.say(world.p[0], m.Prefilled(leg_id="r"))
+    world.say(world.d[0], step("r", token_ids=[7]), [b"t"])
     world.say(world.cache, m.Goodbye())
-    world.say(world.d[0], m.NeedPatches(request_id="r", patch_hashes=["a"]))
+    world.say(world.d[0], m.NeedPatches(leg_id="r", patch_hashes=["a"]))
     assert [one.code for one in world.take(m.Failed)] == ["preempted"]

@@ -6,8 +6,8 @@ import pytest
 
 from epd import messages as m
 from epd.config import BrokerConfig
-from epd.messages import Role
-from tests.broker.world import SLOT_BYTES, World
+from epd.messages import Kind
+from tests.broker.world import SLOT_BYTES, Finished, Tokens, World, step
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def test_tokens_and_the_end_reach_the_endpoint_with_their_frames_and_the_story(w
     world.submit("r", ["a"])
     world.encode_all()
     world.finish("r", world.p[0], world.d[0])
-    [tokens] = world.take_sends(m.Tokens)
-    [finished] = world.take_sends(m.Finished)
+    [tokens] = world.take_sends(Tokens)
+    [finished] = world.take_sends(Finished)
     assert (tokens.peer_id, tokens.frames) == (world.endpoint, [b"t1"])
     assert (finished.peer_id, finished.frames) == (world.endpoint, [b"t2"])
     events = [line.event for line in finished.message.story]
@@ -63,8 +63,8 @@ def test_tokens_and_the_end_reach_the_endpoint_with_their_frames_and_the_story(w
 
 def test_the_decode_worker_is_woken_when_its_kv_is_on_its_way(world: World) -> None:
     world.submit("r")
-    world.say(world.p[0], m.Prefilled(request_id="r"))
-    assert [one.request_id for one in world.take(m.Prefilled, world.d[0])] == ["r"]
+    world.say(world.p[0], m.Prefilled(leg_id="r"))
+    assert [one.leg_id for one in world.take(m.Prefilled, world.d[0])] == ["r"]
 
 
 def test_a_text_only_request_needs_no_encode_worker() -> None:
@@ -72,7 +72,7 @@ def test_a_text_only_request_needs_no_encode_worker() -> None:
     world.pipeline(encode=0)
     world.submit("r")
     world.finish("r", world.p[0], world.d[0])
-    assert world.take(m.Finished, world.endpoint)
+    assert world.take(Finished, world.endpoint)
     world.assert_idle()
 
 
@@ -91,8 +91,8 @@ def test_a_patch_wanted_by_two_requests_at_once_is_encoded_once_and_both_hear_of
     world.submit("r1", ["a"])
     world.submit("r2", ["a"])
     assert len(world.encode_all()) == 1
-    assert [one.request_id for one in world.take(m.Ready)] == ["r1", "r2"]
-    assert world.core.board.counters().num_coalesced == 1
+    assert [one.leg_id for one in world.take(m.Ready)] == ["r1", "r2"]
+    assert world.core.counters().num_coalesced == 1
 
 
 def test_a_patch_repeated_in_one_request_is_encoded_once(world: World) -> None:
@@ -116,9 +116,9 @@ def test_requests_wait_in_order_while_the_decode_workers_are_full() -> None:
     for i in range(10):  # the decode worker's batch holds 8
         world.submit(f"r{i}")
     assert len(world.take(m.Prefill)) == 8
-    assert world.core.board.counters().held_queued == 2
+    assert world.core.counters().held_queued == 2
     world.finish("r3", world.p[0], world.d[0])
-    assert [one.request_id for one in world.take(m.Prefill)] == ["r8"]
+    assert [one.leg_id for one in world.take(m.Prefill)] == ["r8"]
 
 
 def test_requests_wait_while_every_slot_is_pinned_and_start_in_order_when_some_are_released() -> None:
@@ -127,49 +127,49 @@ def test_requests_wait_while_every_slot_is_pinned_and_start_in_order_when_some_a
     world.submit("r1", ["a", "b", "c"])
     world.submit("r2", ["d", "e"])
     world.submit("r3", ["f"])
-    assert [one.request_id for one in world.take(m.Prefill)] == ["r1"]
+    assert [one.leg_id for one in world.take(m.Prefill)] == ["r1"]
     world.encode_all()
-    world.say(world.p[0], m.Prefilled(request_id="r1"))
-    assert [one.request_id for one in world.take(m.Prefill)] == ["r2", "r3"]
+    world.say(world.p[0], m.Prefilled(leg_id="r1"))
+    assert [one.leg_id for one in world.take(m.Prefill)] == ["r2", "r3"]
 
 
 def test_tokens_that_overtake_prefilled_are_delivered_and_the_end_waits_for_it(world: World) -> None:
     world.submit("r", ["a"])
     world.encode_all()
-    world.say(world.d[0], m.Tokens(request_id="r", token_ids=[7]), [b"t1"])
-    world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="length"), [b"t2"])
-    assert len(world.take(m.Tokens)) == 1
-    assert world.take(m.Finished) == [], "prompt log-probabilities may still come"
-    world.say(world.p[0], m.Prefilled(request_id="r"), [b"logprobs"])
+    world.say(world.d[0], step("r", token_ids=[7]), [b"t1"])
+    world.say(world.d[0], step("r", token_ids=[7], finish_reason="length"), [b"t2"])
+    assert len(world.take(Tokens)) == 1
+    assert world.take(Finished) == [], "prompt log-probabilities may still come"
+    world.say(world.p[0], m.Prefilled(leg_id="r"), [b"logprobs"])
     kinds = [type(send.message) for send in world.sent if send.peer_id == world.endpoint]
-    assert kinds == [m.Tokens, m.Finished]
+    assert kinds == [Tokens, Finished]
     world.assert_idle()
 
 
 def test_the_endpoint_is_told_how_much_of_the_prompt_the_prefill_worker_had_computed_before(world: World) -> None:
     for request_id in ("early", "late"):
         world.submit(request_id)
-    world.say(world.d[0], m.Tokens(request_id="early", token_ids=[7]), [b"t1"])
+    world.say(world.d[0], step("early", token_ids=[7]), [b"t1"])
     for request_id in ("early", "late"):
-        world.say(world.p[0], m.Prefilled(request_id=request_id, num_cached_tokens=16))
-    world.say(world.d[0], m.Tokens(request_id="late", token_ids=[7]), [b"t1"])
-    assert [one.num_cached_tokens for one in world.take(m.Tokens)] == [-1, 16]
-    world.say(world.d[0], m.Finished(request_id="late", token_ids=[8], finish_reason="stop"), [b"t2"])
-    assert [one.num_cached_tokens for one in world.take(m.Finished)] == [16]
+        world.say(world.p[0], m.Prefilled(leg_id=request_id, num_cached_tokens=16))
+    world.say(world.d[0], step("late", token_ids=[7]), [b"t1"])
+    assert [one.num_cached_tokens for one in world.take(Tokens)] == [-1, 16]
+    world.say(world.d[0], step("late", token_ids=[8], finish_reason="stop"), [b"t2"])
+    assert [one.num_cached_tokens for one in world.take(Finished)] == [16]
 
 
 def test_an_answer_that_is_complete_survives_the_loss_of_its_prefill_worker(world: World) -> None:
     world.submit("r")
-    world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="length"), [b"t"])
+    world.say(world.d[0], step("r", token_ids=[7], finish_reason="length"), [b"t"])
     world.say(world.p[0], m.Goodbye(reason="killed"))
-    assert len(world.take(m.Finished, world.endpoint)) == 1
+    assert len(world.take(Finished, world.endpoint)) == 1
     world.assert_idle()
 
 
 def test_prompt_log_probabilities_of_the_prefill_worker_are_passed_on_as_tokens(world: World) -> None:
     world.submit("r")
-    world.say(world.p[0], m.Prefilled(request_id="r"), [b"logprobs"])
-    [send] = world.take_sends(m.Tokens)
+    world.say(world.p[0], m.Prefilled(leg_id="r"), [b"logprobs"])
+    [send] = world.take_sends(Tokens)
     assert (send.peer_id, send.message.token_ids, send.frames) == (world.endpoint, [], [b"logprobs"])
 
 
@@ -200,18 +200,18 @@ def test_a_story_can_be_asked_for_while_the_request_runs_and_after_it(world: Wor
 def test_a_preempted_request_gets_its_patches_again_on_the_decode_worker(world: World) -> None:
     world.submit("r", ["a", "b"])
     world.encode_all()
-    world.say(world.p[0], m.Prefilled(request_id="r"))
-    world.say(world.d[0], m.Tokens(request_id="r", token_ids=[7]), [b"t1"])
-    world.say(world.d[0], m.NeedPatches(request_id="r", patch_hashes=["a", "b"]))
+    world.say(world.p[0], m.Prefilled(leg_id="r"))
+    world.say(world.d[0], step("r", token_ids=[7]), [b"t1"])
+    world.say(world.d[0], m.NeedPatches(leg_id="r", patch_hashes=["a", "b"]))
     ready = world.take(m.Ready, world.d[0])
     assert [one.patch_hash for one in ready[-1].ready] == ["a", "b"]
-    world.say(world.d[0], m.Finished(request_id="r", token_ids=[7], finish_reason="stop"), [b"t2"])
+    world.say(world.d[0], step("r", token_ids=[7], finish_reason="stop"), [b"t2"])
     world.assert_idle()
 
 
 def test_new_patches_go_to_the_pool_on_the_host_of_the_prefill_worker(world: World) -> None:
     far = m.Pool(pool_id="far", kind="shared_memory", name="far", nbytes=1 << 20, host="elsewhere")
-    hello = m.Hello(name="cache-2", role=Role.CACHE, incarnation="c2", host="elsewhere", pid=1, pools=[far])
+    hello = m.Hello(name="cache-2", kind=Kind.CACHE, incarnation="c2", host="elsewhere", pid=1, pools=[far])
     world.say("c2", hello)
     world.submit("r", ["a", "b"])
     assert {send.message.slot.pool_id for send in world.take_jobs()} == {"pool"}

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
 
-from broker.request import State
+from broker.core.request import State
 from epd import messages as m
-from epd.messages import STAGES, Role
+from epd.messages import Kind, Stage
 from tests.broker.unlucky_peers import HASHES, KV_TOKENS, NUM_SEQS, ROLE_OF, Asked, UnluckyPeers
 
 STEPS = int(os.environ.get("EPD_CORE_STEPS", "4000"))
@@ -72,12 +72,12 @@ class CoreMachine(UnluckyPeers):
     @rule(data=st.data())
     def submit_twice(self, data: st.DataObject) -> None:
         asked = data.draw(st.sampled_from(self.open()))
-        before = len(self.world.core.board.requests)
-        num_fenced = self.world.core.board.counters().num_fenced
+        before = len(self.world.core.requests)
+        num_fenced = self.world.core.counters().num_fenced
         self.world.say(self.live["ep"], asked.submit, [b"engine", *([b"x"] * len(asked.submit.patches))])
         assert not [s for s in self.world.sent if isinstance(s.message, m.Failed)]
-        assert self.world.core.board.counters().num_fenced == num_fenced + 1
-        assert len(self.world.core.board.requests) == before
+        assert self.world.core.counters().num_fenced == num_fenced + 1
+        assert len(self.world.core.requests) == before
         self.deliver()
 
     @precondition(lambda self: "ep" in self.live)
@@ -116,10 +116,10 @@ class CoreMachine(UnluckyPeers):
 
     @rule(
         kind=st.sampled_from(["restart", "come", "restart", "fail", "leave", "fall_silent", "hang"]),
-        name=st.sampled_from([name for name, role in ROLE_OF.items() if role is not Role.ENDPOINT]),
+        name=st.sampled_from([name for name, role in ROLE_OF.items() if role is not Kind.ENDPOINT]),
     )
     def trouble(self, kind: str, name: str) -> None:
-        if ROLE_OF[name] in STAGES or kind not in ("leave", "hang"):
+        if ROLE_OF[name] in Stage or kind not in ("leave", "hang"):
             getattr(self, kind)(name)
 
     @rule(seconds=st.sampled_from([0.25, 1.0, 3.0]))
@@ -142,7 +142,7 @@ class CoreMachine(UnluckyPeers):
 
     @rule(data=st.data())
     def prefill(self, data: st.DataObject) -> None:
-        if found := self.some_leg(Role.PREFILL, data):
+        if found := self.some_leg(Stage.PREFILL, data):
             self.step_prefill(*found)
 
     @rule(rounds=st.integers(1, 4))
@@ -163,45 +163,45 @@ class CoreMachine(UnluckyPeers):
 
     @rule(data=st.data())
     def kv_arrives_before_the_broker_knows(self, data: st.DataObject) -> None:
-        found = self.some_leg(Role.PREFILL, data)
+        found = self.some_leg(Stage.PREFILL, data)
         if found and set(found[1].wants) <= set(found[1].ready) and found[0] in self.live.values():
             self.kv.add(found[1].leg_id)
 
     @rule(data=st.data())
     def find_a_slot_stale(self, data: st.DataObject) -> None:
-        found = self.some_leg(Role.PREFILL, data)
+        found = self.some_leg(Stage.PREFILL, data)
         if found and found[1].ready and not found[1].prefilled and found[1].leg_id not in self.kv:
             peer_id, leg = found
             patch_hash = sorted(leg.ready)[0]
             slot = leg.ready.pop(patch_hash)
-            stale = m.Stale(request_id=leg.leg_id, patch_hash=patch_hash, generation=slot.generation, reason="checksum")
+            stale = m.Stale(leg_id=leg.leg_id, patch_hash=patch_hash, generation=slot.generation, reason="checksum")
             self.say(peer_id, stale)
 
     @rule(data=st.data(), count=st.integers(1, 2))
     def decode(self, data: st.DataObject, count: int) -> None:
-        if found := self.some_leg(Role.DECODE, data):
+        if found := self.some_leg(Stage.DECODE, data):
             self.step_decode(*found, count)
 
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
-        found = self.some_leg(Role.DECODE, data)
+        found = self.some_leg(Stage.DECODE, data)
         if found and found[1].leg_id in self.kv and found[1].wants:
-            self.say(found[0], m.NeedPatches(request_id=found[1].leg_id, patch_hashes=found[1].wants))
+            self.say(found[0], m.NeedPatches(leg_id=found[1].leg_id, patch_hashes=found[1].wants))
 
-    @rule(data=st.data(), stage=st.sampled_from([Role.PREFILL, Role.DECODE]), code=st.sampled_from(["engine_failed"]))
-    def fail_a_request(self, data: st.DataObject, stage: Role, code: str) -> None:
+    @rule(data=st.data(), stage=st.sampled_from([Stage.PREFILL, Stage.DECODE]), code=st.sampled_from(["engine_failed"]))
+    def fail_a_request(self, data: st.DataObject, stage: Stage, code: str) -> None:
         if found := self.some_leg(stage, data):
             peer_id, leg = found
             del self.legs[peer_id][leg.leg_id]
-            self.say(peer_id, m.Failed(request_id=leg.leg_id, code=code, message="no"))
+            self.say(peer_id, m.LegFailed(leg_id=leg.leg_id, code=code, message="no"))
             if leg.aborted:
-                self.say(peer_id, m.Released(request_id=leg.leg_id))
+                self.say(peer_id, m.Released(leg_id=leg.leg_id))
 
     @precondition(lambda self: self.said)
     @rule(data=st.data())
     def say_twice(self, data: st.DataObject) -> None:
         """A worker's message arrives a second time, at once or later."""
-        twice = [one for one in self.said if ROLE_OF[one[0].partition("#")[0]] in STAGES]
+        twice = [one for one in self.said if ROLE_OF[one[0].partition("#")[0]] in Stage]
         if twice:
             peer_id, message, frames = data.draw(st.sampled_from(twice), label="again")
             if not isinstance(message, m.Goodbye | m.Draining):
@@ -213,40 +213,76 @@ class CoreMachine(UnluckyPeers):
     @invariant()
     def all_adds_up(self) -> None:
         type(self).num_steps += 1
-        board = self.world.core.board
-        requests = list(board.requests.values())
-        assert board.legs == {one.leg_id: one for one in requests}
-        assert {one for one in board.queue} == {one.request_id for one in requests if one.state is State.QUEUED}
-        assert board.frames_bytes == sum(one.frames_bytes for one in [*requests, *board.uploads.values()])
-        assert set(board.requests) == {one.submit.request_id for one in self.open()}, "each open request is in flight"
-        for peer in board.registry.of(Role.DECODE):
-            mine = [one for one in requests if one.decode == peer.peer_id]
-            assert peer.requests == {one.leg_id for one in mine}
-            assert peer.load_tokens == sum(one.reserved_tokens for one in mine)
+        core = self.world.core
+        requests = list(core.requests.values())
+        assert core.legs.by_id == {one.leg.leg_id: one.leg for one in requests}
+        assert {one for one in core.queue} == {one.request_id for one in requests if one.state is State.QUEUED}
+        assert core.ledger.held_bytes == sum(one.frames_bytes for one in [*requests, *core.uploads.by_id.values()])
+        for one in requests:
+            frames = [*one.engine_frames, *(frame for each in one.patch_frames.values() for frame in each)]
+            assert one.frames_bytes == sum(map(len, frames))
+        assert set(core.requests) == {one.submit.request_id for one in self.open()}, "each open request is in flight"
+        for peer in core.registry.endpoints.values():
+            assert peer.requests == {one.request_id: one for one in requests if one.endpoint is peer}
+        for peer in core.registry.serving(Stage.DECODE):
+            mine = [one.leg for one in requests if one.leg.decode is peer]
+            assert set(peer.legs) == set(mine)
+            assert peer.kv_tokens_reserved == sum(one.reserved_tokens for one in mine)
             assert len(mine) <= NUM_SEQS
-            assert peer.load_tokens <= KV_TOKENS or len(mine) == 1
-        for peer in board.registry.of(Role.PREFILL):
-            mine = [one for one in requests if one.prefill == peer.peer_id and not one.prefilled]
-            assert peer.requests == {one.leg_id for one in mine}
-            assert peer.load_tokens == sum(one.prompt_tokens for one in mine)
-        for peer in board.registry.of(Role.ENCODE):
-            jobs = [board.patches.queue.get(job_id) for job_id in peer.jobs]
-            assert all(job is not None and job.worker == peer.peer_id for job in jobs)
-            assert peer.load_tokens == sum(job.num_tokens for job in jobs if job)
+            assert peer.kv_tokens_reserved <= KV_TOKENS or len(mine) == 1
+        for peer in core.registry.serving(Stage.PREFILL):
+            mine = [one.leg for one in requests if one.leg.prefill is peer and not one.leg.prefilled]
+            assert set(peer.prefilling) == set(mine)
+            assert peer.tokens_to_prefill == sum(one.num_tokens for one in mine)
+            assert set(peer.legs) == {
+                one.leg for one in requests if one.leg.prefill is peer and not (one.leg.prefilled and one.leg.pushed)
+            }
+        for peer in core.registry.serving(Stage.ENCODE):
+            assert all(
+                core.patches.queue.get(job_id) is job and job.worker is peer for job_id, job in peer.jobs.items()
+            )
+            assert peer.embeddings_to_encode == sum(job.num_tokens for job in peer.jobs.values())
+        for peer in core.registry.workers.values():
+            assert set(peer.owes) == {
+                leg_id for leg_id, one in core.legs.endings.items() if peer.peer_id in one.workers
+            }
+            assert (peer.hang_check is not None) or not peer.num_pending
+
+    @invariant()
+    def what_is_kept_sorted_is_what_there_is(self) -> None:
+        """Loads, choices and totals are changed where something changes: here they are looked at as a whole."""
+        core = self.world.core
+        for stage in Stage:
+            known = core.stages[stage]
+            there = [one for one in core.registry.serving(stage) if not one.draining]
+            assert list(known) == there
+            ranks = [(known.choice.rank(one), number) for number, one in enumerate(there)]
+            assert list(known._everywhere) == [there[number] for _, number in sorted(ranks)]
+            assert known.most_room == max((one.room_units for one in there), default=0)
+
+    @invariant()
+    def nobody_waits_for_what_is_there(self) -> None:
+        """The queues are looked at only when something has changed: looking again now would give nothing."""
+        core, now = self.world.core, self.world.now
+        if (request_id := core.queue.next(core._liveness.blocked)) is not None:
+            assert core._admission._start(core.requests[request_id], now) is not None, f"{request_id} could be started"
+        core.patches.queue.workers_changed()
+        assert not list(core.patches.dispatch()), "a patch could have been given to a worker"
 
     @invariant()
     def pins_match_their_holders(self) -> None:
-        board, index = self.world.core.board, self.world.core.board.patches.index
+        core, index = self.world.core, self.world.core.patches.index
         holders = {holder for patch_hash in HASHES for holder in index.holders(patch_hash)}
-        uploads = {f"upload:{upload_id}": one for upload_id, one in board.uploads.items()}
-        assert holders <= board.legs.keys() | board.releasing.keys() | uploads.keys()
-        for holder, one in uploads.items():
-            assert index.holds(holder) == (not one.frames), "it waits with its pixels, or is pinned without them"
-            assert one.endpoint == self.live["ep"]
-        for one in board.requests.values():
-            if one.state is State.PREFILLING and not one.prefilled:
+        legs = [*core.legs.by_id.values(), *(one.leg for one in core.legs.endings.values())]
+        assert holders <= {*legs, *core.uploads.by_id.values()}
+        for one in core.uploads.by_id.values():
+            assert index.holds(one) == (not one.frames), "it waits with its pixels, or is pinned without them"
+            assert one.endpoint.peer_id == self.live["ep"]
+        assert core.uploads.num_pins == sum(one.num_pins for one in core.uploads.by_id.values())
+        for one in core.requests.values():
+            if one.state is State.PREFILLING and not one.leg.prefilled:
                 for patch_hash in one.patches:
-                    assert one.leg_id in index.holders(patch_hash)
+                    assert one.leg in index.holders(patch_hash)
                     assert index.slot(patch_hash) is not None
 
     # ---- the end -----------------------------------------------------------------------------------------------------
@@ -261,16 +297,16 @@ class CoreMachine(UnluckyPeers):
                 else:
                     self.come(name)
         for _ in range(100):
-            if not self.work_once(9) and not self.world.core.board.requests:
+            if not self.work_once(9) and not self.world.core.requests:
                 break
             self.wait(0.25)
         assert not any(self.legs[peer_id] for peer_id in self.live.values()), "each leg was ended or aborted"
-        assert not self.open(), [(one, self.world.core.board.requests) for one in self.open()]
+        assert not self.open(), [(one, self.world.core.requests) for one in self.open()]
         self.wait(61)  # the quarantine is over
         self.world.assert_idle()
-        assert not self.world.core.board.legs
-        assert self.world.core.board.counters().cache_bytes_pinned == 0
-        assert self.world.core.board.counters().cache_bytes_quarantined == 0
+        assert not self.world.core.legs.by_id
+        assert self.world.core.counters().cache_bytes_pinned == 0
+        assert self.world.core.counters().cache_bytes_quarantined == 0
         with self.folder:
             assert self.world.core.replayed().first_difference == 0, "the same events give the same decisions"
 

@@ -6,8 +6,8 @@ import pytest
 
 from epd import messages as m
 from epd.config import BrokerConfig
-from epd.messages import Role
-from tests.broker.world import SLOT_BYTES, World, decode_info, encode_info, prefill_info
+from epd.messages import Kind, Stage
+from tests.broker.world import SLOT_BYTES, Finished, Tokens, World, decode_info, encode_info, prefill_info, step
 
 
 @pytest.fixture
@@ -26,17 +26,17 @@ def lose(world: World, peer_id: str) -> None:
 def legs(world: World) -> tuple[str, str, str]:
     """The leg that was started last: its id, its prefill and its decode worker."""
     [prefill], [decode] = world.take_sends(m.Prefill), world.take_sends(m.Decode)
-    assert prefill.message.request_id == decode.message.request_id
+    assert prefill.message.leg_id == decode.message.leg_id
     assert prefill.message.output_token_ids == decode.message.output_token_ids
     assert prefill.frames == decode.frames == [b"engine"]
-    return prefill.message.request_id, prefill.peer_id, decode.peer_id
+    return prefill.message.leg_id, prefill.peer_id, decode.peer_id
 
 
 def release(world: World, leg_id: str) -> None:
     """All that were told to abort a leg answer."""
     for send in world.take_sends(m.Abort):
-        assert send.message.request_id == leg_id
-        world.say(send.peer_id, m.Released(request_id=leg_id))
+        assert send.message.leg_id == leg_id
+        world.say(send.peer_id, m.Released(leg_id=leg_id))
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
@@ -53,8 +53,8 @@ def test_a_request_that_loses_a_worker_before_its_first_token_starts_again_elsew
     assert lost not in workers
     release(world, "r")
     world.finish(second, *workers)
-    [tokens] = world.take(m.Tokens, world.endpoint)
-    [finished] = world.take(m.Finished, world.endpoint)
+    [tokens] = world.take(Tokens, world.endpoint)
+    [finished] = world.take(Finished, world.endpoint)
     assert (tokens.request_id, finished.request_id) == ("r", "r")
     assert world.take_jobs() == [], "its patch was in the cache"
     events = [line.event for line in finished.story]
@@ -77,7 +77,7 @@ def test_patches_that_are_being_encoded_when_the_prefill_worker_is_lost_are_not_
     assert [one.patch_hash for one in again.message.ready] == ["a"]
     world.say_encoded(jobs[1].peer_id, jobs[1].message)
     [ready] = world.take_sends(m.Ready)
-    assert (ready.peer_id, ready.message.request_id) == (again.peer_id, again.message.request_id)
+    assert (ready.peer_id, ready.message.leg_id) == (again.peer_id, again.message.leg_id)
     assert world.take_jobs() == []
 
 
@@ -85,20 +85,20 @@ def test_a_stream_whose_decode_worker_is_lost_goes_on_after_its_last_token(world
     world.submit("r", ["a"], resumable=True)
     first, prefill, decode = legs(world)
     world.encode_all()
-    world.say(prefill, m.Prefilled(request_id=first))
-    world.say(prefill, m.Pushed(request_id=first))
-    world.say(decode, m.Tokens(request_id=first, token_ids=[1, 2]), [b"x"])
-    world.say(decode, m.Tokens(request_id=first, token_ids=[3]), [b"y"])
+    world.say(prefill, m.Prefilled(leg_id=first))
+    world.say(prefill, m.Pushed(leg_id=first))
+    world.say(decode, step(first, token_ids=[1, 2]), [b"x"])
+    world.say(decode, step(first, token_ids=[3]), [b"y"])
     lose(world, decode)
     [sent] = [send.message for send in world.sent if isinstance(send.message, m.Decode) and send.peer_id != decode]
     assert sent.output_token_ids == [1, 2, 3]
-    peer = world.core.board.registry.get(next(one for one in world.d if one != decode))
-    assert peer.load_tokens == 32 + 16, "prompt, tokens so far and tokens to come are as much as before"
-    world.say(decode, m.Tokens(request_id=first, token_ids=[4]), [b"late"])
+    peer = world.core.registry.get(next(one for one in world.d if one != decode))
+    assert peer.kv_tokens_reserved == 32 + 16, "prompt, tokens so far and tokens to come are as much as before"
+    world.say(decode, step(first, token_ids=[4]), [b"late"])
     world.sent.clear()
-    world.finish(sent.request_id, prefill, peer.peer_id)
-    assert [one.request_id for one in world.take(m.Tokens, world.endpoint)] == ["r"]
-    [finished] = world.take(m.Finished)
+    world.finish(sent.leg_id, prefill, peer.peer_id)
+    assert [one.request_id for one in world.take(Tokens, world.endpoint)] == ["r"]
+    [finished] = world.take(Finished)
     assert "5 tokens" in finished.story[-1].detail
     world.assert_idle()
 
@@ -106,8 +106,8 @@ def test_a_stream_whose_decode_worker_is_lost_goes_on_after_its_last_token(world
 def test_a_stream_that_cannot_be_continued_exactly_fails_with_its_worker(world: World) -> None:
     world.submit("r")
     _, prefill, decode = legs(world)
-    world.say(prefill, m.Prefilled(request_id="r"))
-    world.say(decode, m.Tokens(request_id="r", token_ids=[1]), [b"x"])
+    world.say(prefill, m.Prefilled(leg_id="r"))
+    world.say(decode, step("r", token_ids=[1]), [b"x"])
     lose(world, decode)
     [failed] = world.take(m.Failed)
     assert (failed.request_id, failed.code) == ("r", "worker_lost")
@@ -118,7 +118,7 @@ def test_a_stream_that_cannot_be_continued_exactly_fails_with_its_worker(world: 
 def test_a_worker_that_says_that_a_request_fails_is_believed(world: World) -> None:
     world.submit("r")
     leg, prefill, _ = legs(world)
-    world.say(prefill, m.Failed(request_id=leg, code="engine_failed", message="no such token"))
+    world.say(prefill, m.LegFailed(leg_id=leg, code="engine_failed", message="no such token"))
     [failed] = world.take(m.Failed, world.endpoint)
     assert (failed.request_id, failed.code) == ("r", "engine_failed")
     world.wait(1)
@@ -134,7 +134,7 @@ def test_a_request_that_loses_worker_after_worker_fails_after_so_many_attempts()
         leg, prefill, _ = legs(world)
         ids.append(leg)
         world.say(prefill, m.Goodbye(reason="the engine failed"))
-        world.join("p0", Role.PREFILL, prefill_info("p0"))
+        world.join("p0", Stage.PREFILL, prefill_info("p0"))
         world.wait(2)
     assert len(set(ids)) == 3
     [failed] = world.take(m.Failed)
@@ -171,12 +171,11 @@ def test_the_slots_of_an_earlier_leg_stay_pinned_while_a_worker_may_read_them() 
     world.encode_all()
     lose(world, decode)
     second, *workers = legs(world)
-    index = world.core.board.patches.index
-    assert index.holders("a") == {first, second}
+    assert world.holders("a") == [first, second]
     world.finish(second, *workers)
-    assert index.holders("a") == {first}, "the first prefill worker may be reading still"
-    world.say(prefill, m.Prefilled(request_id=first))
-    assert index.holders("a") == frozenset()
+    assert world.holders("a") == [first], "the first prefill worker may be reading still"
+    world.say(prefill, m.Prefilled(leg_id=first))
+    assert world.holders("a") == []
     release(world, first)
     world.assert_idle()
 
@@ -186,25 +185,25 @@ def test_what_an_earlier_leg_still_says_is_fenced(world: World) -> None:
     first, prefill, decode = legs(world)
     world.encode_all()
     lose(world, prefill)
-    before = world.core.board.counters().num_fenced
+    before = world.core.counters().num_fenced
     world.sent.clear()
-    world.say(decode, m.Tokens(request_id=first, token_ids=[9]), [b"x"])
-    world.say(decode, m.NeedPatches(request_id=first, patch_hashes=["a"]))
-    assert world.core.board.counters().num_fenced == before + 2
-    world.say(decode, m.Finished(request_id=first, token_ids=[9], finish_reason="stop"), [b"x"])
+    world.say(decode, step(first, token_ids=[9]), [b"x"])
+    world.say(decode, m.NeedPatches(leg_id=first, patch_hashes=["a"]))
+    assert world.core.counters().num_fenced == before + 2
+    world.say(decode, step(first, token_ids=[9], finish_reason="stop"), [b"x"])
     assert world.sent == []
-    assert world.core.board.requests["r"].output_token_ids == []
+    assert world.core.requests["r"].output_token_ids == []
 
 
 def test_prompt_log_probabilities_reach_the_endpoint_once_over_all_attempts(world: World) -> None:
     world.submit("r", resumable=True)
     first, prefill, decode = legs(world)
-    world.say(prefill, m.Prefilled(request_id=first), [b"logprobs"])
-    world.say(decode, m.Tokens(request_id=first, token_ids=[1]), [b"x"])
+    world.say(prefill, m.Prefilled(leg_id=first), [b"logprobs"])
+    world.say(decode, step(first, token_ids=[1]), [b"x"])
     lose(world, decode)
     second, prefill, decode = legs(world)
-    world.say(prefill, m.Prefilled(request_id=second), [b"logprobs"])
-    world.say(decode, m.Finished(request_id=second, token_ids=[2], finish_reason="stop"), [b"y"])
+    world.say(prefill, m.Prefilled(leg_id=second), [b"logprobs"])
+    world.say(decode, step(second, token_ids=[2], finish_reason="stop"), [b"y"])
     told = [send.frames for send in world.sent if send.peer_id == world.endpoint and send.frames]
     assert told == [[b"logprobs"], [b"x"], [b"y"]]
 
@@ -212,11 +211,11 @@ def test_prompt_log_probabilities_reach_the_endpoint_once_over_all_attempts(worl
 def test_a_prefill_worker_lost_between_prompt_and_push_of_an_answer_that_has_begun_harms_nobody(world: World) -> None:
     world.submit("r")
     first, prefill, decode = legs(world)
-    world.say(prefill, m.Prefilled(request_id=first))
-    world.say(decode, m.Tokens(request_id=first, token_ids=[1]), [b"x"])
+    world.say(prefill, m.Prefilled(leg_id=first))
+    world.say(decode, step(first, token_ids=[1]), [b"x"])
     lose(world, prefill)
-    world.say(decode, m.Finished(request_id=first, token_ids=[2], finish_reason="stop"), [b"y"])
-    assert len(world.take(m.Finished)) == 1
+    world.say(decode, step(first, token_ids=[2], finish_reason="stop"), [b"y"])
+    assert len(world.take(Finished)) == 1
     world.assert_idle()
 
 
@@ -224,7 +223,7 @@ def test_prompt_log_probabilities_that_a_lost_prefill_worker_did_not_send_are_co
     world.submit("r", ["a"], resumable=True)
     first, prefill, decode = legs(world)
     world.encode_all()
-    world.say(decode, m.Tokens(request_id=first, token_ids=[1]), [b"x"])
+    world.say(decode, step(first, token_ids=[1]), [b"x"])
     lose(world, prefill)
     [again] = world.take(m.Prefill)
     assert again.output_token_ids == [1]
@@ -233,11 +232,11 @@ def test_prompt_log_probabilities_that_a_lost_prefill_worker_did_not_send_are_co
 def test_a_finished_answer_that_waits_for_prefilled_survives_the_loss_of_its_decode_worker(world: World) -> None:
     world.submit("r")
     first, prefill, decode = legs(world)
-    world.say(decode, m.Finished(request_id=first, token_ids=[1], finish_reason="stop"), [b"x"])
+    world.say(decode, step(first, token_ids=[1], finish_reason="stop"), [b"x"])
     lose(world, decode)
-    assert world.take(m.Finished) == []
-    world.say(prefill, m.Prefilled(request_id=first), [b"logprobs"])
-    assert len(world.take(m.Finished)) == 1
+    assert world.take(Finished) == []
+    world.say(prefill, m.Prefilled(leg_id=first), [b"logprobs"])
+    assert len(world.take(Finished)) == 1
     world.assert_idle()
 
 
@@ -247,17 +246,17 @@ def test_patches_that_have_left_the_cache_are_asked_for_again(world: World) -> N
     world.submit("r", ["a"], resumable=True)
     first, prefill, decode = legs(world)
     world.encode_all()
-    world.say(prefill, m.Prefilled(request_id=first))
+    world.say(prefill, m.Prefilled(leg_id=first))
     world.say(world.cache, m.Goodbye())
     pool = m.Pool(pool_id="pool2", kind="shared_memory", name="pool2", nbytes=1 << 20, host="h")
-    world.join("cache", Role.CACHE, pools=[pool])
-    world.say(decode, m.Tokens(request_id=first, token_ids=[1]), [b"x"])
+    world.join("cache", Kind.CACHE, pools=[pool])
+    world.say(decode, step(first, token_ids=[1]), [b"x"])
     lose(world, decode)
     [failed] = world.take(m.Failed)
     assert failed.code == "pixels_needed"
     world.submit("r", ["a"], resumable=True, attempts=1, output_token_ids=[1])
     [again] = world.take(m.Prefill)
-    assert again.request_id not in ("r", first)
+    assert again.leg_id not in ("r", first)
     assert again.output_token_ids == [1]
 
 
@@ -270,12 +269,12 @@ def test_a_request_whose_cache_is_lost_waits_for_another_one_and_is_encoded_ther
     world.wait(3)
     assert world.take(m.Failed) == []
     pool = m.Pool(pool_id="pool2", kind="shared_memory", name="pool2", nbytes=1 << 20, host="h")
-    world.join("cache", Role.CACHE, pools=[pool])
+    world.join("cache", Kind.CACHE, pools=[pool])
     second, *workers = legs(world)
     [(_, job)] = world.encode_all()
     assert job.slot.pool_id == "pool2"
     world.finish(second, *workers)
-    assert len(world.take(m.Finished)) == 1
+    assert len(world.take(Finished)) == 1
 
 
 def test_a_request_that_is_tried_again_comes_before_all_that_have_not_been_started(world: World) -> None:
@@ -285,13 +284,13 @@ def test_a_request_that_is_tried_again_comes_before_all_that_have_not_been_start
         world.submit(f"r{i}")
     world.sent.clear()
     lose(world, world.d[0])
-    retried = sorted(one for one, request in world.core.board.requests.items() if request.num_losses)
+    retried = sorted(one for one, request in world.core.requests.items() if request.num_losses)
     assert len(retried) == 8
     for i in range(18):
-        request = world.core.board.requests.get(f"r{i}")
-        if request and request.decode == world.d[1]:
-            world.finish(request.leg_id, world.p[0], world.d[1])
-    started = [one.request_id.partition("~")[0] for one in world.take(m.Prefill)]
+        request = world.core.requests.get(f"r{i}")
+        if request and request.leg.decode and request.leg.decode.peer_id == world.d[1]:
+            world.finish(request.leg.leg_id, world.p[0], world.d[1])
+    started = [one.leg_id.partition("~")[0] for one in world.take(m.Prefill)]
     assert sorted(started[:8]) == retried
 
 
@@ -312,14 +311,14 @@ def test_a_cancel_ends_a_request_between_two_legs(world: World) -> None:
 def test_an_endpoint_that_comes_back_submits_its_requests_again(world: World) -> None:
     world.submit("r", resumable=True)
     first, *_ = legs(world)
-    world.endpoint = world.join("ep", Role.ENDPOINT)
+    world.endpoint = world.join("ep", Kind.ENDPOINT)
     world.submit("r", resumable=True, attempts=1, output_token_ids=[1])
     assert world.take(m.Failed) == []
     second, *workers = legs(world)
     assert second != first
     release(world, first)
     world.finish(second, *workers)
-    [finished] = world.take_sends(m.Finished)
+    [finished] = world.take_sends(Finished)
     assert (finished.peer_id, finished.message.request_id) == (world.endpoint, "r")
     world.assert_idle()
 
@@ -332,7 +331,7 @@ def test_patches_whose_encode_worker_is_lost_while_the_cache_is_full_wait_for_ro
     world.say(job.peer_id, m.Goodbye(reason="the engine failed"))
     release(world, "r")
     assert world.take(m.Failed) == []
-    world.join(job.peer_id.partition("#")[0], Role.ENCODE, encode_info())
+    world.join(job.peer_id.partition("#")[0], Stage.ENCODE, encode_info())
     world.wait(0.5)
     assert len(world.take_jobs()) == 1
 
@@ -342,21 +341,21 @@ def test_requests_that_kept_their_slots_are_started_before_those_that_need_new_o
     world.pipeline(decode=2, pool_bytes=2 * SLOT_BYTES)
     world.submit("r1", ["a", "b"], resumable=True)
     world.encode_all()
-    request = world.core.board.requests["r1"]
-    world.say(request.prefill, m.Prefilled(request_id="r1"))
-    world.say(request.decode, m.Tokens(request_id="r1", token_ids=[1]), [b"x"])
+    request = world.core.requests["r1"]
+    world.say(request.leg.prefill.peer_id, m.Prefilled(leg_id="r1"))
+    world.say(request.leg.decode.peer_id, step("r1", token_ids=[1]), [b"x"])
     world.submit("r2", ["c", "d"], prompt=3000)  # it takes the slots of the first, and the other decode worker
     world.encode_all()
-    world.core.board.patches.pixels.put({"a": [b"a"], "b": [b"b"]})
+    world.core.patches.pixels.put({"a": [b"a"], "b": [b"b"]})
     world.sent.clear()
     for name in ("d0", "d1"):
         world.say(f"{name}#1", m.Goodbye(reason="the engine failed"))
     for send in world.take_sends(m.Abort):
-        world.say(send.peer_id, m.Released(request_id=send.message.request_id))
-    world.join("d0", Role.DECODE, decode_info(kv_capacity_tokens=8192))
+        world.say(send.peer_id, m.Released(leg_id=send.message.leg_id))
+    world.join("d0", Stage.DECODE, decode_info(kv_capacity_tokens=8192))
     world.wait(1)
     [second] = world.take(m.Prefill)
-    assert second.request_id.startswith("r2~"), "the first one needs slots that the second one holds"
-    world.say(world.p[0], m.Prefilled(request_id=second.request_id))
+    assert second.leg_id.startswith("r2~"), "the first one needs slots that the second one holds"
+    world.say(world.p[0], m.Prefilled(leg_id=second.leg_id))
     [first] = world.take(m.Prefill)
-    assert first.request_id.startswith("r1~")
+    assert first.leg_id.startswith("r1~")

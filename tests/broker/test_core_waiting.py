@@ -6,35 +6,35 @@ import pytest
 
 from epd import messages as m
 from epd.config import BrokerConfig
-from epd.messages import Role
-from tests.broker.world import World, decode_info, encode_info, prefill_info
+from epd.messages import Kind, Stage
+from tests.broker.world import Finished, Tokens, World, decode_info, encode_info, prefill_info, step
 
-INFO = {Role.ENCODE: encode_info(), Role.PREFILL: prefill_info("new"), Role.DECODE: decode_info()}
+INFO = {Stage.ENCODE: encode_info(), Stage.PREFILL: prefill_info("new"), Stage.DECODE: decode_info()}
 
 
 def pool(pool_id: str = "pool2") -> m.Pool:
     return m.Pool(pool_id=pool_id, kind="shared_memory", name=pool_id, nbytes=1 << 20, host="h")
 
 
-@pytest.mark.parametrize("role", [Role.ENCODE, Role.PREFILL, Role.DECODE])
-def test_requests_wait_for_a_stage_that_was_there_a_moment_ago(role: Role) -> None:
+@pytest.mark.parametrize("role", [Stage.ENCODE, Stage.PREFILL, Stage.DECODE])
+def test_requests_wait_for_a_stage_that_was_there_a_moment_ago(role: Stage) -> None:
     world = World()
     world.pipeline()
-    for peer_id in {Role.ENCODE: world.e, Role.PREFILL: world.p, Role.DECODE: world.d}[role]:
+    for peer_id in {Stage.ENCODE: world.e, Stage.PREFILL: world.p, Stage.DECODE: world.d}[role]:
         world.say(peer_id, m.Goodbye(reason="killed"))
     world.submit("r", ["a"])
     world.wait(20)
     assert world.take(m.Failed) == []
     assert world.take(m.Prefill) == []
     world.join("new", role, INFO[role])
-    assert [one.request_id for one in world.take(m.Prefill)] == ["r"]
+    assert [one.leg_id for one in world.take(m.Prefill)] == ["r"]
 
 
-@pytest.mark.parametrize("role", [Role.ENCODE, Role.PREFILL, Role.DECODE])
-def test_requests_that_wait_for_a_stage_fail_when_it_stays_away(role: Role) -> None:
+@pytest.mark.parametrize("role", [Stage.ENCODE, Stage.PREFILL, Stage.DECODE])
+def test_requests_that_wait_for_a_stage_fail_when_it_stays_away(role: Stage) -> None:
     world = World()
     world.pipeline()
-    for peer_id in {Role.ENCODE: world.e, Role.PREFILL: world.p, Role.DECODE: world.d}[role]:
+    for peer_id in {Stage.ENCODE: world.e, Stage.PREFILL: world.p, Stage.DECODE: world.d}[role]:
         world.say(peer_id, m.Goodbye(reason="killed"))
     world.submit("r", ["a"])
     world.wait(world.config.absence_grace_s)
@@ -48,10 +48,10 @@ def test_requests_that_wait_for_a_stage_fail_when_it_stays_away(role: Role) -> N
 
 def test_a_broker_that_has_just_started_waits_for_its_workers() -> None:
     world = World()
-    world.endpoint = world.join("ep", Role.ENDPOINT)
+    world.endpoint = world.join("ep", Kind.ENDPOINT)
     world.submit("r", ["a"])
-    world.join("cache", Role.CACHE, pools=[pool()])
-    for role in (Role.PREFILL, Role.DECODE, Role.ENCODE):
+    world.join("cache", Kind.CACHE, pools=[pool()])
+    for role in (Stage.PREFILL, Stage.DECODE, Stage.ENCODE):
         assert world.take(m.Prefill) == []
         world.join(str(role), role, INFO[role])
     assert len(world.take(m.Prefill)) == 1
@@ -64,9 +64,9 @@ def test_requests_with_pictures_wait_for_the_cache_and_text_passes_them_by() -> 
     world.say(world.cache, m.Goodbye())
     world.submit("picture", ["a"])
     world.submit("text")
-    assert [one.request_id for one in world.take(m.Prefill)] == ["text"]
-    world.join("cache", Role.CACHE, pools=[pool()])
-    assert [one.request_id for one in world.take(m.Prefill)] == ["picture"]
+    assert [one.leg_id for one in world.take(m.Prefill)] == ["text"]
+    world.join("cache", Kind.CACHE, pools=[pool()])
+    assert [one.leg_id for one in world.take(m.Prefill)] == ["picture"]
 
 
 def test_a_request_that_does_not_fit_the_cache_that_came_back_is_told_so() -> None:
@@ -75,7 +75,7 @@ def test_a_request_that_does_not_fit_the_cache_that_came_back_is_told_so() -> No
     world.say(world.cache, m.Goodbye())
     world.submit("r", ["a", "b"])
     small = m.Pool(pool_id="small", kind="shared_memory", name="small", nbytes=128, host="h")
-    world.join("cache", Role.CACHE, pools=[small])
+    world.join("cache", Kind.CACHE, pools=[small])
     assert [one.code for one in world.take(m.Failed)] == ["too_large"]
     world.assert_idle()
 
@@ -86,7 +86,7 @@ def test_an_encode_worker_and_a_cache_that_are_both_lost_leave_no_trace_of_each_
     world.submit("r", ["a"])
     [job] = world.take_jobs()
     world.say(world.cache, m.Goodbye())
-    world.join("cache", Role.CACHE, pools=[pool()])
+    world.join("cache", Kind.CACHE, pools=[pool()])
     world.wait(0.5)
     [again] = world.take_jobs()
     assert again.message.slot.pool_id == "pool2"
@@ -112,9 +112,9 @@ def test_a_draining_worker_gets_nothing_new_and_finishes_what_it_has() -> None:
     assert first.peer_id not in {send.peer_id for send in world.take_sends(m.Decode)}
     [status] = [send.message for send in world.take_sends(m.Status)][-1:]
     assert [worker.name for worker in status.workers if worker.draining] == [first.peer_id.partition("#")[0]]
-    prefill = world.core.board.requests["r1"].prefill
+    prefill = world.core.requests["r1"].leg.prefill.peer_id
     world.finish("r1", prefill, first.peer_id)
-    assert len(world.take(m.Finished)) == 1
+    assert len(world.take(Finished)) == 1
     world.say(first.peer_id, m.Goodbye(reason="stopped"))
     assert world.take(m.Failed) == []
 
@@ -130,7 +130,7 @@ def test_patches_that_a_draining_encode_worker_hands_back_go_to_the_others_at_on
     again = world.take_jobs()
     assert [send.message.patch_hash for send in again] == [job.patch_hash for job in mine]
     assert {send.peer_id for send in again} == {world.e[1]}
-    assert world.core.board.patches.queue.get(mine[0].job_id).num_attempts == 1, "it is not to blame"
+    assert world.core.patches.queue.get(mine[0].job_id).num_attempts == 1, "it is not to blame"
 
 
 def test_a_stage_whose_last_worker_is_draining_is_waited_for() -> None:
@@ -141,7 +141,7 @@ def test_a_stage_whose_last_worker_is_draining_is_waited_for() -> None:
     world.say(world.d[0], m.Goodbye(reason="stopped"))
     world.wait(5)
     assert world.take(m.Failed) == []
-    world.join("d0", Role.DECODE, decode_info())
+    world.join("d0", Stage.DECODE, decode_info())
     assert len(world.take(m.Decode)) == 1
 
 
@@ -153,7 +153,7 @@ def test_a_patch_that_was_there_when_workers_left_in_good_order_is_no_poison() -
         [send] = world.take_jobs()
         world.say(send.peer_id, m.Draining())
         world.say(send.peer_id, m.Goodbye(reason="stopped"))
-        world.join("e0", Role.ENCODE, encode_info())
+        world.join("e0", Stage.ENCODE, encode_info())
     assert world.take(m.Failed) == []
 
 
@@ -165,14 +165,14 @@ def test_a_worker_whose_engine_makes_no_step_is_lost_although_it_answers(stage: 
     world = World(BrokerConfig(hung_after_s=10))
     world.pipeline(prefill=2, decode=2)
     world.submit("r", ["a"])
-    request = world.core.board.requests["r"]
+    request = world.core.requests["r"]
     [job] = world.take_jobs()
-    hung = {"e": job.peer_id, "p": request.prefill, "d": request.decode}[stage]
+    hung = {"e": job.peer_id, "p": request.leg.prefill.peer_id, "d": request.leg.decode.peer_id}[stage]
     world.stuck.add(hung)
     world.wait(9)
-    assert world.core.board.registry.get(hung)
+    assert world.core.registry.get(hung)
     world.wait(3)
-    assert world.core.board.registry.get(hung) is None
+    assert world.core.registry.get(hung) is None
     world.say(hung, m.Heartbeat())
     assert world.take(m.Unknown, hung), "it has to register again"
     if stage == "e":
@@ -187,10 +187,10 @@ def test_an_idle_worker_makes_no_steps_and_is_not_lost() -> None:
     world.pipeline()
     world.stuck.update([*world.e, *world.p, *world.d])
     world.wait(100)
-    assert len(world.core.board.registry.of(Role.DECODE)) == 1
+    assert len(world.core.registry.serving(Stage.DECODE)) == 1
     world.submit("r")
     world.wait(8)
-    assert len(world.core.board.registry.of(Role.DECODE)) == 1, "it is given its time from when it was given work"
+    assert len(world.core.registry.serving(Stage.DECODE)) == 1, "it is given its time from when it was given work"
 
 
 def test_a_worker_that_does_not_take_in_an_abort_is_lost_and_what_it_pinned_is_free() -> None:
@@ -199,10 +199,10 @@ def test_a_worker_that_does_not_take_in_an_abort_is_lost_and_what_it_pinned_is_f
     world.submit("r", ["a"])
     world.encode_all()
     world.say(world.endpoint, m.Cancel(request_id="r"))
-    world.say(world.d[0], m.Released(request_id="r"))
+    world.say(world.d[0], m.Released(leg_id="r"))
     world.stuck.add(world.p[0])
     world.wait(11)
-    assert world.core.board.registry.get(world.p[0]) is None
+    assert world.core.registry.get(world.p[0]) is None
     world.assert_idle()
 
 
@@ -213,21 +213,21 @@ def test_tokens_that_come_twice_are_passed_on_once() -> None:
     world = World()
     world.pipeline()
     world.submit("r")
-    world.say(world.p[0], m.Prefilled(request_id="r"))
+    world.say(world.p[0], m.Prefilled(leg_id="r"))
     for _ in range(2):
-        world.say(world.d[0], m.Tokens(request_id="r", token_ids=[1], num_before=0), [b"x"])
-    assert len(world.take(m.Tokens, world.endpoint)) == 1
-    assert world.core.board.counters().num_fenced == 1
+        world.say(world.d[0], step("r", token_ids=[1], num_before=0), [b"x"])
+    assert len(world.take(Tokens, world.endpoint)) == 1
+    assert world.core.counters().num_fenced == 1
 
 
 def test_after_a_gap_in_its_tokens_a_request_goes_on_from_before_it() -> None:
     world = World()
     world.pipeline()
     world.submit("r", resumable=True)
-    world.say(world.p[0], m.Prefilled(request_id="r"))
-    world.say(world.d[0], m.Tokens(request_id="r", token_ids=[1], num_before=0), [b"x"])
-    world.say(world.d[0], m.Finished(request_id="r", token_ids=[3], finish_reason="stop", num_before=2), [b"z"])
-    assert world.take(m.Finished) == []
+    world.say(world.p[0], m.Prefilled(leg_id="r"))
+    world.say(world.d[0], step("r", token_ids=[1], num_before=0), [b"x"])
+    world.say(world.d[0], step("r", token_ids=[3], finish_reason="stop", num_before=2), [b"z"])
+    assert world.take(Finished) == []
     world.sent.clear()
     world.wait(0.5)
     assert [one.output_token_ids for one in world.take(m.Decode)] == [[1]]

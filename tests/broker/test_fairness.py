@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.fairness import FairQueue
+from broker.policies.fairness import FairQueue
 from epd import messages as m
 from epd.config import BrokerConfig
 from tests.broker.world import SLOT_BYTES, World
@@ -75,8 +75,8 @@ def test_a_tenant_that_has_had_much_is_served_although_ever_new_ones_come() -> N
 def test_who_cannot_start_now_is_passed_by_and_keeps_its_place() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in ("picture", "text1", "text2"):
-        queue.push("a", item, 1)
-    assert queue.next(lambda item: item != "picture") == "text1"
+        queue.push("a", item, 1, needs=item.rstrip("12"))
+    assert queue.next({"picture"}) == "text1"
     queue.take("text1")
     assert drain(queue) == ["picture", "text2"]
 
@@ -118,7 +118,7 @@ def test_a_tenant_with_many_requests_does_not_hold_up_another_s_one() -> None:
     world.take(m.Prefill)
     world.finish("a0", world.p[0], world.d[0])
     world.finish("a1", world.p[0], world.d[0])
-    assert [one.request_id for one in world.take(m.Prefill)] == ["a8", "b"], "a8 had been chosen when b came"
+    assert [one.leg_id for one in world.take(m.Prefill)] == ["a8", "b"], "a8 had been chosen when b came"
 
 
 def test_a_thousand_patches_of_one_tenant_do_not_delay_another_s_single_one_by_all_of_them() -> None:
@@ -128,7 +128,7 @@ def test_a_thousand_patches_of_one_tenant_do_not_delay_another_s_single_one_by_a
     world.take_jobs()
     world.submit("one", ["x"], tenant="b")
     for job_id in (1, 2):
-        world.say_encoded(world.e[0], world.core.board.patches.queue.get(job_id).message())
+        world.say_encoded(world.e[0], world.core.patches.queue.get(job_id).message())
     assert [send.message.patch_hash for send in world.take_jobs()] == ["h16", "x"], "h16 had been chosen when x came"
 
 
@@ -140,7 +140,7 @@ def test_a_full_queue_makes_room_for_a_tenant_with_less_in_it() -> None:
     world.submit("b0", tenant="b")
     [failed] = world.take(m.Failed)
     assert (failed.request_id, failed.code, failed.status) == ("a11", "overloaded", 503)
-    assert "b0" in world.core.board.requests
+    assert "b0" in world.core.requests
     world.submit("b1", tenant="b")
     assert [one.request_id for one in world.take(m.Failed)] == ["a10"]
     world.submit("b2", tenant="b")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from broker.fill import cells
+from broker.core.fill import cells
 from epd import messages as m
 from tests.broker.world import SLOT_BYTES, World
 

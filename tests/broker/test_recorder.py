@@ -13,13 +13,13 @@ import msgpack
 import pytest
 from structlog.testing import capture_logs
 
-from broker.recorder import Recorder
-from broker.replay import RecordingError, replay
+from broker.recording.recorder import Recorder
+from broker.recording.replay import RecordingError, replay
 from epd import messages as m
 from epd.cli import main
 from epd.config import BrokerConfig
 from tests.broker.recorded import RecordedCore
-from tests.broker.world import World
+from tests.broker.world import World, step
 
 
 def recorded(folder: Path, **options: int) -> World:
@@ -31,15 +31,17 @@ def recorded(folder: Path, **options: int) -> World:
     world.submit("r1", ["a", "b"], prefill_samples=True, resumable=True)
     world.submit("r2", ["b", "c"])
     world.encode_all()
-    world.say(world.core.board.requests["r2"].prefill, m.Failed(request_id="r2", code="engine_failed", message="no"))
-    world.say(world.core.board.requests["r1"].prefill, m.Prefilled(request_id="r1", token_ids=[5]), [b"token"])
-    world.say(world.core.board.requests["r1"].decode, m.Goodbye(reason="killed"))
+    world.say(
+        world.core.requests["r2"].leg.prefill.peer_id, m.LegFailed(leg_id="r2", code="engine_failed", message="no")
+    )
+    world.say(world.core.requests["r1"].leg.prefill.peer_id, m.Prefilled(leg_id="r1", token_ids=[5]), [b"token"])
+    world.say(world.core.requests["r1"].leg.decode.peer_id, m.Goodbye(reason="killed"))
     world.wait(1.0)
-    request = world.core.board.requests["r1"]
-    assert request.leg_id != "r1"
-    world.say(request.prefill, m.Prefilled(request_id=request.leg_id, token_ids=[6]), [b"token"])
-    done = m.Finished(request_id=request.leg_id, token_ids=[7], finish_reason="stop", num_before=2)
-    world.say(request.decode, done, [b"last"])
+    request = world.core.requests["r1"]
+    assert request.leg.leg_id != "r1"
+    world.say(request.leg.prefill.peer_id, m.Prefilled(leg_id=request.leg.leg_id, token_ids=[6]), [b"token"])
+    done = step(request.leg.leg_id, token_ids=[7], finish_reason="stop", num_before=2)
+    world.say(request.leg.decode.peer_id, done, [b"last"])
     world.submit("r3")
     return world
 
@@ -54,10 +56,10 @@ def test_a_replay_ends_as_the_broker_did_and_sends_the_same(tmp_path: Path) -> N
     done = world.core.replayed()
     assert (done.first_difference, done.errors) == (0, [])
     assert (done.num_messages, done.num_ticks) == (world.core.num_messages, 4)
-    assert done.core.board.counters() == world.core.board.counters()
-    assert done.core.board.story("r1") == world.core.board.story("r1")
+    assert done.core.counters() == world.core.counters()
+    assert done.core.stories.story("r1") == world.core.stories.story("r1")
     assert done.failures == {"engine_failed": 1}
-    assert list(done.core.board.requests) == ["r3"]
+    assert list(done.core.requests) == ["r3"]
     assert done.seconds == 1.0
 
 
@@ -79,20 +81,23 @@ def test_a_recording_that_ends_in_the_middle_is_replayed_up_to_there(tmp_path: P
     assert (done.num_events, done.first_difference) == (whole.num_events - 1, 0)
 
 
+HEAD = {"format": 2, "version": "9", "began": "", "config": {}, "first_generation": 1, "epoch_s": 0.0}
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [
         (b"", "does not begin"),
         (b"\xc1" * 30, "no MessagePack"),
         (msgpack.packb([1, 2]), "does not begin"),
-        (msgpack.packb({"format": 99, "version": "9", "began": "", "config": {}, "first_generation": 1}), "not begin"),
+        (msgpack.packb({"version": "9"}), "not begin"),
         (
-            msgpack.packb({"format": 1, "version": "9", "began": "", "config": {"x": 1}, "first_generation": 1}),
-            "recorded by EPD 9, with other settings",
+            msgpack.packb({"format": 1, "version": "9", "began": "", "config": {}, "first_generation": 1}),
+            "recorded by EPD 9 in format 1; this version replays format 2 only",
         ),
+        (msgpack.packb(HEAD | {"config": {"x": 1}}), "recorded by EPD 9, with other settings"),
         (
-            msgpack.packb({"format": 1, "version": "9", "began": "", "config": {}, "first_generation": 1})
-            + msgpack.packb([1.0, "peer", b"\x00\x00", b"", [], 0]),
+            msgpack.packb(HEAD) + msgpack.packb([1.0, "peer", b"\x00\x00", b"", [], 0]),
             "event 2 is none",
         ),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from epd import messages as m
 from epd.config import BrokerConfig
-from epd.messages import Role
+from epd.messages import Kind, Stage
 from tests.broker.world import POOL_BYTES, SLOT_BYTES, World, decode_info, encode_info, prefill_info
 
 
@@ -34,13 +34,13 @@ def submit_without_pixels(world: World, request_id: str, patches: list[str]) -> 
 def started_anew(config: BrokerConfig | None = None) -> World:
     """A broker that has just started: only an endpoint has registered again."""
     world = World(config or BrokerConfig())
-    world.endpoint = world.join("ep", Role.ENDPOINT)
+    world.endpoint = world.join("ep", Kind.ENDPOINT)
     return world
 
 
 def cache_comes(world: World, pool_bytes: int = POOL_BYTES) -> None:
     pool = m.Pool(pool_id="pool", kind="shared_memory", name="pool", nbytes=pool_bytes, host="h")
-    world.join("cache", Role.CACHE, pools=[pool])
+    world.join("cache", Kind.CACHE, pools=[pool])
 
 
 def test_an_upload_is_encoded_by_all_workers_and_announced_once_it_can_be_read(world: World) -> None:
@@ -51,8 +51,8 @@ def test_an_upload_is_encoded_by_all_workers_and_announced_once_it_can_be_read(w
         assert world.take(m.Uploaded) == []
         world.say_encoded(job.peer_id, job.message)
     assert world.take(m.Uploaded, world.endpoint) == [m.Uploaded(upload_id="u")]
-    assert world.core.board.counters().held_pins == 0
-    assert world.core.board.counters().held_uploads == 1
+    assert world.core.counters().held_pins == 0
+    assert world.core.counters().held_uploads == 1
 
 
 def test_a_request_about_an_upload_brings_no_pixels_and_encodes_nothing(world: World) -> None:
@@ -69,7 +69,7 @@ def test_a_request_that_comes_while_its_upload_is_being_encoded_waits_for_the_sa
     [job] = world.take_jobs()
     submit_without_pixels(world, "r", ["a"])
     world.say_encoded(job.peer_id, job.message)
-    assert [one.request_id for one in world.take(m.Ready)] == ["r"]
+    assert [one.leg_id for one in world.take(m.Ready)] == ["r"]
     assert len(world.take(m.Uploaded)) == 1
 
 
@@ -81,8 +81,8 @@ def test_an_upload_expires_and_its_memory_can_be_used_again() -> None:
     world.submit("r1", ["b", "c"])
     assert world.take(m.Prefill) == [], "the upload is pinned"
     world.wait(2.5)
-    assert [one.request_id for one in world.take(m.Prefill)] == ["r1"]
-    assert world.core.board.counters().held_uploads == 0
+    assert [one.leg_id for one in world.take(m.Prefill)] == ["r1"]
+    assert world.core.counters().held_uploads == 0
 
 
 def test_an_upload_that_is_dropped_or_whose_endpoint_is_lost_pins_nothing(world: World) -> None:
@@ -90,10 +90,10 @@ def test_an_upload_that_is_dropped_or_whose_endpoint_is_lost_pins_nothing(world:
     upload(world, "u2", ["b"])
     world.encode_all()
     world.say(world.endpoint, m.DropUpload(upload_id="u1"))
-    assert world.core.board.counters().held_uploads == 1
+    assert world.core.counters().held_uploads == 1
     world.say(world.endpoint, m.Goodbye())
-    assert world.core.board.counters().held_uploads == 0
-    assert world.core.board.patches.index.stats().num_pins == 0
+    assert world.core.counters().held_uploads == 0
+    assert world.core.patches.index.stats().num_pins == 0
 
 
 def test_uploads_may_pin_their_share_of_the_cache_only() -> None:
@@ -111,7 +111,7 @@ def test_an_upload_whose_patch_cannot_be_encoded_says_so(world: World) -> None:
     world.say(job.peer_id, m.EncodeFailed(job_id=job.message.job_id, message="no such pixels"))
     [refused] = world.take(m.Uploaded)
     assert (refused.code, refused.message) == ("encode_failed", "no such pixels")
-    assert world.core.board.counters().held_uploads == 0
+    assert world.core.counters().held_uploads == 0
 
 
 def test_an_upload_is_refused_under_an_id_that_is_taken(world: World) -> None:
@@ -126,12 +126,12 @@ def test_an_upload_that_comes_to_a_new_broker_before_cache_and_workers_waits_for
     cache_comes(world)
     world.wait(2.0)
     assert world.take(m.Uploaded) == world.take_jobs() == []
-    worker = world.join("e0", Role.ENCODE, encode_info())
+    worker = world.join("e0", Stage.ENCODE, encode_info())
     [(peer_id, job, frames)] = world.take_jobs()
     assert (peer_id, frames) == (worker, [b"pixels of a"])
     world.say_encoded(worker, job)
     assert world.take(m.Uploaded) == [m.Uploaded(upload_id="u")]
-    assert world.core.board.frames_bytes == 0, "the pixels are not held twice"
+    assert world.core.ledger.held_bytes == 0, "the pixels are not held twice"
 
 
 def test_an_upload_waits_for_the_last_encode_worker_to_come_back() -> None:
@@ -140,7 +140,7 @@ def test_an_upload_waits_for_the_last_encode_worker_to_come_back() -> None:
     world.say(world.e[0], m.Goodbye())
     upload(world, "u", ["a"])
     assert world.take(m.Uploaded) == []
-    world.join("e0", Role.ENCODE, encode_info())
+    world.join("e0", Stage.ENCODE, encode_info())
     world.encode_all()
     assert world.take(m.Uploaded) == [m.Uploaded(upload_id="u")]
 
@@ -150,11 +150,11 @@ def test_a_request_about_an_upload_that_waits_brings_no_pixels_either() -> None:
     upload(world, "u", ["a"])
     submit_without_pixels(world, "r", ["a"])
     cache_comes(world)
-    world.join("p0", Role.PREFILL, prefill_info("p0"))
-    world.join("d0", Role.DECODE, decode_info())
-    world.join("e0", Role.ENCODE, encode_info())
+    world.join("p0", Stage.PREFILL, prefill_info("p0"))
+    world.join("d0", Stage.DECODE, decode_info())
+    world.join("e0", Stage.ENCODE, encode_info())
     assert [job.patch_hash for _, job in world.encode_all()] == ["a"]
-    assert [one.request_id for one in world.take(m.Ready)] == ["r"]
+    assert [one.leg_id for one in world.take(m.Ready)] == ["r"]
     assert world.take(m.Failed) == []
 
 
@@ -177,13 +177,13 @@ def test_an_upload_that_ends_while_it_waits_leaves_nothing(end: str) -> None:
     world = started_anew()
     cache_comes(world)
     upload(world, "u", ["a"], ttl_s=2.0)
-    assert world.core.board.frames_bytes > 0
+    assert world.core.ledger.held_bytes > 0
     if end == "expired":
         world.wait(2.5)
     else:
         world.say(world.endpoint, m.DropUpload(upload_id="u") if end == "dropped" else m.Goodbye())
     world.assert_idle()
-    world.join("e0", Role.ENCODE, encode_info())
+    world.join("e0", Stage.ENCODE, encode_info())
     assert world.take_jobs() == world.take(m.Uploaded) == []
 
 
@@ -200,7 +200,7 @@ def test_uploads_that_have_waited_may_still_pin_their_share_of_the_cache_only() 
     for upload_id in ("u", "v"):
         upload(world, upload_id, [upload_id])
     cache_comes(world, 2 * SLOT_BYTES)
-    world.join("e0", Role.ENCODE, encode_info())
+    world.join("e0", Stage.ENCODE, encode_info())
     assert [(one.upload_id, one.code) for one in world.take(m.Uploaded)] == [("v", "overloaded")]
     assert [job.message.patch_hash for job in world.take_jobs()] == ["u"]
 
@@ -232,9 +232,9 @@ def test_pixels_are_kept_within_their_bound() -> None:
     world.submit("r1", ["a"])
     world.submit("r2", ["b"])
     world.submit("r3", ["c"])
-    store = world.core.board.patches.pixels
+    store = world.core.patches.pixels
     assert store.num_bytes <= 25
-    assert store.get("a", {}) == []
+    assert not store.get("a", {})
     assert store.get("c", {}) == [b"pixels of c"]
 
 
@@ -244,4 +244,4 @@ def test_the_seconds_that_hits_save_are_counted(world: World) -> None:
     one = m.EncodedJob(job_id=job.message.job_id, generation=job.message.slot.generation)
     world.say(job.peer_id, m.Encoded(jobs=[one], took_s=0.5))
     world.submit("r2", ["a"])
-    assert world.core.board.counters().encode_s_saved == pytest.approx(0.5)
+    assert world.core.counters().encode_s_saved == pytest.approx(0.5)

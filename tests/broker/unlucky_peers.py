@@ -11,16 +11,16 @@ from hypothesis.stateful import RuleBasedStateMachine
 
 from epd import messages as m
 from epd.config import BrokerConfig
-from epd.messages import Role
+from epd.messages import Kind, Stage
 from tests.broker.recorded import RecordedCore
-from tests.broker.world import SLOT_BYTES, World, decode_info, encode_info, prefill_info
+from tests.broker.world import SLOT_BYTES, Finished, Tokens, World, decode_info, encode_info, prefill_info, step
 
 NAMES = {
-    Role.ENCODE: ["e0", "e1"],
-    Role.PREFILL: ["p0", "p1"],
-    Role.DECODE: ["d0", "d1"],
-    Role.CACHE: ["cache"],
-    Role.ENDPOINT: ["ep"],
+    Stage.ENCODE: ["e0", "e1"],
+    Stage.PREFILL: ["p0", "p1"],
+    Stage.DECODE: ["d0", "d1"],
+    Kind.CACHE: ["cache"],
+    Kind.ENDPOINT: ["ep"],
 }
 ROLE_OF = {name: role for role, names in NAMES.items() for name in names}
 HASHES = [f"h{i}" for i in range(7)]
@@ -94,7 +94,7 @@ class UnluckyPeers(RuleBasedStateMachine):
 
     def deliver(self) -> None:
         """Hands what the core has sent to the peers it was sent to; messages to the dead are lost."""
-        self.live = {n: p for n, p in self.live.items() if self.world.core.board.registry.get(p)}
+        self.live = {n: p for n, p in self.live.items() if self.world.core.registry.get(p)}
         while self.world.sent:
             peer_id, message, frames = self.world.sent.pop(0)
             if peer_id not in self.live.values():
@@ -107,15 +107,15 @@ class UnluckyPeers(RuleBasedStateMachine):
                     assert peer_id not in self.draining
                     self.take_leg(peer_id, message, frames)
                 case m.Prefilled():
-                    if leg := self.legs[peer_id].get(message.request_id):
+                    if leg := self.legs[peer_id].get(message.leg_id):
                         assert len(message.token_ids) == leg.prefill_samples
                         leg.prefilled, leg.num_tokens = True, leg.num_tokens + len(message.token_ids)
                 case m.Ready():
-                    if leg := self.legs[peer_id].get(message.request_id):
+                    if leg := self.legs[peer_id].get(message.leg_id):
                         leg.ready |= {one.patch_hash: one.slot for one in message.ready}
                 case m.Abort():
-                    self.legs[peer_id].setdefault(message.request_id, Leg(message.request_id)).aborted = True
-                case m.Tokens() | m.Finished() | m.Failed():
+                    self.legs[peer_id].setdefault(message.leg_id, Leg(message.leg_id)).aborted = True
+                case Tokens() | Finished() | m.Failed():
                     self.take_answer(message, frames)
                 case m.Uploaded(upload_id=upload_id, code=code):
                     assert code or not self.uploaded[upload_id], "it is said once"
@@ -123,26 +123,26 @@ class UnluckyPeers(RuleBasedStateMachine):
 
     def take_leg(self, peer_id: str, message: m.Prefill | m.Decode, frames: list[bytes]) -> None:
         legs = self.legs.setdefault(peer_id, {})
-        assert not any(message.request_id in one for name, one in self.legs.items() if name[0] == peer_id[0]), (
-            f"{message.request_id} was given to two workers of a stage"
+        assert not any(message.leg_id in one for name, one in self.legs.items() if name[0] == peer_id[0]), (
+            f"{message.leg_id} was given to two workers of a stage"
         )
-        request_id = message.request_id.partition("~")[0]
+        request_id = message.leg_id.partition("~")[0]
         asked = self.asked[request_id]
         assert frames == [b"engine"]
         assert message.output_token_ids == asked.got, "a leg starts after what the client has"
         self.num_resumed_once(asked)
-        leg = Leg(message.request_id, num_tokens=len(message.output_token_ids))
+        leg = Leg(message.leg_id, num_tokens=len(message.output_token_ids))
         leg.wants = [patch.patch_hash for patch in asked.submit.patches]
         leg.prefill_samples = message.samples if isinstance(message, m.Prefill) else message.awaits_token
         assert leg.prefill_samples == asked.submit.prefill_samples
         if isinstance(message, m.Prefill):
             leg.ready = {one.patch_hash: one.slot for one in message.ready}
-        legs[message.request_id] = leg
+        legs[message.leg_id] = leg
 
     def num_resumed_once(self, asked: Asked) -> None:
         type(self).num_resumed += bool(asked.got)
 
-    def take_answer(self, message: m.Tokens | m.Finished | m.Failed, frames: list[bytes]) -> None:
+    def take_answer(self, message: Tokens | Finished | m.Failed, frames: list[bytes]) -> None:
         asked = self.asked[message.request_id]
         assert not asked.ended, f"{message} after the end: {asked.ended}"
         if isinstance(message, m.Failed):
@@ -158,7 +158,7 @@ class UnluckyPeers(RuleBasedStateMachine):
             return
         asked.got += message.token_ids
         assert asked.got == list(range(len(asked.got)))
-        if isinstance(message, m.Finished):
+        if isinstance(message, Finished):
             asked.ended, asked.finished = "finished", True
             type(self).num_finished += 1
             assert len(asked.got) == asked.submit.max_tokens
@@ -183,14 +183,14 @@ class UnluckyPeers(RuleBasedStateMachine):
     def come(self, name: str) -> None:
         """A peer (re)starts; an earlier incarnation that is registered is lost by that."""
         role, pools = ROLE_OF[name], []
-        if role is Role.CACHE:
+        if role is Kind.CACHE:
             self.num_pools += 1
             pool_id = f"pool{self.num_pools}"
             pools = [m.Pool(pool_id=pool_id, kind="k", name=pool_id, nbytes=POOL_SLOTS * SLOT_BYTES, host="h")]
         info = {
-            Role.ENCODE: lambda: encode_info(max_batch_tokens=8),
-            Role.PREFILL: lambda: prefill_info(name, kv_capacity_tokens=KV_TOKENS),
-            Role.DECODE: lambda: decode_info(kv_capacity_tokens=KV_TOKENS, max_num_seqs=NUM_SEQS),
+            Stage.ENCODE: lambda: encode_info(max_batch_tokens=8),
+            Stage.PREFILL: lambda: prefill_info(name, kv_capacity_tokens=KV_TOKENS),
+            Stage.DECODE: lambda: decode_info(kv_capacity_tokens=KV_TOKENS, max_num_seqs=NUM_SEQS),
         }.get(role, m.WorkerInfo)()
         number = sum(one == name for one in self.world.names.values()) + 1
         self.live[name] = f"{name}#{number}"
@@ -230,18 +230,18 @@ class UnluckyPeers(RuleBasedStateMachine):
 
     def hang(self, name: str) -> None:
         if peer_id := self.peer(name):
-            peer = self.world.core.board.registry.get(peer_id)
+            peer = self.world.core.registry.get(peer_id)
             self.world.stuck.add(peer_id)
-            holds = bool(peer.jobs or peer.requests)
+            holds = bool(peer.num_pending)
             self.wait(0.5)
-            if holds and (peer.jobs or peer.requests) and name in self.live:
+            if holds and (peer.num_pending) and name in self.live:
                 self.wait(21)
-                assert name not in self.live or not (peer.jobs or peer.requests)
+                assert name not in self.live or not (peer.num_pending)
             self.world.stuck.discard(peer_id)
 
     # ---- workers -----------------------------------------------------------------------------------------------------
 
-    def some_leg(self, stage: Role, data: st.DataObject) -> tuple[str, Leg] | None:
+    def some_leg(self, stage: Stage, data: st.DataObject) -> tuple[str, Leg] | None:
         """A leg of some incarnation of a stage that has not taken in an abort."""
         found = [
             (peer_id, leg)
@@ -263,7 +263,7 @@ class UnluckyPeers(RuleBasedStateMachine):
                 self.say(peer_id, m.Encoded(jobs=[one], took_s=0.01))
                 moved = True
             for leg in list(self.legs[peer_id].values()):
-                is_prefill = ROLE_OF[peer_id.partition("#")[0]] is Role.PREFILL
+                is_prefill = ROLE_OF[peer_id.partition("#")[0]] is Stage.PREFILL
                 moved |= self.step_prefill(peer_id, leg) if is_prefill else self.step_decode(peer_id, leg, count)
         return moved
 
@@ -271,14 +271,14 @@ class UnluckyPeers(RuleBasedStateMachine):
         """The next thing that a prefill worker does with a leg; false where there is nothing."""
         if leg.aborted:
             del self.legs[peer_id][leg.leg_id]
-            self.say(peer_id, m.Released(request_id=leg.leg_id))
+            self.say(peer_id, m.Released(leg_id=leg.leg_id))
         elif not leg.prefilled and set(leg.wants) <= set(leg.ready):
             leg.prefilled = True
             self.kv.add(leg.leg_id)
             self.say(peer_id, *self.prefilled(leg))
         elif leg.prefilled:
             del self.legs[peer_id][leg.leg_id]
-            self.say(peer_id, m.Pushed(request_id=leg.leg_id))
+            self.say(peer_id, m.Pushed(leg_id=leg.leg_id))
         else:
             return False
         return True
@@ -286,17 +286,17 @@ class UnluckyPeers(RuleBasedStateMachine):
     def prefilled(self, leg: Leg) -> tuple[m.Prefilled, list[bytes]]:
         """What a prefill worker says of a leg that is computed: it may have sampled a token, which may be the last."""
         if not leg.prefill_samples:
-            return m.Prefilled(request_id=leg.leg_id), [b"logprobs"]
+            return m.Prefilled(leg_id=leg.leg_id), [b"logprobs"]
         asked = self.asked[leg.leg_id.partition("~")[0]]
         reason = "length" if leg.num_tokens + 1 == asked.submit.max_tokens else ""
         type(self).num_sampled += 1
-        return m.Prefilled(request_id=leg.leg_id, token_ids=[leg.num_tokens], finish_reason=reason), [b"out"]
+        return m.Prefilled(leg_id=leg.leg_id, token_ids=[leg.num_tokens], finish_reason=reason), [b"out"]
 
     def step_decode(self, peer_id: str, leg: Leg, count: int) -> bool:
         """The next tokens of a leg on its decode worker; false where there are none yet."""
         if leg.aborted:
             del self.legs[peer_id][leg.leg_id]
-            self.say(peer_id, m.Released(request_id=leg.leg_id))
+            self.say(peer_id, m.Released(leg_id=leg.leg_id))
             return True
         if leg.leg_id not in self.kv or (leg.prefill_samples and not leg.prefilled):
             return False
@@ -307,8 +307,8 @@ class UnluckyPeers(RuleBasedStateMachine):
         assert ids, "a leg has at least one token to give"
         if leg.num_tokens == asked.submit.max_tokens:
             del self.legs[peer_id][leg.leg_id]
-            finished = m.Finished(request_id=leg.leg_id, token_ids=ids, finish_reason="length", num_before=before)
+            finished = step(leg.leg_id, token_ids=ids, finish_reason="length", num_before=before)
             self.say(peer_id, finished, [b"out"])
         else:
-            self.say(peer_id, m.Tokens(request_id=leg.leg_id, token_ids=ids, num_before=before), [b"out"])
+            self.say(peer_id, step(leg.leg_id, token_ids=ids, num_before=before), [b"out"])
         return True

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from broker.board import Send
-from broker.core import Core
+import msgspec
+
+from broker.core.core import Core
+from broker.core.outbox import Send
 from cache.slot import slot_bytes
 from epd import messages as m
 from epd.config import BrokerConfig
-from epd.messages import Message, Role
+from epd.messages import Kind, Message, Stage
 
 POOL_BYTES = 1 << 20
 SLOT_BYTES = slot_bytes(4, 64, "bfloat16")
@@ -28,6 +30,35 @@ def prefill_info(name: str, **changes: object) -> m.WorkerInfo:
 
 def decode_info(**changes: object) -> m.WorkerInfo:
     return m.WorkerInfo(**{"model": "toy", "kv_capacity_tokens": 4096, "max_num_seqs": 8, **changes})
+
+
+class Tokens(m.RequestOutput, frozen=True):
+    """What an endpoint is told of a request: tokens, and others will follow."""
+
+
+class Finished(m.RequestOutput, frozen=True):
+    """What an endpoint is told of a request: its last tokens."""
+
+
+def step(leg_id: str, token_ids: list[int], **more: object) -> m.StepOutputs:
+    """An engine step that gave tokens to one leg."""
+    return m.StepOutputs(outputs=[m.LegOutput(leg_id=leg_id, token_ids=token_ids, **more)])
+
+
+def each_output(sends: list[Send]) -> list[Send]:
+    """The same, with the outputs of each request by themselves."""
+    found = []
+    for send in sends:
+        if not isinstance(send.message, m.Outputs):
+            found.append(send)
+            continue
+        at = 0
+        for output in send.message.outputs:
+            kind = Finished if output.finish_reason else Tokens
+            frames = send.frames[at : at + output.num_frames]
+            at += output.num_frames
+            found.append(Send(send.peer_id, kind(**msgspec.structs.asdict(output)), frames))
+    return found
 
 
 class EncodeSend(NamedTuple):
@@ -54,7 +85,7 @@ class World:
     def join(
         self,
         name: str,
-        role: Role,
+        role: Kind | Stage,
         info: m.WorkerInfo | None = None,
         pools: list[m.Pool] | None = None,
         host: str = "h",
@@ -63,26 +94,30 @@ class World:
         number = sum(one == name for one in self.names.values()) + 1
         peer_id = f"{name}#{number}"
         self.names[peer_id] = name
+        is_worker = isinstance(role, Stage)
         hello = m.Hello(
-            name=name, role=role, incarnation=peer_id, host=host, pid=number, info=info or m.WorkerInfo(),
-            pools=pools or [],
+            name=name, kind=Kind.WORKER if is_worker else role, stage=role if is_worker else None,
+            incarnation=peer_id, host=host, pid=number, info=info or m.WorkerInfo(), pools=pools or [],
         )  # fmt: skip
         self.say(peer_id, hello)
         return peer_id
 
     def pipeline(self, encode: int = 2, prefill: int = 1, decode: int = 1, pool_bytes: int = POOL_BYTES) -> None:
         """Registers an endpoint `ep`, a cache and the workers e0.., p0.., d0.. and forgets what that sent."""
-        self.endpoint = self.join("ep", Role.ENDPOINT)
+        self.endpoint = self.join("ep", Kind.ENDPOINT)
         pool = m.Pool(pool_id="pool", kind="shared_memory", name="pool", nbytes=pool_bytes, host="h")
-        self.cache = self.join("cache", Role.CACHE, pools=[pool])
-        self.e = [self.join(f"e{i}", Role.ENCODE, encode_info()) for i in range(encode)]
-        self.p = [self.join(f"p{i}", Role.PREFILL, prefill_info(f"p{i}")) for i in range(prefill)]
-        self.d = [self.join(f"d{i}", Role.DECODE, decode_info()) for i in range(decode)]
+        self.cache = self.join("cache", Kind.CACHE, pools=[pool])
+        self.e = [self.join(f"e{i}", Stage.ENCODE, encode_info()) for i in range(encode)]
+        self.p = [self.join(f"p{i}", Stage.PREFILL, prefill_info(f"p{i}")) for i in range(prefill)]
+        self.d = [self.join(f"d{i}", Stage.DECODE, decode_info()) for i in range(decode)]
         self.sent.clear()
 
     def say(self, peer_id: str, message: Message, frames: list[bytes] | None = None) -> None:
-        """Has a peer send a message."""
-        self.sent += self.core.handle(peer_id, message, frames or [], self.now)
+        """Has a peer send a message; of the outputs of a step, each has one frame where there are any."""
+        if isinstance(message, m.StepOutputs) and frames:
+            outputs = [msgspec.structs.replace(one, num_frames=1) for one in message.outputs]
+            message = m.StepOutputs(outputs=outputs)
+        self.sent += each_output(self.core.handle(peer_id, message, frames or [], self.now))
 
     def wait(self, seconds: float, but: tuple[str, ...] = ()) -> None:
         """Lets time pass in steps of a quarter second; all peers but those named keep sending heartbeats.
@@ -91,11 +126,11 @@ class World:
         """
         for _ in range(round(seconds / 0.25)):
             self.now += 0.25
-            for peer in list(self.core.board.registry):
+            for peer in list(self.core.registry):
                 if peer.peer_id not in but:
-                    num_steps = peer.num_steps + (peer.peer_id not in self.stuck)
+                    num_steps = getattr(peer, "num_steps", 0) + (peer.peer_id not in self.stuck)
                     self.say(peer.peer_id, m.Heartbeat(num_steps=num_steps))
-            self.sent += self.core.tick(self.now)
+            self.sent += each_output(self.core.tick(self.now))
 
     def submit(self, request_id: str, patches: list[str] = (), *, tokens: int = 4, prompt: int = 32, **more) -> None:
         """Submits a request with one-frame patches."""
@@ -139,6 +174,10 @@ class World:
         one = m.EncodedJob(job_id=job.job_id, generation=job.slot.generation if generation is None else generation)
         self.say(worker, m.Encoded(jobs=[one], took_s=0.01))
 
+    def holders(self, patch_hash: str) -> list[str]:
+        """The legs that hold a patch, by id."""
+        return [leg.leg_id for leg in self.core.patches.holders(patch_hash)]
+
     def encode_all(self) -> list[tuple[str, m.EncodeJob]]:
         """Answers every encode job until there are no more; returns (worker, job) in order."""
         done = []
@@ -150,18 +189,22 @@ class World:
 
     def finish(self, request_id: str, p: str, d: str) -> None:
         """Has the legs of a request run to their ends."""
-        self.say(p, m.Prefilled(request_id=request_id))
-        self.say(p, m.Pushed(request_id=request_id))
-        self.say(d, m.Tokens(request_id=request_id, token_ids=[7]), [b"t1"])
-        self.say(d, m.Finished(request_id=request_id, token_ids=[7], finish_reason="stop"), [b"t2"])
+        self.say(p, m.Prefilled(leg_id=request_id))
+        self.say(p, m.Pushed(leg_id=request_id))
+        self.say(d, step(request_id, token_ids=[7]), [b"t1"])
+        self.say(d, step(request_id, token_ids=[7], finish_reason="stop"), [b"t2"])
 
     def assert_idle(self) -> None:
         """Nothing is held by anyone."""
-        counters = self.core.board.counters()
+        counters = self.core.counters()
         held = {k: getattr(counters, k) for k in m.Counters.__struct_fields__ if k.startswith("held_")}
         assert not any(held.values()), held
-        for peer in self.core.board.registry:
-            assert not peer.jobs, peer
-            assert not peer.requests, peer
-            assert peer.load_tokens == 0, peer
-        assert self.core.board.frames_bytes == 0
+        for worker in self.core.registry.workers.values():
+            assert not worker.jobs, worker
+            assert not worker.legs, worker
+            assert not worker.prefilling, worker
+            assert not worker.owes, worker
+            assert (worker.embeddings_to_encode, worker.tokens_to_prefill, worker.kv_tokens_reserved) == (0, 0, 0)
+        assert not any(peer.requests for peer in self.core.registry)
+        assert not self.core.legs.by_id
+        assert self.core.ledger.held_bytes == 0

@@ -15,7 +15,7 @@ import zmq.asyncio
 from cache import daemon, pools
 from cache.pools.shared_memory import DIRECTORY, PREFIX
 from epd import config as configs
-from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Pools, Role, Unknown, Welcome
+from epd.messages import Goodbye, Heartbeat, HeartbeatAck, Hello, Kind, Pools, Unknown, Welcome
 from epd.process.lifecycle import Life
 from epd.transport import wire
 
@@ -87,7 +87,7 @@ async def running(settings):
 async def test_a_cache_registers_its_pool_and_takes_it_away_when_it_says_goodbye(broker):
     async with running(config(broker)) as (stop, task):
         hello = await broker.welcome()
-        assert (hello.name, hello.role, hello.pid) == ("cache-0", Role.CACHE, os.getpid())
+        assert (hello.name, hello.kind, hello.pid) == ("cache-0", Kind.CACHE, os.getpid())
         [pool] = hello.pools
         assert (pool.kind, pool.nbytes, pool.checksum) == ("shared_memory", 1 << 20, True)
         assert pool.name == str(DIRECTORY / (PREFIX + pool.pool_id))

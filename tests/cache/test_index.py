@@ -60,7 +60,7 @@ def test_a_patch_is_new_then_pending_for_others_then_a_hit():
     assert index.commit("a", new.slot.generation)
     [hit] = index.acquire_all(needs("a"), "r3")
     assert hit.outcome is Outcome.HIT and hit.slot == new.slot == index.readable("a")
-    assert index.holders("a") == {"r1", "r2", "r3"}
+    assert index.holders("a") == ("r1", "r2", "r3")
     stats = index.stats()
     assert (stats.num_new, stats.num_coalesced, stats.num_hits, stats.num_pins) == (1, 1, 1, 3)
     assert (stats.used_bytes, stats.pinned_bytes, stats.total_bytes) == (UNIT, UNIT, 4 * UNIT)
@@ -89,7 +89,7 @@ def test_what_does_not_fit_changes_nothing():
     before = index.stats(), [index.slot(name) for name in "abcd"]
     assert index.acquire_all([need("a"), need("e", 2)], "r2") is None
     assert (index.stats(), [index.slot(name) for name in "abcd"]) == before
-    assert index.holders("a") == frozenset()
+    assert index.holders("a") == ()
 
 
 def test_a_request_never_evicts_what_it_needs_itself():
@@ -192,7 +192,7 @@ def test_a_renewed_patch_keeps_its_memory_and_its_pins():
     [hit] = index.acquire_all(needs("a"), "r")
     slot = index.renew("a", hit.slot.generation)
     assert slot.offset == hit.slot.offset and slot.generation > hit.slot.generation
-    assert index.state("a") is State.ALLOCATED and index.holders("a") == {"r"}
+    assert index.state("a") is State.ALLOCATED and index.holders("a") == ("r",)
     assert index.is_current("a", slot.generation) and not index.is_current("a", hit.slot.generation)
     with pytest.raises(FencedError, match="a is not at generation 1"):
         index.renew("a", hit.slot.generation)
@@ -221,7 +221,7 @@ def test_a_patch_for_which_there_is_no_other_room_is_lost_until_its_holders_leav
     index = index_of(1)
     [item] = index.acquire_all(needs("a"), "r")
     assert index.renew("a", item.slot.generation, quarantine=True) is None
-    assert index.state("a") is State.LOST and index.holders("a") == {"r"} and index.slot("a") is None
+    assert index.state("a") is State.LOST and index.holders("a") == ("r",) and index.slot("a") is None
     assert not index.commit("a", item.slot.generation)
     assert index.stats().num_lost == 1
     assert index.release("r") == []
@@ -265,7 +265,7 @@ def test_a_patch_dropped_while_it_is_pinned_is_lost_to_its_holders_and_new_to_th
     index = index_of(1)
     [item] = index.acquire_all(needs("a"), "r1")
     assert index.drop("a", item.slot.generation)
-    assert index.state("a") is State.LOST and index.holders("a") == {"r1"}
+    assert index.state("a") is State.LOST and index.holders("a") == ("r1",)
     assert index.acquire_all(needs("a"), "r2")[0].outcome is Outcome.NEW
     assert index.release("r1") == []
     assert index.release("r2") == ["a"]

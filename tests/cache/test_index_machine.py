@@ -203,7 +203,7 @@ class IndexMachine(RuleBasedStateMachine):
         for need in NEEDS:
             known, slot = self.model.get(need.patch_hash), self.index.slot(need.patch_hash)
             assert self.index.state(need.patch_hash) is (known.state if known else None)
-            assert self.index.holders(need.patch_hash) == (known.holders if known else set())
+            assert set(self.index.holders(need.patch_hash)) == (known.holders if known else set())
             assert (slot is not None) == (known is not None and known.state is not State.LOST)
             if slot:
                 assert slot.generation == known.generation
@@ -226,6 +226,13 @@ class IndexMachine(RuleBasedStateMachine):
         assert stats.total_bytes == sum(POOLS[pool_id] for pool_id in self.pool_ids())
         assert stats.num_pins == sum(len(known.holders) for known in self.model.values())
         assert stats.num_evictions == self.evictions
+        known = [(need, self.model[need.patch_hash]) for need in NEEDS if need.patch_hash in self.model]
+        for state, count in ((State.ALLOCATED, stats.num_allocated), (State.READY, stats.num_ready)):
+            assert count == sum(one.state is state for _, one in known)
+        assert stats.num_lost == sum(one.state is State.LOST for _, one in known)
+        assert stats.num_embeddings == sum(need.num_tokens for need, one in known if one.state is State.READY)
+        pinned = [self.index.slot(need.patch_hash) for need, one in known if one.holders]
+        assert stats.pinned_bytes == sum(slot.nbytes for slot in pinned if slot)
 
     def teardown(self):
         """With everything released, committed and lifted, nothing is left that could not leave."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections import defaultdict
 
+import msgspec
 import zmq
 import zmq.asyncio
 
@@ -12,19 +13,19 @@ from epd.messages import (
     Counters,
     DropUpload,
     Failed,
-    Finished,
     GetCache,
     GetStory,
     Goodbye,
     Heartbeat,
     HeartbeatAck,
     Hello,
-    Role,
+    Outputs,
+    RequestOutput,
+    Stage,
     Status,
     Story,
     StoryEvent,
     Submit,
-    Tokens,
     Unknown,
     Upload,
     Uploaded,
@@ -35,7 +36,7 @@ from epd.messages import (
 from epd.transport import wire
 
 STORY = [StoryEvent(at_s=0.0, event="accepted"), StoryEvent(at_s=0.5, event="finished", worker="decode-0")]
-ALL_STAGES = (Role.ENCODE, Role.PREFILL, Role.DECODE)
+ALL_STAGES = (Stage.ENCODE, Stage.PREFILL, Stage.DECODE)
 
 
 class FakeBroker:
@@ -76,6 +77,9 @@ class FakeBroker:
         self._context.destroy(linger=0)
 
     async def send(self, message, frames=()):
+        """Sends to the endpoint; all frames are those of the one output, where there is one."""
+        if isinstance(message, RequestOutput):
+            message = Outputs(outputs=[msgspec.structs.replace(message, num_frames=len(frames))])
         await self._socket.send_multipart([self.peer, *wire.encode(message, frames)])
 
     async def _read(self):
@@ -142,11 +146,11 @@ def status_of(roles, num_pools=1):
     workers = [
         WorkerStatus(
             name=f"{role}-{i}",
-            role=role,
+            stage=role,
             incarnation=str(i),
             host="h",
             pid=i,
-            info=proved if role is Role.ENCODE else WorkerInfo(),
+            info=proved if role is Stage.ENCODE else WorkerInfo(),
         )
         for i, role in enumerate(roles)
     ]
@@ -156,6 +160,7 @@ def status_of(roles, num_pools=1):
         num_pools=num_pools,
         broker_held={"pins": 1},
         peers_held={"cache": {"pools": 1}},
+        is_whole=True,
     )
 
 
@@ -177,10 +182,10 @@ def says(token_ids, finish="length", delay_s=0.0):
             is_last = i == len(token_ids) - 1
             frames = output(submit.request_id, [token], finish if is_last else None)
             if is_last:
-                last = Finished(request_id=submit.request_id, token_ids=[7], finish_reason=finish, story=STORY)
+                last = RequestOutput(request_id=submit.request_id, token_ids=[7], finish_reason=finish, story=STORY)
                 await broker.send(last, frames)
             else:
-                await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), frames)
+                await broker.send(RequestOutput(request_id=submit.request_id, token_ids=[7]), frames)
 
     return script
 
@@ -190,7 +195,9 @@ def fails(after=(), **fields):
 
     async def script(broker, submit, _frames):
         for token in after:
-            await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token]))
+            await broker.send(
+                RequestOutput(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token])
+            )
             await asyncio.sleep(0.1)  # vLLM's collector merges what comes at once; let the first be streamed
         await broker.send(Failed(request_id=submit.request_id, story=STORY, **fields))
 

@@ -17,7 +17,9 @@ async def serving(app, **options):
     bridge = AsgiBridge(app, **options)
     http = web.Application()
     http.router.add_route("*", "/{tail:.*}", bridge.handle)
-    runner = web.AppRunner(http, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+    runner = web.AppRunner(
+        http, handler_cancellation=True, access_log=None, shutdown_timeout=0.5, auto_decompress=False
+    )
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0][:2]

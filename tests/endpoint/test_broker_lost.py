@@ -6,7 +6,7 @@ import json
 import pytest
 import pytest_asyncio
 
-from epd.messages import Failed, Finished, Tokens
+from epd.messages import Failed, RequestOutput
 
 from .fake_broker import STORY, never, output, says
 from .serving import MODEL, chat_body, events, serving, until, with_picture
@@ -53,7 +53,9 @@ def goes_on(num_first=3, then=asyncio.sleep):
             await says(ALL[start:])(broker, submit, frames)
             return
         for token in ALL[start : start + num_first]:
-            await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token]))
+            await broker.send(
+                RequestOutput(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token])
+            )
 
     return script
 
@@ -104,7 +106,9 @@ async def test_several_brokers_may_die_during_one_request(served, broker, tokeni
             await says(ALL[start:])(broker, submit, frames)
         else:
             token = ALL[start]
-            await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token]))
+            await broker.send(
+                RequestOutput(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token])
+            )
 
     broker.script = script
     asked = asyncio.create_task(served.chat(temperature=0))
@@ -144,7 +148,7 @@ async def test_prompt_logprobs_come_once(served, broker):
             ids = torch.full((rows, 2), 100, dtype=torch.int64)
             tensors = LogprobsTensors(ids, torch.full((rows, 2), -1.0), torch.ones(rows, dtype=torch.int64))
             part = output(submit.request_id, [], new_prompt_logprobs_tensors=tensors)
-            await broker.send(Tokens(request_id=submit.request_id, token_ids=[]), part)
+            await broker.send(RequestOutput(request_id=submit.request_id, token_ids=[]), part)
         await goes_on()(broker, submit, frames)
 
     broker.script = script
@@ -256,7 +260,7 @@ async def test_what_an_earlier_broker_says_late_changes_nothing(served, broker):
     await served.unready()
     broker.peer = earlier
     await broker.send(Failed(request_id=request_id, code="worker_lost", message="late", status=502))
-    last = Finished(request_id=request_id, token_ids=[7], finish_reason="length", story=STORY)
+    last = RequestOutput(request_id=request_id, token_ids=[7], finish_reason="length", story=STORY)
     await broker.send(last, output(request_id, [99], "length"))
     broker.live()
     answer, body = await asked

@@ -5,7 +5,7 @@ import json
 import pytest
 import pytest_asyncio
 
-from epd.messages import Failed, Finished, Tokens
+from epd.messages import Failed, RequestOutput
 
 from .fake_broker import STORY, fails, never, output, says
 from .serving import chat_body, events, serving, until, with_picture
@@ -114,7 +114,7 @@ async def test_the_story_of_a_failed_request(served):
 async def test_an_output_that_cannot_be_read_fails_its_request_only(served, kind):
     async def script(broker, submit, frames):
         bad = [b"\xc1garbage"] if kind == "garbage" else output(submit.request_id, [100])
-        last = Finished(request_id=submit.request_id, token_ids=[7], finish_reason="length")
+        last = RequestOutput(request_id=submit.request_id, token_ids=[7], finish_reason="length")
         await broker.send(last, bad)
 
     served.broker.script = script
@@ -125,6 +125,6 @@ async def test_an_output_that_cannot_be_read_fails_its_request_only(served, kind
 
 
 async def test_messages_for_unknown_requests_hurt_nobody(served):
-    await served.broker.send(Tokens(request_id="nobody", token_ids=[7]), output("nobody", [1]))
+    await served.broker.send(RequestOutput(request_id="nobody", token_ids=[7]), output("nobody", [1]))
     await served.broker.send(Failed(request_id="nobody", **LOST))
     assert (await served.chat())[0].status == 200

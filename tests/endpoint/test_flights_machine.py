@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from epd.messages import Cancel, Failed, Finished, Patch, Tokens
+from epd.messages import Cancel, Failed, Patch, RequestOutput
 
 pytestmark = pytest.mark.engine
 NUM_TOKENS = 6
@@ -157,7 +157,7 @@ class Machine(RuleBasedStateMachine):
         self.broker[request_id] += 1
         frames = [bytes(frame) for frame in output(request_id, [index], finish)]
         fields = {"request_id": request_id, "token_ids": [index], "num_before": index}
-        message = Finished(**fields, finish_reason=finish) if finish else Tokens(**fields)
+        message = RequestOutput(**fields, finish_reason=finish) if finish else RequestOutput(**fields)
         for _ in range(self.copies):
             if self.flights.on_output(message, frames) and finish:
                 self.flights.end(request_id)
@@ -209,7 +209,7 @@ class Machine(RuleBasedStateMachine):
     def something_late_or_strange_comes(self, request_id):
         if request_id not in self.flights:
             before = {name: list(asked.tokens) for name, asked in self.asked.items()}
-            self.do(self.flights.on_output, Tokens(request_id=request_id, token_ids=[7]), [b"\xc1"])
+            self.do(self.flights.on_output, RequestOutput(request_id=request_id, token_ids=[7]), [b"\xc1"])
             self.do(self.flights.on_failed, Failed(request_id=request_id, code="worker_lost", message="", status=502))
             assert before == {name: asked.tokens for name, asked in self.asked.items()}
 

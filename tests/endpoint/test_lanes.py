@@ -1,7 +1,9 @@
 """Calls that take too long: given up, replaced, counted, and nobody else waits for them."""
 
 import asyncio
+import contextlib
 import threading
+import time
 
 import pytest
 
@@ -86,6 +88,31 @@ async def test_no_more_are_begun_than_may_be_stuck(stuck):
     stuck.set()
     await until(lambda: lane.num_stuck == 0)
     assert await lane.run(str, 1, timeout_s=1) == "1"
+    lane.close()
+
+
+async def test_calls_that_end_at_their_deadline_leave_as_many_threads_as_there_were():
+    lane = Lane("t", 1)
+
+    for i in range(200):
+        with contextlib.suppress(OverdueError):
+            await lane.run(time.sleep, 0.004 + i % 5 * 0.0005, timeout_s=0.005)
+        await until(lambda: lane.num_stuck == 0)
+    assert sum(each.name == "t" for each in threading.enumerate()) <= 1
+    lane.close()
+
+
+async def test_calls_that_come_together_run_beside_each_other():
+    lane, all_there = Lane("t", 4), threading.Barrier(4)
+    await lane.run(str, 1, timeout_s=5)  # one thread waits by now
+    await asyncio.gather(*(lane.run(all_there.wait, 5, timeout_s=6) for _ in range(4)))
+    lane.close()
+
+
+async def test_what_waits_is_not_begun_either_once_too_many_are_stuck(stuck):
+    lane = Lane("t", 1, max_stuck=2)
+    found = await asyncio.gather(*(lane.run(stuck.wait, timeout_s=0.05) for _ in range(5)), return_exceptions=True)
+    assert [type(each) for each in found] == [OverdueError] * 2 + [StuckError] * 3
     lane.close()
 
 

@@ -1,17 +1,19 @@
 """What is refused before any engine or decoder sees it, and with which words."""
 
+import asyncio
 import base64
 import gc
 import io
 import json
 import struct
+import threading
 import zlib
 
 import pytest
 from PIL import Image
 
 from epd.config import EndpointConfig
-from epd.endpoint.http.limits import Limits, check_json, read_json
+from epd.endpoint.http.limits import Limits, media_of, read_json
 from epd.endpoint.http.refusals import RefusedError
 from epd.endpoint.media.bounds import MediaBounds
 
@@ -81,7 +83,9 @@ async def test_a_body_that_is_too_large_is_413_by_its_real_length():
     await refused(b" " * 2000, 413, "body_too_large", max_body_bytes=1000)
 
 
-@pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b'{"a": "\\ud800"}', b"[" * 100_000, b"{} {}"])
+@pytest.mark.parametrize(
+    "body", [b"{", b"\xff\xfe", b'{"a": "\\ud800"}', b'{"a": "\xed\xa0\x80"}', b"[" * 100_000, b"{} {}"]
+)
 async def test_malformed_json_is_400(body):
     await refused(body, 400, "invalid_json")
 
@@ -93,7 +97,7 @@ def test_no_finalizer_runs_deep_inside_of_a_nested_body():
     gc.set_threshold(10)
     try:
         with pytest.raises(RefusedError, match="nested too deeply"):
-            check_json("/v1/chat/completions", b"[" * 100_000, EndpointConfig(), lambda host: [])
+            media_of("/v1/chat/completions", b"[" * 100_000, EndpointConfig())
         before = len(seen)
         assert read_json(b"[" * 200 + b"]" * 200)
         assert len(seen) == before
@@ -254,6 +258,22 @@ async def test_files_are_refused_unless_their_folder_is_allowed(tmp_path):
 
 async def test_ready_made_features_are_refused():
     await refused({"features": {"mm_hashes": {}}}, 400, "unsupported", path="/inference/v1/generate")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/media"])
+async def test_a_file_whose_header_takes_for_ever_ends_its_own_request_only(path, monkeypatch):
+    from epd.endpoint.media import probing
+
+    let_go, opened = threading.Event(), probing.open_picture
+    monkeypatch.setattr(probing, "open_picture", lambda content: let_go.wait(30) and opened(content))
+    body = picture() if path == "/v1/media" else chat(data_url(picture()))
+    try:
+        answers = await asyncio.gather(
+            refused(body, 400, "media_timeout", path=path, media_timeout_s=0.2), send({"messages": []})
+        )
+    finally:
+        let_go.set()
+    assert "0.2 s" in answers[0] and answers[1].status == 200
 
 
 async def test_requests_without_a_body_pass():

@@ -13,7 +13,7 @@ import pytest_asyncio
 from epd.builtin import demo_image_path
 
 from .fake_broker import says
-from .serving import serving
+from .serving import chat_body, serving
 from .test_schema import OPERATIONS
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
@@ -113,6 +113,24 @@ async def test_no_part_of_any_type_on_any_route_opens_what_is_not_allowed(served
             for body in every if path == "/v1/chat/completions" else every[paths.index(path) :: 7]:
                 answer, text = await served.post(path, body)
                 assert answer.status < 500 or answer.status == 501, (path, body, text)
+    assert canary.seen == []
+
+
+async def test_what_the_check_of_bodies_would_not_see_is_not_opened_either(served, canary, monkeypatch):
+    from vllm.renderers.chat_utils import MM_PARSER_MAP
+
+    from epd.endpoint.http import limits
+
+    monkeypatch.setattr(limits, "media_in", lambda *_: [])
+    for kind in MM_PARSER_MAP:
+        for scheme in ("http", "https", "HTTP", "ftp", "file"):
+            address = f"{scheme}://127.0.0.1:{canary.server_port}/{kind}"
+            for part in spellings(kind, address):
+                answer, text = await served.post("/v1/chat/completions", chat_body([part]))
+                assert answer.status < 500, (part, text)
+    for part in ({"type": "image_pil", "image_pil": address}, {"type": "image_url", "image_url": {"url": address}}):
+        answer, text = await served.post("/v1/chat/completions", chat_body([part]))
+        assert answer.status == 400, text
     assert canary.seen == []
 
 

@@ -11,7 +11,7 @@ from epd.endpoint.ops import metrics
 from epd.endpoint.ops.metrics import Collector
 from epd.endpoint.ops.readiness import View
 from epd.endpoint.ops.vllm_families import DROPPED, OF_WORKERS, REAL, drop_http, keep_real
-from epd.messages import Counters, Role, Status, StoryEvent, WorkerInfo, WorkerStatus
+from epd.messages import Counters, Stage, Status, StoryEvent, WorkerInfo, WorkerStatus
 from tests.prometheus_lint import check, complaints, families_of
 
 from .fake_broker import ALL_STAGES, never, says, status_of
@@ -29,17 +29,17 @@ def view(status):
 
 
 def worker(name, role, held=None, **gauges):
-    info = WorkerInfo(kv_capacity_tokens=4096 if role is not Role.ENCODE else 0)
+    info = WorkerInfo(kv_capacity_tokens=4096 if role is not Stage.ENCODE else 0)
     return WorkerStatus(
-        name=name, role=role, incarnation="i", host="h", pid=1, info=info, held=held or {}, gauges=gauges
+        name=name, stage=role, incarnation="i", host="h", pid=1, info=info, held=held or {}, gauges=gauges
     )
 
 
 WORKERS = [
-    worker("encode-0", Role.ENCODE, {"running": 1, "waiting": 4}),
-    worker("prefill-0", Role.PREFILL, {"running": 2, "waiting": 0}, kv_cache_usage=0.25, prefix_cache_queries=100.0,
+    worker("encode-0", Stage.ENCODE, {"running": 1, "waiting": 4}),
+    worker("prefill-0", Stage.PREFILL, {"running": 2, "waiting": 0}, kv_cache_usage=0.25, prefix_cache_queries=100.0,
            prefix_cache_hits=64.0, preemptions=0.0),
-    worker("decode-0", Role.DECODE, {"running": 3, "waiting": 1}, kv_cache_usage=0.5, prefix_cache_queries=10.0,
+    worker("decode-0", Stage.DECODE, {"running": 3, "waiting": 1}, kv_cache_usage=0.5, prefix_cache_queries=10.0,
            prefix_cache_hits=0.0, preemptions=7.0),
 ]  # fmt: skip
 
@@ -231,7 +231,7 @@ class TestServed:
         for usage in (0.25, 0.75, 0.0):
             gauges = {"kv_cache_usage": usage, "prefix_cache_queries": 8.0}
             served.broker.status = Status(
-                workers=[*status_of(ALL_STAGES).workers[:2], worker("decode-0", Role.DECODE, **gauges)],
+                workers=[*status_of(ALL_STAGES).workers[:2], worker("decode-0", Stage.DECODE, **gauges)],
                 counters=Counters(),
                 num_pools=1,
             )

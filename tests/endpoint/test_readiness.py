@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from epd.endpoint.ops.metrics import Collector
 from epd.endpoint.ops.readiness import View, describe, held_by_daemon, missing
-from epd.messages import Role
+from epd.messages import Stage
 
 from .fake_broker import ALL_STAGES, status_of
 
@@ -28,7 +28,7 @@ def test_it_is_ready_with_one_worker_of_each_stage_and_a_pool():
     [
         (view(registered=False), "no registration with the broker"),
         (view(), "no status from the broker yet"),
-        (view(status=status_of([Role.ENCODE, Role.DECODE])), "no prefill worker"),
+        (view(status=status_of([Stage.ENCODE, Stage.DECODE])), "no prefill worker"),
         (view(status=status_of(ALL_STAGES, num_pools=0)), "no pool for embeddings"),
         (view(draining=True, status=status_of(ALL_STAGES)), "this endpoint is shutting down"),
     ],

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 
-from epd.messages import Tokens
+from epd.messages import RequestOutput
 
 from .fake_broker import output, says
 from .serving import chat_body, image_url, serving, with_picture
@@ -88,7 +88,7 @@ async def answers(broker, submit, frames):
         ids = torch.full((rows, width), 100, dtype=torch.int64)
         tensors = LogprobsTensors(ids, torch.full((rows, width), -1.0), torch.ones(rows, dtype=torch.int64))
         part = output(submit.request_id, [], new_prompt_logprobs_tensors=tensors)
-        await broker.send(Tokens(request_id=submit.request_id, token_ids=[]), part)
+        await broker.send(RequestOutput(request_id=submit.request_id, token_ids=[]), part)
     await says([100, 101])(broker, submit, frames)
 
 
@@ -112,7 +112,8 @@ class Background:
 
     async def _serve(self):
         self._loop = asyncio.get_running_loop()
-        async with serving(self._folder, script=answers, max_body_bytes=1 << 20, drain_s=1.0) as served:
+        options = {"max_body_bytes": 1 << 20, "drain_s": 1.0, "serve": {"trust_request_mm_kwargs": True}}
+        async with serving(self._folder, script=answers, **options) as served:
             self.url = str(served.session._base_url).rstrip("/")
             self._up.set()
             await self._down.wait()
@@ -195,6 +196,8 @@ FIELDS = [
     "skip_special_tokens", "detokenize", "return_token_ids", "return_tokens_as_token_ids", "reasoning_effort",
     "reasoning", "thinking", "metadata", "store", "background", "previous_response_id", "instructions", "model",
     "thinking_token_budget", "repetition_detection", "prompt_embeds", "trace_decode_token_ids",
+    "features", "token_ids", "sampling_params", "request_ids", "multi_modal_data", "images", "audio", "videos", "state",
+    "questions", "query", "items", "label_token_ids", "apply_softmax", "return_token_strs", "generate_responses",
 ]
 # fmt: on
 BODIES = {
@@ -203,7 +206,21 @@ BODIES = {
     "/v1/completions": {"model": "digits", "prompt": "hi", "max_tokens": 4},
     "/v1/responses": {"model": "digits", "input": "hi"},
     "/v1/messages": {"model": "digits", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]},
+    "/v1/chat/completions/batch": chat_body() | {"messages": [[{"role": "user", "content": "hi"}]]},
+    "/v1/chat/completions/render": chat_body(with_picture()),
+    "/v1/completions/render": {"model": "digits", "prompt": "hi", "max_tokens": 4},
+    "/v1/responses/render": {"model": "digits", "input": "hi"},
+    "/v1/messages/render": {"model": "digits", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]},
+    "/v1/messages/count_tokens": {"model": "digits", "messages": [{"role": "user", "content": "hi"}]},
+    "/v1/chat/completions/derender": {"model": "digits", "choices": [{"index": 0, "token_ids": [100]}]},
+    "/v1/completions/derender": {"model": "digits", "choices": [{"index": 0, "token_ids": [100]}]},
+    "/inference/v1/generate": {"model": "digits", "token_ids": [100], "sampling_params": {"max_tokens": 2}},
+    "/inference/v1/abort_requests": {"request_ids": ["x"]},
+    "/invocations": chat_body(),
+    "/generative_scoring": {"model": "digits", "query": "a", "items": ["b"], "label_token_ids": [100, 101]},
+    "/v1/systemone": {"model": "digits", "state": "x", "questions": {"q": {"type": "noul"}}},
     "/tokenize": {"model": "digits", "prompt": "hi"},
+    "/tokenize#chat": {"model": "digits", "messages": [{"role": "user", "content": with_picture()}]},
     "/detokenize": {"model": "digits", "tokens": [100]},
 }
 
@@ -226,7 +243,10 @@ def test_a_good_body_with_any_value_in_any_field_is_answered(url, place):
     run()
 
 
-PARTS = st.sampled_from(["text", "image_url", "input_image", "video_url", "input_audio", "audio_url", "refusal", "x"])
+PARTS = st.sampled_from(
+    ["text", "image_url", "input_image", "video_url", "input_audio", "audio_url", "refusal", "x", "image_pil",
+     "image_embeds", "prompt_embeds", "tool_result", "tool_use", "image", "thinking", "tool_reference"]
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("place", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])

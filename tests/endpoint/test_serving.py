@@ -7,7 +7,7 @@ import pytest
 import pytest_asyncio
 from prometheus_client.parser import text_string_to_metric_families
 
-from epd.messages import Finished, Role, Tokens
+from epd.messages import RequestOutput, Stage
 
 from .fake_broker import ALL_STAGES, STORY, never, output, says
 from .serving import MODEL, chat_body, events, serving, until, with_picture
@@ -167,7 +167,9 @@ async def test_n_choices_are_requests_of_their_own_that_share_the_patches(served
 async def test_a_stop_string_ends_the_answer_and_cancels_the_rest(served, tokenizer):
     async def script(broker, submit, frames):
         for token in (100, 101, 102):
-            await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token]))
+            await broker.send(
+                RequestOutput(request_id=submit.request_id, token_ids=[7]), output(submit.request_id, [token])
+            )
 
     served.broker.script = script
     _, body = await served.chat(stop=[tokenizer.decode([102])])
@@ -199,7 +201,7 @@ async def test_logprobs_of_tokens_reach_the_client(served):
         frames = output(
             submit.request_id, [100], "length", new_logprobs=LogprobsLists(ids, values, numpy.array([1]), None)
         )
-        finished = Finished(request_id=submit.request_id, token_ids=[7], finish_reason="length", story=STORY)
+        finished = RequestOutput(request_id=submit.request_id, token_ids=[7], finish_reason="length", story=STORY)
         await broker.send(finished, frames)
 
     served.broker.script = script
@@ -219,8 +221,8 @@ async def test_prompt_logprobs_of_the_prefill_worker_come_with_the_first_output(
         return output(submit.request_id, [], new_prompt_logprobs_tensors=tensors)
 
     async def script(broker, submit, frames):
-        empty = Tokens(request_id=submit.request_id, token_ids=[])
-        one = Tokens(request_id=submit.request_id, token_ids=[7])
+        empty = RequestOutput(request_id=submit.request_id, token_ids=[])
+        one = RequestOutput(request_id=submit.request_id, token_ids=[7])
         count = submit.num_prompt_tokens - 1
         if order == "before":  # in two chunks, as chunked prefill gives them
             await broker.send(empty, part(submit, 2, 100))
@@ -272,7 +274,7 @@ async def test_an_unknown_request_has_no_story(served):
 
 
 async def test_ready_says_what_is_missing_and_health_does_not_care(served):
-    await served.broker.set_workers(Role.ENCODE, Role.DECODE)
+    await served.broker.set_workers(Stage.ENCODE, Stage.DECODE)
     answer, text = await served.unready()
     assert answer.status == 503 and json.loads(text)["missing"] == ["no prefill worker"]
     assert answer.headers["Retry-After"]

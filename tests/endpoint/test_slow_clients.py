@@ -7,7 +7,7 @@ import socket
 import pytest
 import pytest_asyncio
 
-from epd.messages import Tokens
+from epd.messages import RequestOutput
 
 from .fake_broker import output, says
 from .serving import chat_body, serving, until
@@ -57,7 +57,7 @@ def pours(stopped, num_tokens=20, width=21):
     async def script(broker, submit, _frames):
         while not broker.cancelled[submit.request_id].is_set():
             frames = output(submit.request_id, [100] * num_tokens, new_logprobs=LogprobsLists(ids, values, ranks, None))
-            await broker.send(Tokens(request_id=submit.request_id, token_ids=[7]), frames)
+            await broker.send(RequestOutput(request_id=submit.request_id, token_ids=[7]), frames)
             await asyncio.sleep(0.002)
         stopped.set()
 

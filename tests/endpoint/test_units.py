@@ -6,7 +6,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from epd.messages import Role, WorkerInfo
+from epd.messages import Stage, WorkerInfo
 
 from .fake_broker import ALL_STAGES, says, status_of
 from .serving import serving, until, with_picture
@@ -22,11 +22,11 @@ async def served(tmp_path_factory):
 
 async def proved(served, *units):
     """Has one encode worker for each of `units` be there, and waits until the endpoint knows."""
-    status = status_of([*ALL_STAGES, *[Role.ENCODE] * (len(units) - 1)])
+    status = status_of([*ALL_STAGES, *[Stage.ENCODE] * (len(units) - 1)])
     found = iter(units)
     workers = [
         msgspec.structs.replace(worker, info=WorkerInfo(units=next(found), tokens_per_patch={"image": 4}))
-        if worker.role is Role.ENCODE
+        if worker.stage is Stage.ENCODE
         else worker
         for worker in status.workers
     ]

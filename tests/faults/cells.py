@@ -140,13 +140,13 @@ CELLS: tuple[Cell, ...] = (
          (DEAD + "test_a_worker_that_is_stopped_by_a_signal_is_silent_and_its_request_goes_on_elsewhere",)),
     Cell("broker–decode", "slow", _SLOW, (FINE,)),
     Cell(
-        "broker–decode", "lost", "right, later; tokens: the gap is seen, and the request goes on from what is there",
-        (FINE,),
+        "broker–decode", "lost", "right, later; tokens, of all requests of a step: the gap is seen, and each request "
+        "goes on from what is there. One that cannot be continued exactly: `worker_lost`", (FINE, "worker_lost"),
     ),
     Cell("broker–decode", "duplicated", "right; tokens that are there already are dropped", (FINE,)),
-    Cell("broker–decode", "reordered", "right; tokens out of order are a gap", (FINE,)),
+    Cell("broker–decode", "reordered", "tokens out of order are a gap: as lost", (FINE, "worker_lost")),
     Cell("broker–decode", "stale", _EARLIER, (FINE,)),
-    Cell("broker–decode", "corrupted", _REFUSED, (FINE,)),
+    Cell("broker–decode", "corrupted", _REFUSED, (FINE, "worker_lost")),
     Cell(
         "broker–endpoint", "killed", "its clients' connections are lost; all that it had in flight is cancelled",
         ("connection lost",),
@@ -155,15 +155,15 @@ CELLS: tuple[Cell, ...] = (
     Cell("broker–endpoint", "slow", _SLOW, (FINE,)),
     Cell(
         "broker–endpoint", "lost", "tokens: the gap is seen, and the request goes on from what is there, or fails: "
-        "`engine_failed`; the end: at its deadline", (FINE, DEADLINE),
+        "`engine_failed`; the end: at its deadline", (FINE, DEADLINE, "engine_failed"),
     ),
     Cell("broker–endpoint", "duplicated", "right; tokens that are there already are dropped", (FINE,)),
-    Cell("broker–endpoint", "reordered", "right; tokens out of order are a gap", (FINE,)),
+    Cell("broker–endpoint", "reordered", "tokens out of order are a gap: as lost", (FINE, "engine_failed")),
     Cell(
         "broker–endpoint", "stale", "what is left of an earlier life is for nobody", ("connection lost",),
         (BROKER_LOST + "test_what_an_earlier_broker_says_late_changes_nothing",),
     ),
-    Cell("broker–endpoint", "corrupted", _REFUSED, (FINE, DEADLINE)),
+    Cell("broker–endpoint", "corrupted", _REFUSED, (FINE, DEADLINE, "engine_failed")),
     Cell(
         "client–endpoint", "killed", "its request is cancelled, nothing is held", (),
         (COMING + "test_a_client_that_goes_away_cancels_its_request",

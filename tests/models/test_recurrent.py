@@ -71,15 +71,15 @@ def test_a_prompt_that_leaves_prefill_one_token_is_refused_with_a_recurrent_stat
 
 
 def test_speculative_decoding_is_refused_with_a_recurrent_state_only(recurrent: Config, ordinary: Config) -> None:
-    from epd.messages import Role
+    from epd.messages import Stage
     from workers.options import vllm_config
 
     for config in (recurrent, ordinary):
         config.decode.engine = {"speculative_config": _NGRAM}
-    assert vllm_config(ordinary, Role.DECODE, "d").speculative_config is not None
-    assert vllm_config(recurrent, Role.PREFILL, "p").speculative_config is None
+    assert vllm_config(ordinary, Stage.DECODE, "d").speculative_config is not None
+    assert vllm_config(recurrent, Stage.PREFILL, "p").speculative_config is None
     with pytest.raises(ConfigError, match="recurrent state"):
-        vllm_config(recurrent, Role.DECODE, "d")
+        vllm_config(recurrent, Stage.DECODE, "d")
 
 
 def test_vllm_leaves_the_last_token_to_decode_except_for_prompt_logprobs() -> None:

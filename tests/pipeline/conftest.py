@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from benchmarks.servers import MAX_IMAGES, MAX_MODEL_LEN, Running, plain_vllm
+from benchmarks.servers import DTYPE, MAX_IMAGES, MAX_MODEL_LEN, Running, plain_vllm
 from epd.config import Config, EndpointConfig
 
 
 def config(**endpoint: object) -> Config:
     """The configuration of the pipelines in these tests."""
     return Config(
-        engine={"max_model_len": MAX_MODEL_LEN, "dtype": "bfloat16", "limit_mm_per_prompt": {"image": MAX_IMAGES}},
+        engine={"max_model_len": MAX_MODEL_LEN, "dtype": DTYPE, "limit_mm_per_prompt": {"image": MAX_IMAGES}},
         endpoint=EndpointConfig(port=0, max_images=MAX_IMAGES, **endpoint),  # type: ignore[arg-type]
     )
 

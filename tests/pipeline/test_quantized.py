@@ -12,7 +12,7 @@ import pytest
 from benchmarks.servers import Running, plain_vllm
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION, MODEL_NAME
 from epd.config import ConfigError, StageConfig
-from epd.messages import Role
+from epd.messages import Stage
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
 from tests.pipeline.conftest import config
 from tests.pipeline.quantized import write_quantized
@@ -67,7 +67,7 @@ def test_an_option_of_one_stage_reaches_that_stage_only(model: Path) -> None:
     settings.model = str(model)
     settings.decode = StageConfig(engine={"quantization": "compressed-tensors"})
     given = [
-        engine_options(settings, role, "w").get("quantization") for role in (Role.ENCODE, Role.PREFILL, Role.DECODE)
+        engine_options(settings, role, "w").get("quantization") for role in (Stage.ENCODE, Stage.PREFILL, Stage.DECODE)
     ]
     assert given == [None, None, "compressed-tensors"]
 
@@ -78,4 +78,4 @@ def test_what_a_stage_decides_itself_cannot_be_set(model: Path) -> None:
     settings = config()
     settings.decode = StageConfig(engine={"kv_transfer_config": {}})
     with pytest.raises(ConfigError, match="kv_transfer_config"):
-        engine_options(settings, Role.DECODE, "w")
+        engine_options(settings, Stage.DECODE, "w")

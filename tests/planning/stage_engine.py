@@ -7,7 +7,7 @@ import sys
 
 from epd.builtin import model_path
 from epd.config import Config
-from epd.messages import Role
+from epd.messages import Stage
 from workers.engine import Engine
 
 KV_BYTES = 64 << 20
@@ -18,7 +18,7 @@ def main() -> None:
         model=str(model_path()),
         engine={"max_model_len": 512, "dtype": "bfloat16", "kv_cache_memory_bytes": KV_BYTES},
     )
-    engine = Engine(config, Role(sys.argv[1]), "memory-test")
+    engine = Engine(config, Stage(sys.argv[1]), "memory-test")
     info, cache = engine.info(), engine.vllm_config.cache_config
     told = {
         "tower": info.tower_bytes,

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.servers import MAX_IMAGES, MAX_MODEL_LEN, Running
+from benchmarks.servers import DTYPE, MAX_IMAGES, MAX_MODEL_LEN, Running
 from epd.config import BrokerConfig, Config, EndpointConfig
 from epd.local import State
 from tests.soak.outcomes import (
@@ -42,7 +42,7 @@ _IDLE_WITHIN_S = 60.0
 def soak_config() -> Config:
     """The pipeline's configuration: small queues, so that bursts are too much for it."""
     return Config(
-        engine={"max_model_len": MAX_MODEL_LEN, "dtype": "bfloat16", "limit_mm_per_prompt": {"image": MAX_IMAGES}},
+        engine={"max_model_len": MAX_MODEL_LEN, "dtype": DTYPE, "limit_mm_per_prompt": {"image": MAX_IMAGES}},
         endpoint=EndpointConfig(port=0, max_images=MAX_IMAGES, request_timeout_s=DEADLINE_S),
         broker=BrokerConfig(max_queued=24, max_in_flight=48),
     )

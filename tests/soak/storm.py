@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.servers import Running, plain_vllm
-from broker.replay import replay
+from broker.recording.replay import replay
 from tests.pipeline.chats import ask, tokens
 from tests.soak.leftovers import descendants, pool_files, pools_of
 from tests.soak.outcomes import Choices

@@ -21,7 +21,7 @@ EXAMPLES = {
         num_engine_frames=1,
         patches=[m.Patch(patch_hash="a", modality="image", num_tokens=2, num_frames=1)],
     ),
-    m.Hello: m.Hello(name="e0", role=m.Role.ENCODE, incarnation="x", host="h", pid=1),
+    m.Hello: m.Hello(name="e0", kind=m.Kind.WORKER, stage=m.Stage.ENCODE, incarnation="x", host="h", pid=1),
 }
 
 

@@ -19,7 +19,7 @@ from vllm.v1.serial_utils import MsgpackEncoder
 
 from epd.builtin import model_path
 from epd.config import Config
-from epd.messages import KvPeer, Role
+from epd.messages import KvPeer, Stage
 from workers import push_connector
 from workers.engine import Engine
 from workers.resources import blocks
@@ -30,7 +30,7 @@ PROMPT = [100 + i % 50 for i in range(200)]
 class Host:
     """One engine and the commands for it."""
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Stage) -> None:
         config = Config(model=str(model_path()), engine={"max_model_len": 512, "dtype": "bfloat16"})
         for stage in (config.prefill, config.decode):
             stage.engine = {"enable_prefix_caching": False}  # a second request has to be computed and pushed, too
@@ -176,7 +176,7 @@ def main() -> None:
         from vllm.distributed.kv_transfer.kv_connector.v1.nixl import push_scheduler
 
         push_scheduler.NixlPushConnectorScheduler.give_up = lambda *_: None
-    host = Host(Role(sys.argv[1]))
+    host = Host(Stage(sys.argv[1]))
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

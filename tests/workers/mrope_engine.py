@@ -29,7 +29,7 @@ from cache.pools import create, open_view
 from cache.slot import slot_bytes
 from cache.tensors import tensor_bytes
 from epd.config import Config, PrefillConfig
-from epd.messages import Role, Slot
+from epd.messages import Slot, Stage
 from epd.multimodal.item_identifiers import identifier_of
 from epd.multimodal.positions import PositionsError
 from tests.models.registry import FAMILIES
@@ -56,7 +56,7 @@ class Bench:
             engine={"max_model_len": 512, "dtype": "bfloat16"},
             prefill=PrefillConfig(min_overlap_tokens=16, engine={"enable_prefix_caching": False}),
         )
-        self.engine = Engine(config, Role.PREFILL, "prefill-test")
+        self.engine = Engine(config, Stage.PREFILL, "prefill-test")
         hf = self.engine.vllm_config.model_config.hf_config
         self._pad, self._start, self._end = hf.video_token_id, hf.vision_start_token_id, hf.vision_end_token_id
         width = hf.text_config.hidden_size * (1 + len(getattr(hf.vision_config, "deepstack_visual_indexes", ())))

@@ -20,7 +20,7 @@ from cache.slot import slot_bytes
 from cache.tensors import tensor_bytes
 from epd.builtin import model_path
 from epd.config import Config, PrefillConfig
-from epd.messages import Role, Slot
+from epd.messages import Slot, Stage
 from workers.engine import Engine
 
 NUM_PATCHES, PATCH_TOKENS, WIDTH, GAP = 8, 4, 128, 12
@@ -32,7 +32,7 @@ def main() -> None:
         engine={"max_model_len": 512, "dtype": "bfloat16"},
         prefill=PrefillConfig(min_overlap_tokens=32, engine={"enable_prefix_caching": False}),
     )
-    engine = Engine(config, Role.PREFILL, "prefill-test")
+    engine = Engine(config, Stage.PREFILL, "prefill-test")
     owner = create("shared_memory", secrets.token_hex(4), 1 << 20, True)
     view = open_view(owner.descriptor())
     engine.connector.set_pools([owner.descriptor()])

@@ -57,15 +57,15 @@ def test_adapters_with_the_same_name_and_another_path_are_told_apart_in_one_batc
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_only_engines_with_a_language_model_get_adapters(role):
     from epd.config import Config, ConfigError
-    from epd.messages import Role
+    from epd.messages import Stage
     from workers.options import engine_options
 
     config = Config(model="m", engine={"enable_lora": True, "max_loras": 4})
-    assert engine_options(config, Role(role), "w")["enable_lora"] is True
-    assert engine_options(config, Role.ENCODE, "w")["enable_lora"] is False
+    assert engine_options(config, Stage(role), "w")["enable_lora"] is True
+    assert engine_options(config, Stage.ENCODE, "w")["enable_lora"] is False
     config.engine["enable_tower_connector_lora"] = True
     with pytest.raises(ConfigError, match="language model"):
-        engine_options(config, Role(role), "w")
+        engine_options(config, Stage(role), "w")
 
 
 def test_an_adapter_is_read_with_its_first_request_and_again_once_the_engine_has_dropped_it():
@@ -73,15 +73,15 @@ def test_an_adapter_is_read_with_its_first_request_and_again_once_the_engine_has
 
     core = Core()
     adapters = Adapters(core)
-    assert adapters.settle(request(None)).lora_request is None
+    assert adapters.prepare(request(None)).lora_request is None
     for number in (1, 5):
-        assert adapters.settle(request(asked("red", number, "/a/red"))).lora_request.lora_int_id == 1
+        assert adapters.prepare(request(asked("red", number, "/a/red"))).lora_request.lora_int_id == 1
     assert core.loaded == [1]
     core.loaded.clear()
-    adapters.settle(request(asked("red", 1, "/a/red")))
+    adapters.prepare(request(asked("red", 1, "/a/red")))
     assert core.loaded == [1]
     with pytest.raises(ValueError, match="not here"):
-        adapters.settle(request(asked("blue", 1, "/a/blue")))
+        adapters.prepare(request(asked("blue", 1, "/a/blue")))
 
 
 @pytest.mark.parametrize("spared", [True, False])

@@ -8,20 +8,20 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
+from broker.core.peers import Peer
 from broker.daemon import Broker
-from broker.registry import Peer
 from epd.config import BrokerConfig, Config, StageConfig
-from epd.messages import Message, Pool, Role, WorkerInfo
+from epd.messages import Message, Pool, Stage, WorkerInfo
 from epd.process.lifecycle import Life
 from workers import daemon
 from workers.daemon import EngineHungError, Worker
-from workers.stage import Frames, Stage
+from workers.stage import Frames, StageRunner
 
 
-class StandIn(Stage):
+class StandIn(StageRunner):
     """A stage without an engine, which works while `busy` is set and stands still where a test has closed a gate."""
 
-    role = Role.DECODE
+    stage = Stage.DECODE
     made: list[StandIn]
 
     def start(self) -> None:
@@ -38,6 +38,9 @@ class StandIn(Stage):
         pass
 
     def held(self) -> dict[str, int]:
+        return {}
+
+    def gauges(self) -> dict[str, float]:
         return {}
 
     def leak(self, now: float) -> str:
@@ -111,7 +114,7 @@ class Side:
 
     @property
     def peer(self) -> Peer | None:
-        return self.broker.core.board.registry.named("d0")
+        return self.broker.core.registry.named("d0")
 
     async def until(self, condition: Callable[[], object]) -> None:
         """Returns when something is so; pytest's timeout ends it if it never is."""

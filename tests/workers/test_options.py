@@ -4,7 +4,7 @@ import pytest
 
 from epd import builtin
 from epd.config import Config, ConfigError
-from epd.messages import Role
+from epd.messages import Stage
 from workers.options import vllm_config
 
 WRONG = [
@@ -17,7 +17,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("role", [Role.ENCODE, Role.PREFILL])
+@pytest.mark.parametrize("role", [Stage.ENCODE, Stage.PREFILL])
 @pytest.mark.parametrize(("engine", "sentence"), WRONG, ids=lambda value: str(value))
 def test_what_vllm_refuses_is_one_line(engine, sentence, role):
     with pytest.raises(ConfigError) as refused:

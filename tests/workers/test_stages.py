@@ -187,11 +187,11 @@ def test_a_patch_of_another_host_is_stale_for_all_who_wait_for_it(said: list[m.M
     engine.connector.patch_fetched = fetched
     peer = m.KvPeer(engine_id="e", host="h", port=1)
     for leg in ("r~1", "r~2"):
-        stage.handle(m.Prefill(request_id=leg) if kind is PrefillStage else m.Decode(request_id=leg, prefill=peer), [])
-    stage.handle(m.Ready(request_id="r~1", ready=[m.PatchReady(patch_hash="h", slot=job(7).slot)]), [])
+        stage.handle(m.Prefill(leg_id=leg) if kind is PrefillStage else m.Decode(leg_id=leg, prefill=peer), [])
+    stage.handle(m.Ready(leg_id="r~1", ready=[m.PatchReady(patch_hash="h", slot=job(7).slot)]), [])
     assert not said
     fetch.set_exception(StaleSlotError("its host does not answer"))
-    assert [one.request_id for one in said] == ["r~1", "r~2"]
+    assert [one.leg_id for one in said] == ["r~1", "r~2"]
     if kind is PrefillStage:
         assert [(one.patch_hash, one.generation, one.reason) for one in said] == [
             ("h", 7, "its host does not answer")
@@ -203,7 +203,7 @@ def test_a_patch_of_another_host_is_stale_for_all_who_wait_for_it(said: list[m.M
 def test_a_decode_worker_expects_nothing_for_a_request_that_it_has_not(said: list[m.Message]) -> None:
     stage, engine = make(DecodeStage, said)
     engine.connector.expect = lambda *_: pytest.fail("nobody would forget it")
-    stage.handle(m.Ready(request_id="gone", ready=[m.PatchReady(patch_hash="h", slot=job(1).slot)]), [])
+    stage.handle(m.Ready(leg_id="gone", ready=[m.PatchReady(patch_hash="h", slot=job(1).slot)]), [])
 
 
 def test_the_first_job_may_come_twice_and_is_encoded_once(said: list[m.Message]) -> None:
@@ -215,7 +215,7 @@ def test_the_first_job_may_come_twice_and_is_encoded_once(said: list[m.Message])
 
 def test_prompt_log_probabilities_of_a_leg_that_goes_on_are_those_of_the_prompt_alone(said: list[m.Message]) -> None:
     stage, engine = make(PrefillStage, said)
-    stage.handle(m.Prefill(request_id="r~1", output_token_ids=[7, 8]), [b"engine"])
+    stage.handle(m.Prefill(leg_id="r~1", output_token_ids=[7, 8]), [b"engine"])
     assert engine.added == [("r~1", [b"engine"], [7, 8], False)]
     output = SimpleNamespace(
         request_id="r~1", finished=True, finish_reason="length", prefill_stats=None,
@@ -230,45 +230,49 @@ def test_prompt_log_probabilities_of_a_leg_that_goes_on_are_those_of_the_prompt_
 def test_a_decode_worker_says_where_its_tokens_belong(said: list[m.Message]) -> None:
     stage, engine = make(DecodeStage, said)
     peer = m.KvPeer(engine_id="e", host="h", port=1)
-    decode = m.Decode(request_id="r~1", prefill=peer, output_token_ids=[7, 8])
+    decode = m.Decode(leg_id="r~1", prefill=peer, output_token_ids=[7, 8])
     for _ in range(2):  # the second one is ignored
         stage.handle(decode, [b"engine"])
     assert engine.added == [("r~1", [b"engine"], peer, [7, 8], False)]
     for ids, finished in (([1, 2], False), ([3], True)):
         engine.outputs = [output(ids, "stop" if finished else None, None if finished else 64)]
         stage.step()
-    assert [(type(one), one.num_before, one.token_ids, one.num_pushed_tokens) for one in said] == [
-        (m.Tokens, 2, [1, 2], 64),
-        (m.Finished, 4, [3], -1),
+    outputs = [one for step in said for one in step.outputs]
+    assert [(one.finish_reason, one.num_before, one.token_ids, one.num_pushed_tokens) for one in outputs] == [
+        ("", 2, [1, 2], 64),
+        ("stop", 4, [3], -1),
     ]
 
 
 def test_a_decode_worker_goes_on_after_the_token_that_it_is_given(said: list[m.Message]) -> None:
     stage, engine = make(DecodeStage, said)
     peer = m.KvPeer(engine_id="e", host="h", port=1)
-    stage.handle(m.Decode(request_id="r~1", prefill=peer, output_token_ids=[7, 8], awaits_token=True), [b"engine"])
+    stage.handle(m.Decode(leg_id="r~1", prefill=peer, output_token_ids=[7, 8], awaits_token=True), [b"engine"])
     assert engine.added == [("r~1", [b"engine"], peer, [7, 8], True)]
-    stage.handle(m.Prefilled(request_id="r~1", token_ids=[9]), [])
-    stage.handle(m.Prefilled(request_id="unknown", token_ids=[9]), [])
+    stage.handle(m.Prefilled(leg_id="r~1", token_ids=[9]), [])
+    stage.handle(m.Prefilled(leg_id="unknown", token_ids=[9]), [])
     assert engine.given == [("r~1", [9])]
-    stage.handle(m.Prefilled(request_id="r~1", token_ids=[9]), [])  # once more: it counts once
+    stage.handle(m.Prefilled(leg_id="r~1", token_ids=[9]), [])  # once more: it counts once
     engine.outputs = [output([1])]
     stage.step()
-    assert (said[-1].num_before, said[-1].token_ids) == (3, [1])
+    [one] = said[-1].outputs
+    assert (one.num_before, one.token_ids) == (3, [1])
 
 
 def test_a_decode_worker_gives_up_a_request_whose_token_does_not_come(said: list[m.Message]) -> None:
     stage, engine = make(DecodeStage, said)
-    times = iter([0.0, 4.9, 5.1])
-    stage.clock = lambda: next(times)
+    now = 0.0
+    stage.clock = lambda: now
     peer = m.KvPeer(engine_id="e", host="h", port=1)
-    stage.handle(m.Decode(request_id="r~1", prefill=peer, awaits_token=True), [b"engine"])
+    stage.handle(m.Decode(leg_id="r~1", prefill=peer, awaits_token=True), [b"engine"])
     engine.lacking = {"r~1"}
-    for _ in range(2):
-        stage.step()
-        assert not said
     stage.step()
-    assert [(one.request_id, one.code) for one in said] == [("r~1", "worker_lost")]
+    now = 4.9
+    stage.step()
+    assert not said
+    now = 5.1
+    stage.step()
+    assert [(one.leg_id, one.code) for one in said] == [("r~1", "worker_lost")]
     assert engine.aborted == ["r~1"]
 
 
@@ -286,7 +290,7 @@ def test_a_prefill_worker_tells_its_token_and_whether_it_is_the_last_one(
 ) -> None:
     stage, engine = make(PrefillStage, said)
     engine.is_last = is_last
-    stage.handle(m.Prefill(request_id="r~1", samples=samples), [b"engine"])
+    stage.handle(m.Prefill(leg_id="r~1", samples=samples), [b"engine"])
     assert engine.added == [("r~1", [b"engine"], [], samples)]
     assert engine.keeps_kv
     engine.outputs = [output([5], reason)]
@@ -299,7 +303,7 @@ def test_a_prefill_worker_tells_its_token_and_whether_it_is_the_last_one(
 
 def test_a_prefill_worker_keeps_no_kv_for_an_answer_of_one_token(said: list[m.Message]) -> None:
     stage, engine = make(PrefillStage, said)
-    stage.handle(m.Prefill(request_id="r~1", samples=True, is_last=True), [b"engine"])
+    stage.handle(m.Prefill(leg_id="r~1", samples=True, is_last=True), [b"engine"])
     assert not engine.keeps_kv
     engine.outputs = [output([5], "length")]
     stage.step()
@@ -323,7 +327,7 @@ def test_an_encode_worker_looks_after_copies_that_have_not_run(said: list[m.Mess
 def test_slots_that_are_not_written_yet_are_looked_at_often_and_may_never_be(said: list[m.Message], kind: type) -> None:
     stage, engine = make(kind, said)
     peer = m.KvPeer(engine_id="e", host="h", port=1)
-    stage.handle(m.Prefill(request_id="r~1") if kind is PrefillStage else m.Decode(request_id="r~1", prefill=peer), [])
+    stage.handle(m.Prefill(leg_id="r~1") if kind is PrefillStage else m.Decode(leg_id="r~1", prefill=peer), [])
     engine.kv_arrived = lambda: False
     slow_s = stage.poll_s(5)
     engine.connector.num_unwritten = 1
@@ -331,5 +335,5 @@ def test_slots_that_are_not_written_yet_are_looked_at_often_and_may_never_be(sai
     engine.connector.readers = lambda _: ["r~1"]
     engine.connector.look_at_unwritten = lambda: [("h", job(7).slot, "its writer is dead")]
     stage.step()
-    assert said[0].request_id == "r~1"
+    assert said[0].leg_id == "r~1"
     assert "its writer is dead" in (said[0].reason if kind is PrefillStage else said[0].message)

@@ -35,16 +35,17 @@ from epd.errors import ErrorCode
 from epd.messages import (
     CacheState,
     Failed,
-    Finished,
     GetCache,
     GetStory,
+    Kind,
     Message,
-    Role,
+    Outputs,
+    RequestOutput,
     Status,
     Story,
-    Tokens,
     Uploaded,
     Welcome,
+    updated,
 )
 from epd.multimodal.recurrent import has_recurrent_state
 from epd.multimodal.splitter import Split, Splitter
@@ -95,7 +96,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         self.link = BrokerLink(
             config.broker.address,
             name,
-            Role.ENDPOINT,
+            Kind.ENDPOINT,
             on_message=self.on_message,
             on_registered=self.on_registered,
             on_lost=self.on_lost,
@@ -215,23 +216,20 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
     def on_message(self, message: Message, frames: list[bytes]) -> None:
         """Takes one message of the broker."""
         match message:
-            case Tokens():
-                self.flights.on_output(message, frames)
-            case Finished():
-                if self.flights.on_output(message, frames):
-                    self.flights.end(message.request_id)
-                    self.stories.close(message.request_id, "finished", message.finish_reason, message.story)
-                    self.request_times.observe(message.story)
-                else:
-                    self.stories.complete(message.request_id, message.story)
+            case Outputs():
+                at = 0
+                for output in message.outputs:
+                    end = at + output.num_frames
+                    self._on_output(output, frames[at:end])
+                    at = end
             case Failed():
                 self.flights.on_failed(message)
             case Uploaded():
                 self.uploads.on_uploaded(message)
             case Status():
-                self.status = message
+                self.status = updated(self.status, message)
                 # While the last encode worker is being replaced, what it has left in the cache can still be read.
-                units = agreed_units(message.workers)
+                units = agreed_units(self.status.workers)
                 self.splitter.units = self.splitter.units if units is None else units
                 self.status_changed.set()
             case Story():
@@ -240,6 +238,18 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
                 self._cache_asked.answer("", message)
             case _:
                 log.warning("unexpected message from the broker", kind=type(message).__name__)
+
+    def _on_output(self, output: RequestOutput, frames: list[bytes]) -> None:
+        """Takes what a request's engines have given."""
+        is_taken = self.flights.on_output(output, frames)
+        if not output.finish_reason:
+            return
+        if is_taken:
+            self.flights.end(output.request_id)
+            self.stories.close(output.request_id, "finished", output.finish_reason, output.story)
+            self.request_times.observe(output.story)
+        else:
+            self.stories.complete(output.request_id, output.story)
 
     async def on_registered(self, _welcome: Welcome) -> None:
         """The broker knows nothing of this incarnation yet: it gets what is in flight, and the uploads that live."""

@@ -17,17 +17,17 @@ from typing import Any
 import structlog
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.output_processor import OutputProcessor
-from vllm.v1.serial_utils import MsgpackDecoder
 
 from epd.config import EndpointConfig
 from epd.endpoint.engine.flight import Flight, IncompleteOutputError
+from epd.endpoint.engine.outputs import OutputReader, num_bytes
 from epd.endpoint.engine.submission import PipelineError, submission, too_large, without_pixels
 from epd.endpoint.http.exchange import Exchange
 from epd.endpoint.http.failures import Failure, failure_of
 from epd.endpoint.http.keys import tenant_of
 from epd.endpoint.ops.stories import Stories
 from epd.errors import ErrorCode
-from epd.messages import Cancel, Failed, Finished, Message, StoryEvent, Tokens
+from epd.messages import Cancel, Failed, Message, RequestOutput, StoryEvent
 from epd.multimodal.splitter import Split
 from epd.process.bounded import Beliefs
 
@@ -73,7 +73,7 @@ class Flights:
     ) -> None:
         self._config, self._send, self._beliefs, self._stories = config, send, beliefs, stories
         self._options = {"may_resume": may_resume, "prefill_samples": prefill_samples}
-        self._decoder = MsgpackDecoder(EngineCoreOutput)
+        self._reader = OutputReader()
         self._flights: dict[str, Flight] = {}
         self._has_broker = False
         self.outputs: asyncio.Queue[EngineCoreOutput | None] = asyncio.Queue()
@@ -209,16 +209,16 @@ class Flights:
         )
         self.fail(message.request_id, failure, message.story)
 
-    def on_output(self, message: Tokens | Finished, frames: list[bytes]) -> bool:
-        """Queues what an opaque output gives; false where the request is unknown, has it already, or ends by it."""
-        request_id, is_last = message.request_id, isinstance(message, Finished)
+    def on_output(self, message: RequestOutput, frames: list[bytes]) -> bool:
+        """Queues what an output gives; false where the request is unknown, has it already, or ends by it."""
+        request_id, is_last = message.request_id, bool(message.finish_reason)
         is_partial = not is_last and not message.token_ids
         flight = self._flights.get(request_id)
         if flight is None or not self._follows(flight, message):
             return False
         flight.part.num_cached_tokens = message.num_cached_tokens
         try:
-            output = self._decoder.decode(frames)
+            output = self._reader.read(message, frames)
             if is_last and not output.finished:
                 raise IncompleteOutputError("the last output has no finish reason")
             if not is_partial and not flight.begun:
@@ -231,9 +231,9 @@ class Flights:
             return False
         for each in ready:
             self.outputs.put_nowait(each)
-        return is_last or self._is_read(flight, sum(map(len, frames)))
+        return is_last or self._is_read(flight, num_bytes(message, frames))
 
-    def _follows(self, flight: Flight, message: Tokens | Finished) -> bool:
+    def _follows(self, flight: Flight, message: RequestOutput) -> bool:
         """Whether these tokens are the next ones; after a gap the request goes on from the last it has."""
         num_tokens, num_before = len(flight.token_ids), message.num_before
         if num_before in (-1, num_tokens):

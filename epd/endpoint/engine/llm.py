@@ -1,8 +1,7 @@
 """vLLM's `AsyncLLM` with a `PipelineCore` where its engine core would be.
 
-Lives in the endpoint process; owns the one place where a module of vLLM is patched (its renderer and processor, which
-are objects, are patched by `media/processor_cache` and `media/repeats`). Written against vLLM 0.32
-(`vllm.v1.engine.async_llm`).
+Lives in the endpoint process. Puts it there by patching vLLM's module while that is made; `docs/vllm.md` lists all
+places where vLLM is patched. Written against vLLM 0.32 (`vllm.v1.engine.async_llm`).
 """
 
 from __future__ import annotations

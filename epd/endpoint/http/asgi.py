@@ -17,6 +17,9 @@ import aiohttp
 import structlog
 from aiohttp import web
 
+from epd.endpoint.http import encodings
+from epd.endpoint.http.encodings import Decoder, EncodingError
+
 log = structlog.get_logger()
 
 Scope = MutableMapping[str, Any]
@@ -150,6 +153,8 @@ class _Exchange:
         self._request, self._retry_after_s, self._is_last = request, retry_after_s, is_last
         self._gone = asyncio.Event()
         self._body_read = False
+        encoding = request.headers.get("Content-Encoding", "").strip().lower()
+        self._decoder = Decoder(encoding) if encoding in encodings.KNOWN else None
         self.unreadable = ""  # why the body cannot be read
         self._start: Message | None = None
         self.response: web.StreamResponse | None = None
@@ -165,18 +170,34 @@ class _Exchange:
     async def receive(self) -> Message:
         if not self._body_read and not self.disconnected:
             try:
-                chunk = await self._request.content.read(_CHUNK_BYTES)
-            except web.RequestPayloadError as error:
+                chunk = await self._chunk()
+            except (web.RequestPayloadError, EncodingError) as error:
                 # ASGI has no word for it: the application sees a client that has gone.
                 self._body_read, self.unreadable = True, str(error) or "the body cannot be read"
                 return {"type": "http.disconnect"}
             except (ConnectionError, aiohttp.ClientError):
                 self.disconnect()
                 return {"type": "http.disconnect"}
-            self._body_read = not chunk or self._request.content.at_eof()
             return {"type": "http.request", "body": chunk, "more_body": not self._body_read}
         await self._gone.wait()
         return {"type": "http.disconnect"}
+
+    async def _chunk(self) -> bytes:
+        """The next piece of the body, decoded."""
+        content, decoder = self._request.content, self._decoder
+        if decoder is None:
+            chunk = await content.read(_CHUNK_BYTES)
+            self._body_read = not chunk or content.at_eof()
+            return chunk
+        chunk, ended = b"", content.at_eof()
+        while not chunk and not self._body_read:
+            data = b"" if ended or decoder.has_more else await content.read(_CHUNK_BYTES)
+            ended = ended or content.at_eof()
+            chunk = decoder.feed(data, _CHUNK_BYTES)
+            if ended and not decoder.has_more:
+                decoder.finish()
+                self._body_read = True
+        return chunk
 
     async def send(self, message: Message) -> None:
         if self.disconnected:

@@ -8,15 +8,16 @@ damaged when it is decoded is answered with 400, too.
 
 from __future__ import annotations
 
-import functools
+import asyncio
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 
 from epd.config import EndpointConfig
+from epd.endpoint.http import encodings
 from epd.endpoint.http.asgi import App, Message, Receive, Scope, Send
 from epd.endpoint.http.failures import send_failure
 from epd.endpoint.http.refusals import RefusedError
@@ -32,8 +33,7 @@ from epd.multimodal.containers import kind_of
 MEDIA_PATH = "/v1/media"
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 _THREAD_BYTES = 128 << 10
-# Where one of these is in a body, there may be a file in it that takes time to look at.
-_SLOW = (b"video", b"audio")
+Medium = tuple[str, str]
 FindMedia = Callable[[Scope, str], "StoredPicture | None"]
 
 
@@ -71,15 +71,14 @@ class Limits:
                 return
             kept: dict[str, StoredPicture] = {}
             if path == MEDIA_PATH:
-                check_upload(body, self._config)
+                await self._bounds.run(check_upload, body, self._config)
             elif body and _is_json(scope):
                 body = as_utf8(body)
-                find = functools.partial(self._find_media, scope)
-                is_slow = len(body) >= _THREAD_BYTES or any(each in body for each in _SLOW)
-                if not is_slow and not self._config.allowed_media_domains:
-                    kept = check_json(path, body, self._config, self._resolve, find)
+                if len(body) < _THREAD_BYTES:
+                    media = media_of(path, body, self._config)
                 else:
-                    kept = await self._bounds.run(check_json, path, body, self._config, self._resolve, find)
+                    media = await asyncio.to_thread(media_of, path, body, self._config)
+                kept = await self._check(scope, media)
         except RefusedError as error:
             await send_failure(send, path, error.failure)
             return
@@ -90,6 +89,23 @@ class Limits:
                 await self._app(scope, _replay(body, receive), send)
         finally:
             current_media.reset(token)
+
+    async def _check(self, scope: Scope, media: list[Medium]) -> dict[str, StoredPicture]:
+        """The kept pictures among `media`, by their ids; files are looked at in a thread, where they hold up nobody."""
+        kept: dict[str, StoredPicture] = {}
+        others = []
+        for kind, url in media:
+            if kind == "image" and url.startswith(SCHEME):
+                media_id = url.removeprefix(SCHEME)
+                found = self._find_media(scope, media_id)
+                if found is None:
+                    raise media_not_found(media_id)
+                kept[media_id] = found
+            else:
+                others.append((kind, url))
+        if others:
+            await self._bounds.run(check_all, others, self._config, self._resolve)
+        return kept
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None where the client went away before its end."""
@@ -134,6 +150,7 @@ def read_json(body: bytes) -> Any:
 
     Raises:
         msgspec.DecodeError: it is none.
+        UnicodeError: a string in it is no UTF-8.
         RecursionError: it is nested too deeply.
     """
     collects = gc.isenabled()
@@ -145,48 +162,39 @@ def read_json(body: bytes) -> Any:
             gc.enable()
 
 
-def check_json(
-    path: str,
-    body: bytes,
-    config: EndpointConfig,
-    resolve: Resolve,
-    find: Callable[[str], StoredPicture | None] = lambda _id: None,
-) -> dict[str, StoredPicture]:
-    """Checks a JSON body and the media in it; blocking where names have to be resolved.
-
-    Returns:
-        The kept pictures that it refers to, by their ids.
+def media_of(path: str, body: bytes, config: EndpointConfig) -> list[Medium]:
+    """The (kind, address) of each picture, video and sound of a JSON body; nothing is opened.
 
     Raises:
-        RefusedError: with the reason.
+        RefusedError: it is no JSON, or has too many or what is not known.
     """
     try:
         data = read_json(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeError) as error:  # the latter for strings that are no UTF-8
         raise RefusedError(ErrorCode.INVALID_JSON, f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise RefusedError(ErrorCode.INVALID_JSON, "the body is nested too deeply") from None
     if not isinstance(data, dict):
-        return {}  # vLLM says which fields it expects
+        return []  # vLLM says which fields it expects
     if path.startswith("/inference") and data.get("features"):
         raise RefusedError(ErrorCode.UNSUPPORTED, "ready-made multimodal features are not supported")
     media = [*media_in(data, path)]
     for kind, limit in (("image", config.max_images), ("video", config.max_videos), ("audio", config.max_audios)):
         if sum(each == kind for each, _ in media) > limit:
             raise RefusedError(ErrorCode(f"too_many_{kind}s"), f"more than {limit} {kind}s in one request")
-    kept: dict[str, StoredPicture] = {}
+    return media
+
+
+def check_all(media: Iterable[Medium], config: EndpointConfig, resolve: Resolve) -> None:
+    """Checks the addresses of a request's media and the headers of the files that they carry; blocking.
+
+    Raises:
+        RefusedError: with the reason.
+    """
     num_bytes = 0
     for kind, url in media:
-        if kind == "image" and url.startswith(SCHEME):
-            media_id = url.removeprefix(SCHEME)
-            found = find(media_id)
-            if found is None:
-                raise media_not_found(media_id)
-            kept[media_id] = found
-        else:
-            num_bytes += check_media(kind, url, config, resolve)
-            check_request(num_bytes, config.max_request_decoded_bytes)
-    return kept
+        num_bytes += check_media(kind, url, config, resolve)
+        check_request(num_bytes, config.max_request_decoded_bytes)
 
 
 def media_not_found(media_id: str) -> RefusedError:
@@ -220,7 +228,7 @@ def _is_json(scope: Scope) -> bool:
 def _check_encoding(scope: Scope) -> None:
     """The server has undone the encodings that it knows."""
     encoding: bytes = next((v for k, v in scope["headers"] if k == b"content-encoding"), b"").strip().lower()
-    if encoding not in (b"", b"identity", b"gzip", b"deflate", b"br", b"zstd"):
+    if encoding not in (b"", b"identity") and encoding.decode("latin-1") not in encodings.KNOWN:
         text = f"Content-Encoding {encoding[:64].decode('latin-1')!r} is not supported; gzip and deflate are"
         raise RefusedError(ErrorCode.UNSUPPORTED_ENCODING, text)
 

@@ -75,6 +75,7 @@ def runner_of(bridge: AsgiBridge, shutdown_timeout_s: float) -> web.ServerRunner
         handle,
         handler_cancellation=True,
         access_log=None,
+        auto_decompress=False,
         max_line_size=_MAX_FIELD_BYTES,
         max_field_size=_MAX_FIELD_BYTES,
         max_headers=_MAX_HEADERS,

@@ -58,5 +58,6 @@ class UnreadableInput:
 
 def unreadable_body(path: str, reason: str) -> bytes:
     """The JSON of a refusal of a body that cannot be read as what its headers say that it is."""
-    failure = failure_of(ErrorCode.INVALID_BODY, f"the body cannot be read: {reason[:200]}")
+    text = " ".join((reason.partition("message:")[2] or reason).split())  # aiohttp puts a status before it
+    failure = failure_of(ErrorCode.INVALID_BODY, f"the body cannot be read: {text[:200]}")
     return json.dumps(failure.body(path)).encode()

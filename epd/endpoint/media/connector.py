@@ -205,8 +205,18 @@ class _Connection(HTTPConnection):
     async def get_async_client(self) -> aiohttp.ClientSession:
         """The client of this event loop."""
         if self._async_client is None or self._async_client.closed:
-            self._async_client = aiohttp.ClientSession(trust_env=True, connector=_PublicOnly())
+            self._async_client = aiohttp.ClientSession(
+                trust_env=True, connector=_PublicOnly(), raise_for_status=_only_whole
+            )
         return self._async_client
+
+
+async def _only_whole(response: aiohttp.ClientResponse) -> None:
+    """The page that comes with a redirect is no medium, nor is anything else but an answer to all that was asked."""
+    if response.status != 200:
+        raise aiohttp.ClientResponseError(
+            response.request_info, response.history, status=response.status, message=response.reason or ""
+        )
 
 
 _connection = _Connection()

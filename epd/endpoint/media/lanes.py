@@ -31,7 +31,7 @@ class _Call:
         self.function, self.timeout_s, self.loop = function, timeout_s, loop
         self.result: asyncio.Future[Any] = loop.create_future()
         self.timer: asyncio.TimerHandle | None = None
-        self.given_up = False
+        self.ended = self.given_up = False  # whichever comes first, decided under the lane's lock
 
 
 class Lane:
@@ -58,11 +58,11 @@ class Lane:
             StuckError: too many are in that state; it was not begun.
         """
         if self.num_stuck >= self._max_stuck:
-            raise StuckError(f"{self.num_stuck} calls of {self._name} do not end")
+            raise self._stuck()
         call = _Call(lambda: function(*args), timeout_s, asyncio.get_running_loop())
         self._calls.put(call)
         with self._lock:
-            wanted = not self._num_idle and self._num_running < self._num_threads
+            wanted = self._calls.qsize() > self._num_idle and self._num_running < self._num_threads
             self._num_running += wanted
         if wanted:
             self._start()
@@ -72,6 +72,9 @@ class Lane:
         """Ends the threads once what waits is done."""
         for _ in range(self._num_running):
             self._calls.put(None)
+
+    def _stuck(self) -> StuckError:
+        return StuckError(f"{self.num_stuck} calls of {self._name} do not end")
 
     def _start(self) -> None:
         threading.Thread(target=self._work, name=self._name, daemon=True).start()
@@ -85,7 +88,12 @@ class Lane:
                 self._num_idle -= 1
             if call is None:
                 return
-            if call.result.cancelled() or not _tell(call, self._begun, call):
+            if call.result.cancelled():
+                continue
+            if self.num_stuck >= self._max_stuck:  # by now
+                _tell(call, self._ended, call, None, self._stuck())
+                continue
+            if not _tell(call, self._begun, call):
                 continue
             result, error = None, None
             try:
@@ -93,8 +101,10 @@ class Lane:
             except BaseException as caught:
                 error = caught
             call.function = None  # type: ignore[assignment]  # it holds what it was given
+            with self._lock:
+                call.ended, given_up = True, call.given_up
             _tell(call, self._ended, call, result, error)
-            given_up, call, result, error = call.given_up, None, None, None
+            call = result = error = None
             if given_up:  # another thread is in this one's place
                 return
 
@@ -117,7 +127,10 @@ class Lane:
             call.result.set_result(result)
 
     def _give_up(self, call: _Call) -> None:
-        call.given_up = True
+        with self._lock:
+            if call.ended:  # just now; its result is on its way
+                return
+            call.given_up = True
         self.num_stuck += 1
         log.warning("a call is given up", lane=self._name, after_s=call.timeout_s, num_stuck=self.num_stuck)
         if not call.result.done():

@@ -109,9 +109,9 @@ def of_workers(workers: list[WorkerStatus], model_name: str) -> Iterator[Metric]
     for worker in workers:
         for state in ("running", "waiting"):
             if state in worker.held:
-                requests.add_metric([worker.name, worker.role, state], worker.held[state])
+                requests.add_metric([worker.name, worker.stage, state], worker.held[state])
         if worker.info.kv_capacity_tokens:
-            capacity.add_metric([worker.name, worker.role], worker.info.kv_capacity_tokens)
+            capacity.add_metric([worker.name, worker.stage], worker.info.kv_capacity_tokens)
     yield requests
     yield capacity
     for name, told in OF_WORKERS.items():
@@ -119,7 +119,7 @@ def of_workers(workers: list[WorkerStatus], model_name: str) -> Iterator[Metric]
         family = kind(name, told.help, labels=["model_name", "engine", "stage"])
         for worker in workers:
             if told.gauge in worker.gauges:
-                family.add_metric([model_name, worker.name, worker.role], worker.gauges[told.gauge])
+                family.add_metric([model_name, worker.name, worker.stage], worker.gauges[told.gauge])
         yield family
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from epd.messages import STAGES, Status, WorkerStatus
+from epd.messages import Stage, Status, WorkerStatus
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,8 +27,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 def num_workers(status: Status | None) -> dict[str, int]:
     """Workers of each stage; zero for all where there is no status."""
-    roles = [worker.role for worker in status.workers] if status is not None else []
-    return {str(stage): roles.count(stage) for stage in STAGES}
+    stages = [worker.stage for worker in status.workers] if status is not None else []
+    return {str(stage): stages.count(stage) for stage in Stage}
 
 
 def missing(view: View) -> list[str]:
@@ -64,7 +64,7 @@ def describe_worker(worker: WorkerStatus) -> dict[str, Any]:
     """
     return {
         "name": worker.name,
-        "stage": str(worker.role),
+        "stage": str(worker.stage),
         "host": worker.host,
         "num_outstanding": worker.num_outstanding,
         "num_done": worker.num_done,

@@ -1,0 +1,43 @@
+"""Whoever holds slots of the cache: a leg or an upload. Pure; a part of the decision core.
+
+The cache's index knows holders only as things that can be told apart. What becomes of the patches that one holds is
+told to its keeper: `broker.core.legs` for legs, `broker.core.uploads` for uploads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from epd.errors import ErrorCode
+
+
+class Keeper(Protocol):
+    """Whoever acts for holders of one kind."""
+
+    def patch_given(self, holder: Holder, patch_hash: str, worker: str, now: float) -> None:
+        """An encode worker (by name) was given a patch that `holder` waits for."""
+
+    def patches_there(
+        self, holder: Holder, patch_hashes: Sequence[str], worker: str, took_s: float, batch: int, now: float
+    ) -> None:
+        """Patches that `holder` holds can be read: an encode worker had them in a batch that took `took_s`."""
+
+    def patch_lost(
+        self, holder: Holder, patch_hash: str, code: ErrorCode, reason: str, now: float, *, again: bool, blame: bool
+    ) -> None:
+        """A patch that `holder` holds will not come; it may be asked for `again` where it is no fault of the patch's.
+
+        `blame` says that the holder may be what has killed the worker.
+        """
+
+
+class Holder(Protocol):
+    """What pins slots."""
+
+    def __hash__(self) -> int:
+        """The index tells holders apart by what they are, not by what they say."""
+
+    @property
+    def keeper(self) -> Keeper:
+        """Who acts for it."""

@@ -1,0 +1,353 @@
+"""Which worker gets a piece of work. Pure; chosen by name in the configuration, per stage.
+
+A choice gives each worker a rank, the lowest first, which changes only when the worker's own load does; `StageWorkers`
+keeps the workers of a stage sorted by it, so that asking costs O(log n).
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from broker.policies.costs import Cost
+
+Rank = tuple[float, ...]
+
+# How many workers are looked at before the one with most room is taken: load and room differ where workers do.
+_MAX_LOOKS = 16
+_MAX_KNOWN = 65_536
+
+
+class Candidate(Protocol):
+    """What a choice knows of a worker.
+
+    `load_units` is its outstanding work in the unit of its stage, `num_tasks` how many requests or patches that is,
+    `cost` what a unit takes, `room_units` what it can be given at most now.
+    """
+
+    peer_id: str
+    host: str
+    cost: Cost
+
+    @property
+    def load_units(self) -> int:
+        """See above; so for those below."""
+
+    @property
+    def num_tasks(self) -> int:
+        """How many requests or patches."""
+
+    @property
+    def room_units(self) -> int:
+        """How much more."""
+
+
+class Choice(Protocol):
+    """How the workers of one stage are chosen among; made anew for each stage."""
+
+    def rank(self, worker: Candidate) -> Rank:
+        """The rank of a worker as it is now."""
+
+    def chosen(self, worker: Candidate, keys: Sequence[str]) -> None:
+        """A worker was given work on what these keys name."""
+
+    def favourite(self, keys: Sequence[str]) -> str | None:
+        """The worker (by its id) that has most of what these keys name, if that counts and is known."""
+
+    def is_worth(self, favourite: Candidate, best: Candidate, num_units: int) -> bool:
+        """Whether `favourite` is taken for work of `num_units` although `best` has the lowest rank."""
+
+
+class LeastLoaded:
+    """The least outstanding work: in estimated seconds where what work costs is known, else in units.
+
+    A worker whose cost is not known counts as the average of those whose is.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, float] = {}
+        self._sum = 0.0
+
+    def learnt(self, worker: Candidate) -> None:
+        """What a worker's work costs has changed."""
+        self._sum += worker.cost.s_per_unit - self._known.get(worker.peer_id, 0.0)
+        self._known[worker.peer_id] = worker.cost.s_per_unit
+
+    def gone(self, worker: Candidate) -> None:
+        """A worker has left the stage."""
+        self._sum -= self._known.pop(worker.peer_id, 0.0)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is known about costs."""
+        return bool(self._known)
+
+    def seconds(self, worker: Candidate, num_units: int) -> float:
+        """What so much work takes a worker, in seconds; in units while nobody has said what it costs."""
+        if worker.cost.s_per_unit:
+            return num_units * worker.cost.s_per_unit
+        return num_units * (self._sum / len(self._known) if self._known else 1.0)
+
+    def rank(self, worker: Candidate) -> Rank:
+        """By its load."""
+        return self.seconds(worker, worker.load_units), worker.num_tasks
+
+    def chosen(self, worker: Candidate, keys: Sequence[str]) -> None:
+        """Loads are all that counts."""
+
+    def favourite(self, keys: Sequence[str]) -> str | None:
+        """Nobody."""
+        return None
+
+    def is_worth(self, favourite: Candidate, best: Candidate, num_units: int) -> bool:
+        """Never."""
+        return False
+
+
+class RoundRobin(LeastLoaded):
+    """Whoever was given nothing for longest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turns = itertools.count(1)
+        self._last: dict[str, int] = {}
+
+    def rank(self, worker: Candidate) -> Rank:
+        """By when it was last given something."""
+        return (self._last.get(worker.peer_id, 0),)
+
+    def chosen(self, worker: Candidate, keys: Sequence[str]) -> None:
+        """It has had its turn."""
+        self._last[worker.peer_id] = next(self._turns)
+
+    def gone(self, worker: Candidate) -> None:
+        """A worker has left the stage."""
+        super().gone(worker)
+        self._last.pop(worker.peer_id, None)
+
+
+class Affine(LeastLoaded):
+    """Whoever has worked on the same patches and beginnings of prompts before, unless it is much busier than others.
+
+    Its caches then save work: it is taken as long as what it has to do more than the least loaded worker takes no
+    longer than the new work would take there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._holders: OrderedDict[str, str] = OrderedDict()
+
+    def chosen(self, worker: Candidate, keys: Sequence[str]) -> None:
+        """It has these now."""
+        for key in keys:
+            self._holders[key] = worker.peer_id
+            self._holders.move_to_end(key)
+        while len(self._holders) > _MAX_KNOWN:
+            self._holders.popitem(last=False)
+
+    def favourite(self, keys: Sequence[str]) -> str | None:
+        """Who was last given the last of these keys that is known: keys go from general to special."""
+        return next((found for key in reversed(keys) if (found := self._holders.get(key))), None)
+
+    def is_worth(self, favourite: Candidate, best: Candidate, num_units: int) -> bool:
+        """Whether waiting there costs no more than doing the work elsewhere."""
+        more_s = self.seconds(favourite, favourite.load_units) - self.seconds(best, best.load_units)
+        return more_s <= self.seconds(best, num_units)
+
+
+CHOICES: dict[str, Callable[[], LeastLoaded]] = {
+    "least_loaded": LeastLoaded,
+    "round_robin": RoundRobin,
+    "affine": Affine,
+}
+
+
+class Ranking:
+    """Workers by rank, and by arrival where ranks are equal. Changes and looks cost O(log n) comparisons."""
+
+    def __init__(self) -> None:
+        self._order: list[tuple[Rank, int, Candidate]] = []
+        self._entries: dict[str, tuple[Rank, int, Candidate]] = {}
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (entry[2] for entry in self._order)
+
+    @property
+    def first(self) -> Candidate | None:
+        """The one with the lowest rank."""
+        return self._order[0][2] if self._order else None
+
+    def rank_of(self, worker: Candidate) -> Rank | None:
+        """The rank under which a worker is here."""
+        entry = self._entries.get(worker.peer_id)
+        return entry[0] if entry else None
+
+    def put(self, worker: Candidate, rank: Rank, number: int) -> None:
+        """Adds a worker, or gives it another rank."""
+        before = self._entries.get(worker.peer_id)
+        if before is not None:
+            if before[0] == rank:
+                return
+            del self._order[bisect.bisect_left(self._order, before)]
+        entry = self._entries[worker.peer_id] = (rank, number, worker)
+        bisect.insort(self._order, entry)
+
+    def drop(self, worker: Candidate) -> None:
+        """Takes a worker out; nothing happens where it is not here."""
+        entry = self._entries.pop(worker.peer_id, None)
+        if entry is not None:
+            del self._order[bisect.bisect_left(self._order, entry)]
+
+
+class StageWorkers:
+    """The workers of one stage that take new work, sorted for a choice: on all hosts, on each host, and by room.
+
+    Args:
+        choice: ranks them.
+        touched: gets each worker whose load has changed, by its id.
+    """
+
+    def __init__(self, choice: LeastLoaded, touched: dict[str, Candidate] | None = None) -> None:
+        self.choice = choice
+        self._touched: dict[str, Candidate] = {} if touched is None else touched
+        self._numbers = itertools.count()
+        self._known: dict[str, tuple[int, Candidate]] = {}
+        self._everywhere = Ranking()
+        self._by_host: dict[str, Ranking] = {}
+        self._by_room = Ranking()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        """In the order they came."""
+        return (worker for _, worker in self._known.values())
+
+    def __contains__(self, peer_id: object) -> bool:
+        return peer_id in self._known
+
+    def add(self, worker: Candidate) -> None:
+        """A worker takes work of this stage from now on."""
+        self._known[worker.peer_id] = next(self._numbers), worker
+        if worker.cost.s_per_unit:
+            self.learnt(worker)
+        self.update(worker)
+
+    def remove(self, worker: Candidate) -> None:
+        """A worker takes no more work of this stage; nothing happens where it took none."""
+        if self._known.pop(worker.peer_id, None) is None:
+            return
+        self.choice.gone(worker)
+        self._everywhere.drop(worker)
+        self._by_room.drop(worker)
+        here = self._by_host[worker.host]
+        here.drop(worker)
+        if not here:
+            del self._by_host[worker.host]
+
+    def update(self, worker: Candidate) -> None:
+        """A worker's load has changed; where it takes no new work, it has no rank."""
+        self._touched[worker.peer_id] = worker
+        known = self._known.get(worker.peer_id)
+        if known is None:
+            return
+        number, rank = known[0], self.choice.rank(worker)
+        self._everywhere.put(worker, rank, number)
+        here = self._by_host.get(worker.host)
+        if here is None:
+            here = self._by_host[worker.host] = self._everywhere if not self._by_host else self._split(worker.host)
+        if here is not self._everywhere:
+            here.put(worker, rank, number)
+        room = worker.room_units
+        if room or self._by_room:
+            self._by_room.put(worker, (-room,), number)
+
+    def _split(self, host: str) -> Ranking:
+        """There are workers of a second host: from now on each host's are kept by themselves."""
+        for other, ranking in self._by_host.items():
+            if ranking is self._everywhere:
+                mine = self._by_host[other] = Ranking()
+                for number, worker in self._known.values():
+                    if worker.host == other:
+                        mine.put(worker, self.choice.rank(worker), number)
+        return Ranking()
+
+    def learnt(self, worker: Candidate) -> None:
+        """What a worker's work costs has changed; at the first that is known all ranks do."""
+        if worker.peer_id not in self._known:
+            return
+        was_known = self.choice.is_known
+        self.choice.learnt(worker)
+        for _, one in self._known.values() if not was_known else (self._known[worker.peer_id],):
+            self.update(one)
+
+    def give(self, worker: Candidate, keys: Sequence[str] = ()) -> None:
+        """A worker was given work: it counts as `choice` has it."""
+        self.choice.chosen(worker, keys)
+        self.update(worker)
+
+    @property
+    def most_room(self) -> int:
+        """The most that any worker can be given now."""
+        first = self._by_room.first
+        return first.room_units if first else 0
+
+    def has_host(self, host: str) -> bool:
+        """Whether any of them is on a host."""
+        return host in self._by_host
+
+    def first_on(self, host: str) -> Candidate | None:
+        """The one with the lowest rank on a host."""
+        here = self._by_host.get(host)
+        return here.first if here else None
+
+    def first_except(self, hosts: Sequence[str] | frozenset[str] | set[str]) -> Candidate | None:
+        """The one with the lowest rank that is on none of `hosts`."""
+        if not hosts:
+            return self._everywhere.first
+        return next((worker for worker in self._everywhere if worker.host not in hosts), None)
+
+    def is_as_good(self, worker: Candidate, other: Candidate) -> bool:
+        """Whether two of them have the same rank."""
+        return self._everywhere.rank_of(worker) == self._everywhere.rank_of(other)
+
+    def best(
+        self,
+        takes: Callable[[Candidate], bool],
+        *,
+        host: str | None = None,
+        keys: Sequence[str] = (),
+        num_units: int = 0,
+    ) -> Candidate | None:
+        """The worker for a piece of work: the favourite where that is worth it, else the one with the lowest rank.
+
+        Args:
+            takes: whether a worker can take it now.
+            host: only workers of this host; None for all.
+            keys: what the work is on, from general to special (`Choice.favourite`).
+            num_units: how much work it is.
+
+        Returns:
+            None where nobody can take it now. Where many workers of different sizes are nearly full, one that could
+            take it may be overlooked: then too.
+        """
+        ranking = self._everywhere if host is None else self._by_host.get(host)
+        if ranking is None:
+            return None
+        best = next((one for one in itertools.islice(ranking, _MAX_LOOKS) if takes(one)), None)
+        if best is None and len(ranking) > _MAX_LOOKS:
+            roomy = (one for one in self._by_room if host is None or one.host == host)
+            best = next((one for one in itertools.islice(roomy, _MAX_LOOKS) if takes(one)), None)
+        favourite = self.choice.favourite(keys) if keys and best is not None else None
+        if best is None or favourite is None or favourite not in self._known:
+            return best
+        _, other = self._known[favourite]
+        if (host is None or other.host == host) and takes(other) and self.choice.is_worth(other, best, num_units):
+            return other
+        return best

@@ -1,0 +1,264 @@
+"""A queue that is fair among tenants: start-time fair queueing, and inside each tenant any order. Pure.
+
+Each tenant has a line of its own, and a tag: how much of the service it has used up. The tenant with the lowest tag is
+next, and what is taken adds its cost to the tag. A virtual clock shows what each waiting tenant should have got by now;
+a tenant that comes (back) starts there, so that nobody saves up service while away, and nobody waits for ever while
+others come.
+
+Items have a class: what they need before they can be served. Whoever asks for the next item names the classes that
+cannot be served now, and their items are passed by. Everything costs O(log n) amortised, whatever waits, but for a
+factor of the number of classes in use.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Collection, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T", bound=int | str)
+
+_MIN_STALE = 64
+
+
+class _Item(NamedTuple):
+    tenant: str
+    cost: float
+    needs: str  # its class
+    number: int  # of this stay in the queue
+
+
+class _Heap(Generic[T]):
+    """Items of one class and tenant, or put back: by key, then arrival. Those that have left are skipped."""
+
+    __slots__ = ("_entries", "num_items")
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, int, T]] = []
+        self.num_items = 0
+
+    def push(self, key: float, number: int, item: T) -> None:
+        heapq.heappush(self._entries, (key, number, item))
+        self.num_items += 1
+
+    def left(self, items: dict[T, _Item]) -> None:
+        """One of its items is in `items` no more."""
+        self.num_items -= 1
+        if len(self._entries) > 2 * self.num_items + _MIN_STALE:
+            self._entries = [entry for entry in self._entries if _is_current(entry, items)]
+            heapq.heapify(self._entries)
+
+    def first(self, items: dict[T, _Item]) -> tuple[float, int, T] | None:
+        entries = self._entries
+        while entries:
+            if _is_current(entries[0], items):
+                return entries[0]
+            heapq.heappop(entries)
+        return None
+
+
+def _is_current(entry: tuple[float, int, T], items: dict[T, _Item]) -> bool:
+    known = items.get(entry[2])
+    return known is not None and known.number == entry[1]
+
+
+class _Line(Generic[T]):
+    """What waits of a tenant: in the order of arrival, and by class. `number` says how early the tenant came."""
+
+    __slots__ = ("by_class", "items", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.items: dict[T, None] = {}
+        self.by_class: dict[str, _Heap[T]] = {}
+
+
+class FairQueue(Generic[T]):
+    """Items that wait, by tenant, each with its cost in any unit.
+
+    What is put back by `push_front` comes before everything else: it has had its turn before. An item that was chosen
+    and could not be taken yet stays the next one, whoever comes, so that it cannot starve.
+
+    Args:
+        knows_longest: whether `newest_of_longest` will be asked for.
+    """
+
+    def __init__(self, *, knows_longest: bool = False) -> None:
+        self._knows_longest = knows_longest
+        self._items: dict[T, _Item] = {}
+        self._front: dict[str, _Heap[T]] = {}  # by class
+        self._put_back: set[T] = set()
+        self._lines: dict[str, _Line[T]] = {}
+        self._tags: dict[str, float] = {}
+        self._ranks: dict[str, list[tuple[float, int, str]]] = {}  # by class: tag, number and name of tenants
+        self._ranked: dict[tuple[str, str], float] = {}  # class and tenant -> its tag there
+        self._by_length: dict[int, dict[str, None]] = {}
+        self._longest = 0
+        self._numbers = itertools.count()
+        self._clock = 0.0
+        self._chosen: T | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._items
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+    def push(self, tenant: str, item: T, cost: float, *, needs: str = "", key: float = 0.0) -> None:
+        """Puts an item into its tenant's line: before those with a higher `key`, behind those with the same."""
+        number = next(self._numbers)
+        self._items[item] = _Item(tenant, cost, needs, number)
+        line = self._lines.get(tenant)
+        if line is None:
+            line = self._lines[tenant] = _Line(number)
+            self._tags[tenant] = max(self._clock, self._tags.get(tenant, 0.0))
+        self._measure(tenant, len(line.items), 1)
+        line.items[item] = None
+        heap = line.by_class.get(needs)
+        if heap is None:
+            heap = line.by_class[needs] = _Heap()
+        heap.push(key, number, item)
+        self._rank(needs, tenant, line)
+
+    def push_front(self, tenant: str, item: T, *, needs: str = "", key: float = 0.0) -> None:
+        """Puts an item that has been taken before back, by `key` among the others that were; it costs nothing again."""
+        self.remove(item)
+        number = next(self._numbers)
+        self._items[item] = _Item(tenant, 0.0, needs, number)
+        self._put_back.add(item)
+        heap = self._front.get(needs)
+        if heap is None:
+            heap = self._front[needs] = _Heap()
+        heap.push(key, number, item)
+
+    def remove(self, item: T) -> None:
+        """Takes an item out without serving it; nothing happens where it is not here."""
+        known = self._items.pop(item, None)
+        if known is None:
+            return
+        if self._chosen == item:
+            self._chosen = None
+        if item in self._put_back:
+            self._put_back.discard(item)
+            self._front[known.needs].left(self._items)
+            return
+        line = self._lines[known.tenant]
+        self._measure(known.tenant, len(line.items), -1)
+        del line.items[item]
+        heap = line.by_class[known.needs]
+        heap.left(self._items)
+        if not heap.num_items:
+            del line.by_class[known.needs]
+        self._tidy(known.tenant, line)
+
+    def next(self, blocked: Collection[str] = ()) -> T | None:
+        """The item whose turn it is among those whose class is not `blocked`, left in place."""
+        if self._put_back:
+            found = [
+                entry
+                for needs, heap in self._front.items()
+                if needs not in blocked and (entry := heap.first(self._items)) is not None
+            ]
+            if found:
+                return min(found)[2]
+        if self._chosen is not None and self._items[self._chosen].needs not in blocked:
+            return self._chosen
+        tenant = self._next_tenant(blocked)
+        if tenant is None:
+            self._chosen = None
+            return None
+        heads = [
+            entry
+            for needs, heap in self._lines[tenant].by_class.items()
+            if needs not in blocked and (entry := heap.first(self._items)) is not None
+        ]
+        self._chosen = min(heads)[2]
+        return self._chosen
+
+    def take(self, item: T) -> None:
+        """Serves an item that `next` gave: its tenant is charged for it."""
+        tenant, cost, _, _ = self._items[item]
+        is_back = item in self._put_back
+        if not is_back:
+            self._clock = max(self._clock, self._tags[tenant]) + cost / len(self._lines)
+            self._tags[tenant] += cost
+        self.remove(item)
+        if not is_back and (line := self._lines.get(tenant)) is not None:
+            for needs in line.by_class:
+                self._rank(needs, tenant, line)
+
+    def waiting(self, needs: str) -> list[T]:
+        """All items of a class."""
+        return [item for item, known in self._items.items() if known.needs == needs]
+
+    def count(self, tenant: str) -> int:
+        """How many items of a tenant wait that have not been taken before."""
+        line = self._lines.get(tenant)
+        return len(line.items) if line else 0
+
+    def newest_of_longest(self) -> tuple[str, T] | None:
+        """The tenant with the longest line, and the last that came to it; None where all lines are empty."""
+        if not self._longest:
+            return None
+        tenant = next(iter(self._by_length[self._longest]))
+        return tenant, next(reversed(self._lines[tenant].items))
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _rank(self, needs: str, tenant: str, line: _Line[T]) -> None:
+        """A tenant has items of a class, and its tag as it is now."""
+        tag = self._tags[tenant]
+        if self._ranked.get((needs, tenant)) != tag:
+            self._ranked[needs, tenant] = tag
+            heapq.heappush(self._ranks.setdefault(needs, []), (tag, line.number, tenant))
+
+    def _next_tenant(self, blocked: Collection[str]) -> str | None:
+        best: tuple[float, int, str] | None = None
+        for needs, ranks in self._ranks.items():
+            if needs in blocked:
+                continue
+            while ranks and not self._is_ranked(needs, *ranks[0]):
+                heapq.heappop(ranks)
+            if ranks and (best is None or ranks[0] < best):
+                best = ranks[0]
+        return best[2] if best else None
+
+    def _is_ranked(self, needs: str, tag: float, number: int, tenant: str) -> bool:
+        """Whether a rank still says what is: of a tenant that waits with this tag and has items of the class."""
+        line = self._lines.get(tenant)
+        if line is None or line.number != number or self._tags[tenant] != tag:
+            return False
+        if needs in line.by_class:
+            return True
+        self._ranked.pop((needs, tenant), None)
+        return False
+
+    def _measure(self, tenant: str, length: int, change: int) -> None:
+        """A tenant's line has become longer or shorter by one."""
+        if not self._knows_longest:
+            return
+        if length:
+            before = self._by_length[length]
+            del before[tenant]
+            if not before:
+                del self._by_length[length]
+        if length + change:
+            self._by_length.setdefault(length + change, {})[tenant] = None
+        if change > 0:
+            self._longest = max(self._longest, length + 1)
+        elif self._longest not in self._by_length:
+            self._longest -= 1
+
+    def _tidy(self, tenant: str, line: _Line[T]) -> None:
+        """Forgets an empty line, and the tags that the clock has passed: their tenants start anew without a loss."""
+        if line.items:
+            return
+        del self._lines[tenant]
+        for needs in [needs for needs in self._ranks if (needs, tenant) in self._ranked]:
+            del self._ranked[needs, tenant]
+        if len(self._tags) > 2 * len(self._lines) + _MIN_STALE:
+            self._tags = {one: tag for one, tag in self._tags.items() if one in self._lines or tag > self._clock}

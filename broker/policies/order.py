@@ -1,0 +1,44 @@
+"""Which request or patch of a tenant is next. Pure.
+
+Chosen by name in the configuration, one for requests and one for patches. Fair sharing among tenants
+(`broker.policies.fairness`) stays on top of any of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Waiting:
+    """What an order may look at: how much work something that waits is (tokens), and when it must be done (seconds)."""
+
+    cost: float
+    deadline_at: float
+
+
+# The lowest goes first; of equals, what has come first.
+Order = Callable[[Waiting], float]
+
+
+def first_come_first_served(waiting: Waiting) -> float:
+    """In the order of arrival."""
+    return 0.0
+
+
+def shortest_job_first(waiting: Waiting) -> float:
+    """What is least work first; what is much may wait for long while little things come."""
+    return waiting.cost
+
+
+def earliest_deadline_first(waiting: Waiting) -> float:
+    """What must be done soonest first."""
+    return waiting.deadline_at
+
+
+ORDERS: dict[str, Order] = {
+    "fcfs": first_come_first_served,
+    "sjf": shortest_job_first,
+    "edf": earliest_deadline_first,
+}

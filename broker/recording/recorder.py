@@ -1,0 +1,132 @@
+"""The flight recorder: what the decision core has seen, appended to a file, so that `replay` can do it again.
+
+Lives in the broker daemon; owns the file. A file is a run of MessagePack values: first a map, how the core was made
+(`HEAD_FIELDS`), then an array for each event:
+
+    [now, peer id, prefix, header, sizes of the frames, digest of what was sent]    a message
+    [now, what the process holds, digest of what was sent]                          time has passed
+
+Frames (pixels, prompts) are not recorded, only their sizes; headers have patch hashes, times and the numbers of sampled
+tokens. What cannot be written ends the recording and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import msgspec
+import structlog
+
+from broker.core.outbox import Send
+from epd import __version__
+from epd.config import BrokerConfig
+from epd.transport import wire
+
+log = structlog.get_logger()
+
+FORMAT = 2
+HEAD_FIELDS = ("format", "version", "began", "config", "first_generation", "epoch_s")
+SUFFIX = ".mpk"
+_BUFFER_BYTES = 1 << 20
+
+
+def digest(sends: Iterable[Send]) -> int:
+    """A number that differs where other messages were sent, to others, or in another order."""
+    value = 0
+    for peer_id, message, frames in sends:
+        prefix, header, *rest = wire.encode(message, frames)
+        for part in (peer_id.encode(), prefix, header, msgspec.msgpack.encode([len(frame) for frame in rest])):
+            value = zlib.crc32(part, value)
+    return value
+
+
+class Recorder:
+    """Appends to a new file in `folder`; files of earlier runs go, oldest first, while they have more than `max_bytes`.
+
+    Args:
+        folder: where the file goes; it is made if it is not there.
+        max_bytes: at so many bytes the recording ends; what is later cannot be replayed without what is before.
+        config: what the core was made with.
+        first_generation: likewise.
+        epoch_s: likewise.
+
+    Raises:
+        OSError: no file can be made there.
+    """
+
+    def __init__(
+        self, folder: str, max_bytes: int, config: BrokerConfig, first_generation: int, epoch_s: float = 0.0
+    ) -> None:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        _make_room(path, max_bytes)
+        self.path = path / f"broker-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{os.getpid()}{SUFFIX}"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._file = os.fdopen(descriptor, "wb", buffering=_BUFFER_BYTES)
+        self._packer = msgpack.Packer()
+        self._left = max_bytes
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        head = (FORMAT, __version__, began, msgspec.to_builtins(config), first_generation, epoch_s)
+        self._write(dict(zip(HEAD_FIELDS, head, strict=True)))
+        self._flush()
+
+    def message(self, now: float, peer_id: str, parts: Sequence[bytes], sends: Iterable[Send]) -> None:
+        """A message, as the frames that came (`epd.transport.wire`), and what the core sent for it."""
+        if not self._file.closed:
+            prefix, header, *frames = parts
+            self._write([now, peer_id, prefix, header, [len(frame) for frame in frames], digest(sends)])
+
+    def tick(self, now: float, process_held: Mapping[str, int], sends: Iterable[Send]) -> None:
+        """Time has passed; what was recorded before goes to the file."""
+        if self._file.closed:
+            return
+        self._write([now, dict(process_held), digest(sends)])
+        self._flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        try:
+            self._file.close()
+        except OSError as error:
+            log.warning("flight recorder not closed", file=str(self.path), reason=str(error))
+
+    def _write(self, record: Any) -> None:
+        data = self._packer.pack(record)
+        self._left -= len(data)
+        if self._left < 0:
+            self._stop("broker.record_bytes are written")
+            return
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._stop(str(error))
+
+    def _flush(self) -> None:
+        """A file that is full is no reason not to start, nor to stop."""
+        try:
+            if not self._file.closed:
+                self._file.flush()
+        except OSError as error:
+            self._stop(str(error))
+
+    def _stop(self, reason: str) -> None:
+        log.warning("flight recorder stopped", file=str(self.path), reason=reason)
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _make_room(folder: Path, max_bytes: int) -> None:
+    files = sorted(folder.glob(f"broker-*{SUFFIX}"))
+    total = sum(file.stat().st_size for file in files)
+    for file in files:
+        if total <= max_bytes:
+            return
+        total -= file.stat().st_size
+        file.unlink()

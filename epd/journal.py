@@ -1,0 +1,42 @@
+"""What can happen to a request, by name: the words of its story, and which of them begin and end a span.
+
+Lives in every process; pure. The broker's core records them (`broker.core.request`); stories, the flight recorder, the
+demo's timeline and whoever watches the pipeline read them.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Happening(enum.StrEnum):
+    """One kind of line in a request's story. Values are what clients of `/v1/requests/{id}` see."""
+
+    ACCEPTED = "accepted"
+    STARTED = "started"
+    CACHE_HIT = "cache hit"
+    COALESCED = "coalesced"
+    ENCODE = "encode"
+    ENCODED = "encoded"
+    STALE = "stale"
+    PREFILLED = "prefilled"
+    FIRST_TOKEN = "first token"
+    PUSHED = "pushed"
+    DECODING = "decoding"
+    PREEMPTED = "preempted"
+    RETRIED = "retried"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+# The line that begins a span -> the one that ends it. A span of a patch is that of the patch with the same hash; a leg
+# that is given up leaves its spans open, and RETRIED, FAILED or CANCELLED ends them all.
+SPANS: dict[Happening, Happening] = {
+    Happening.ACCEPTED: Happening.STARTED,
+    Happening.ENCODE: Happening.ENCODED,
+    Happening.STARTED: Happening.PREFILLED,
+    Happening.PREFILLED: Happening.PUSHED,
+    Happening.FIRST_TOKEN: Happening.FINISHED,
+}
+ENDS = frozenset({Happening.FINISHED, Happening.FAILED, Happening.CANCELLED})
