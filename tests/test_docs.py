@@ -192,3 +192,13 @@ def test_every_word_of_the_glossary_is_used_where_it_says():
 def test_the_list_of_vllm_names_is_read_from_imports_of_every_kind():
     source = "import vllm.a\nfrom vllm.b import C, D as E\ndef f():\n    from vllm import G\nfrom vllmish import X\n"
     assert names_of(source) == ["vllm.G", "vllm.a", "vllm.b.C", "vllm.b.D"]
+
+
+def test_the_walk_through_the_core_has_eight_steps_that_each_name_one_module():
+    text = (ROOT / "docs" / "request_journey.md").read_text("utf-8")
+    section = text.partition("## Through the broker's core\n")[2].partition("\n## ")[0]
+    steps = re.findall(r"^\d\. (.*?)(?=^\d\. |\Z)", section, re.MULTILINE | re.DOTALL)
+    modules = [re.findall(r"`(broker/[\w/]+\.py)`", step) for step in steps]
+    assert len(steps) == 8
+    assert all(len(names) == 1 and (ROOT / names[0]).is_file() for names in modules), modules
+    assert len({names[0] for names in modules}) == 8

@@ -89,6 +89,8 @@ class Progress:
         """Nobody reads a leg's patches any more; its engine request is kept in case it needs another leg."""
         self._legs.leave_prefill(leg)
         self._legs.drop_patches(leg)
+        if leg.pushed:
+            self._legs.pushed(leg)
 
     # ---- decode ----------------------------------------------------------------------------------------------------
 

@@ -146,6 +146,22 @@ class StoryEvent(Struct, frozen=True):
     detail: str = ""
 
 
+class JournalEntry(Struct, frozen=True):
+    """Something that has happened at `at` (seconds since 1970, by the broker's clock): to a request, or to a worker.
+
+    `event` is one of `epd.journal.Happening`; `request_id` is empty for what happens to a worker. `worker` is a name,
+    `patch` a hash, `took_s` how long it took where that is known.
+    """
+
+    at: float
+    event: str
+    request_id: str = ""
+    worker: str = ""
+    patch: str = ""
+    took_s: float = 0.0
+    detail: str = ""
+
+
 class WorkerStatus(Struct, frozen=True):
     """One worker as the broker sees it, for `/ready`, `/metrics` and people.
 
