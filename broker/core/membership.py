@@ -1,4 +1,4 @@
-"""Peers come, change what they do, and go. Pure; a part of the decision core."""
+"""How peers come, change their stage, and go. Pure; a part of the decision core."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import cast
 
 from broker.core.counts import Counts
 from broker.core.endings import Endings
+from broker.core.journal import Journal
 from broker.core.legs import Legs
 from broker.core.liveness import Liveness
 from broker.core.outbox import Outbox
@@ -22,13 +23,14 @@ from broker.policies.costs import Cost
 from epd import messages as m
 from epd.config import BrokerConfig
 from epd.errors import ErrorCode
+from epd.journal import Happening
 from epd.messages import Kind, Stage
 
 Frames = Sequence[bytes]
 
 
 class Membership:
-    """Registers peers, and takes apart what is left of those that are gone."""
+    """Registers peers, and settles what those that are gone leave behind."""
 
     def __init__(
         self,
@@ -46,16 +48,17 @@ class Membership:
         timers: Timers,
         wake: Wake,
         counts: Counts,
+        journal: Journal,
     ) -> None:
         self._config, self._outbox, self._registry, self._stages = config, outbox, registry, stages
         self._patches, self._liveness, self._legs, self._progress = patches, liveness, legs, progress
         self._endings, self._uploads, self._status = endings, uploads, status
-        self._timers, self._wake, self._counts = timers, wake, counts
+        self._timers, self._wake, self._counts, self._journal = timers, wake, counts, journal
 
     # ---- coming ----------------------------------------------------------------------------------------------------
 
     def hello(self, peer_id: str, hello: m.Hello, now: float) -> None:
-        """HELLO: registers an incarnation; one that is registered already is welcomed again."""
+        """HELLO: registers an incarnation; one that is already registered is welcomed again."""
         if hello.incarnation != peer_id or (hello.kind is Kind.WORKER) != (hello.stage is not None):
             self._counts.num_fenced += 1
             return
@@ -73,8 +76,7 @@ class Membership:
             if hello.pools:
                 self._tell_pools()
             if isinstance(peer, Worker):
-                self._status.changed(peer)
-                self._status.tell_all()
+                self._tell(peer, Happening.JOINED, now, peer.stage)
         config = self._config
         pools = self._registry.pools()
         welcome = m.Welcome(heartbeat_s=config.heartbeat_s, lost_after_s=config.lost_after_s, pools=pools)
@@ -83,7 +85,7 @@ class Membership:
             self._status.tell(peer, whole=True)
 
     def serves(self, peer: Peer, message: m.Serves, frames: Frames, now: float) -> None:
-        """SERVES: a worker that has nothing on its hands serves another stage from now on."""
+        """SERVES: a worker that has nothing to do serves another stage from now on."""
         worker = cast(Worker, peer)
         if worker.jobs or worker.legs or worker.owes:
             self._counts.num_fenced += 1
@@ -92,8 +94,7 @@ class Membership:
         worker.stage, worker.info, worker.draining, worker.cost = message.stage, message.info, False, Cost()
         self._begin_stage(worker)
         self._changed(now)
-        self._status.changed(worker)
-        self._status.tell_all()
+        self._tell(worker, Happening.SERVES, now, worker.stage)
 
     def _begin_stage(self, worker: Worker) -> None:
         self._stages.add(worker)
@@ -108,17 +109,17 @@ class Membership:
         worker = cast(Worker, peer)
         worker.draining = True
         self._stages.retire(worker)
+        self._patches.queue.workers_changed()
         self._changed(now)
-        self._status.changed(worker)
-        self._status.tell_all()
+        self._tell(worker, Happening.DRAINING, now)
 
     def goodbye(self, peer: Peer, message: m.Goodbye, frames: Frames, now: float) -> None:
-        """GOODBYE: a peer leaves; where it had said so in time, nothing that it had can be to blame."""
+        """GOODBYE: a peer leaves; if it was draining, nothing that it had can be to blame."""
         orderly = peer.draining or peer.kind is Kind.CACHE
         self.lose(peer, message.reason or "it said goodbye", now, orderly=orderly)
 
     def lose(self, peer: Peer, reason: str, now: float, *, orderly: bool = False) -> None:
-        """A peer is gone; `orderly` where it said so in time, so that nothing it had can be to blame."""
+        """A peer is gone; `orderly` if it announced that in time, so that nothing it had can be to blame."""
         self._registry.remove(peer)
         lost: list[Lost] = []
         for pool in peer.pools:
@@ -144,6 +145,8 @@ class Membership:
         if isinstance(peer, Worker):
             self._status.gone(peer)
             self._status.tell_all()
+            self._journal.worker(now, Happening.LEFT, peer.name, reason)
+        self._journal.leave(peer)
 
     def _encode_worker_lost(self, worker: Worker, now: float) -> list[Lost]:
         lost, quarantined = self._patches.worker_lost(worker)
@@ -154,7 +157,7 @@ class Membership:
         return lost
 
     def _lift_quarantine_of(self, name: str) -> None:
-        """A worker is back: its earlier life cannot write any more."""
+        """A worker is back, so its earlier incarnation cannot write any more."""
         for generation in [one for one, worker in self._patches.quarantined.items() if worker == name]:
             self._patches.lift_quarantine(generation)
 
@@ -162,6 +165,12 @@ class Membership:
         self._liveness.update(now)
         self._wake.changed()
         self._liveness.on_gone(now)
+
+    def _tell(self, worker: Worker, what: Happening, now: float, detail: str = "") -> None:
+        """Something is new about a worker."""
+        self._status.changed(worker)
+        self._status.tell_all()
+        self._journal.worker(now, what, worker.name, detail)
 
     def _tell_pools(self) -> None:
         message = m.Pools(pools=self._registry.pools())
