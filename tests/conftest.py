@@ -5,12 +5,16 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
 from tests.forks import Forks
 from tests.rings import ring_of
+
+if TYPE_CHECKING:
+    from tests.nursery import Nursery
 
 Starting = concurrent.futures.Future[httpx.Client]
 
@@ -27,6 +31,15 @@ def forks() -> Iterator[Forks]:
     """A process that has imported vLLM, and forks for each module that runs an engine of its own."""
     with Forks() as forks:
         yield forks
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Pipelines that are started in this process need not import vLLM each for itself."""
+    from tests.nursery import Nursery  # which machines with the GPU tests alone cannot import
+
+    with Nursery() as nursery:
+        yield nursery
 
 
 @pytest.fixture(scope="session")

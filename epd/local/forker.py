@@ -13,13 +13,27 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from epd.local.daemon import Spec
 from epd.local.environment import ORPHANED_S, python, scratch_environment
 from epd.process.activation import LISTEN_FD
 
 OnExit = Callable[[str, int, int], None]
+
+
+class Process(Protocol):
+    """What is wanted of the zygote's process, as asyncio's processes have it."""
+
+    @property
+    def pid(self) -> int:
+        """Its id."""
+
+    async def wait(self) -> int:
+        """Returns its status when it has ended."""
+
+    def kill(self) -> None:
+        """Ends it at once."""
 
 
 class ZygoteError(RuntimeError):
@@ -53,20 +67,35 @@ class Forker:
         self.num_threads = 0
         self.log_path = run_dir / "zygote.log"
 
+    @staticmethod
+    async def spawn(arguments: list[str], fds: list[int], env: dict[str, str], log: int) -> Process:
+        """Starts the process that calls `epd.local.zygote.main`.
+
+        Args:
+            arguments: of `main`.
+            fds: what it keeps: the socket to this process and, if any, the one to listen on.
+            env: its whole environment.
+            log: where its output goes.
+        """
+        return await asyncio.create_subprocess_exec(
+            *python("-m", "epd.local.zygote", *arguments),
+            pass_fds=fds,
+            env=env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
     async def __aenter__(self) -> Self:
         ours, theirs = socket.socketpair()
         listening = [] if self._listening is None else [self._listening.fileno()]
         with theirs, self.log_path.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *python("-m", "epd.local.zygote", str(theirs.fileno()), str(self._run_dir), json.dumps(self._preload)),
-                pass_fds=[theirs.fileno(), *listening],
-                env=os.environ
-                | scratch_environment(self._run_dir)
-                | ({LISTEN_FD: str(listening[0])} if listening else {}),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+            self._process = await self.spawn(
+                [str(theirs.fileno()), str(self._run_dir), json.dumps(self._preload)],
+                [theirs.fileno(), *listening],
+                os.environ | scratch_environment(self._run_dir) | ({LISTEN_FD: str(listening[0])} if listening else {}),
+                log.fileno(),
             )
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._task = asyncio.create_task(self._read(), name="zygote")

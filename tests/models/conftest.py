@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 
 from tests.forks import Forks
+from tests.nursery import Nursery
 
 Plain = Callable[[dict[str, Any]], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def starts_are_quick(nursery: Nursery) -> None:
+    """See `tests.nursery`."""
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.servers import DTYPE, MAX_IMAGES, MAX_MODEL_LEN, Running
 from epd.builtin import DEMO_QUESTION
 from epd.config import Config, EndpointConfig
+from tests.nursery import Nursery
 from tests.pipeline.chats import ask, chat, demo
 
 
@@ -22,6 +23,11 @@ def config(**endpoint: object) -> Config:
         engine={"max_model_len": MAX_MODEL_LEN, "dtype": DTYPE, "limit_mm_per_prompt": {"image": MAX_IMAGES}},
         endpoint=EndpointConfig(port=0, max_images=MAX_IMAGES, **endpoint),  # type: ignore[arg-type]
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def starts_are_quick(nursery: Nursery) -> None:
+    """See `tests.nursery`."""
 
 
 @pytest.fixture(scope="package")

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.servers import Running
 from epd.builtin import DEMO_QUESTION
+from tests.nursery import Nursery
 from tests.pipeline.chats import ask, chat, demo, scribble
 from tests.pipeline.conftest import config
 
@@ -51,9 +52,10 @@ def test_many_clients_that_go_away_at_any_moment_leave_nothing_held(running: Run
     ask(running.http, chat(DEMO_QUESTION, [demo()]))
 
 
-def test_draining_finishes_what_runs_and_leaves_no_process_socket_or_memory_behind() -> None:
+def test_draining_finishes_what_runs_and_leaves_no_process_socket_or_memory_behind(nursery: Nursery) -> None:
     before, temporary = set(os.listdir("/dev/shm")), set(os.listdir(tempfile.gettempdir()))
-    running = Running(config(), encode=1, prefill=1, decode=1)
+    with nursery.away():
+        running = Running(config(), encode=1, prefill=1, decode=1)
     pids = [daemon.pid for daemon in running.pipeline.processes.values()]
     run_dir: Path = running.pipeline.run_dir
     [pool] = {name for name in os.listdir("/dev/shm") if name.startswith("epd-")} - before

@@ -19,6 +19,7 @@ from tests.pipeline.quantized import write_quantized
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
+DTYPE = "bfloat16"  # the kernels for 8 bits take no float32 on CPUs with AMX
 BODIES = {
     "one image": chat(DEMO_QUESTION, [demo()]),
     "two images": chat("How many digits are there?", [scribble(500), demo()], max_tokens=16, ignore_eos=True),
@@ -36,11 +37,13 @@ def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     """A pipeline and plain vLLM with the quantized model."""
     settings = config()
     settings.model, settings.served_model_name = str(model), MODEL_NAME
+    settings.engine |= {"dtype": DTYPE}
     settings.decode = StageConfig(engine={"quantization": "compressed-tensors"})
+    log = tmp_path_factory.mktemp("plain") / "vllm.log"
     with concurrent.futures.ThreadPoolExecutor() as pool:
         starting = pool.submit(Running, settings, encode=1, prefill=1, decode=1)
         try:
-            with plain_vllm(tmp_path_factory.mktemp("plain") / "vllm.log", model=model) as plain:
+            with plain_vllm(log, "--dtype", DTYPE, model=model) as plain:
                 yield starting.result(), plain
         finally:
             starting.result().close()

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 SEED, SECONDS = 361, 75.0
 
 
+@pytest.mark.usefixtures("nursery")
 def test_after_a_storm_of_faults_every_request_has_ended_right_or_with_a_reason_and_nothing_is_held(
     plain_starting: Future[httpx.Client],
 ) -> None:
