@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ CASES = [(name, modality) for name, family in FAMILIES.items() for modality in f
 
 
 @pytest.fixture(scope="module")
-def dummies(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A family's configuration and dummy items, made once."""
+def dummies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A family's configuration and dummy items, made once.
+
+    To find out what a model's class can do, vLLM imports it in a process of its own, which takes seconds for each class
+    that it has not seen on this machine. Here it does so in this one, for the tests after this module, too.
+    """
+    from vllm.model_executor.models import registry
+
     made: dict[str, Any] = {}
 
     def get(name: str) -> Any:
@@ -38,7 +45,9 @@ def dummies(tmp_path_factory: pytest.TempPathFactory) -> Any:
             made[name] = config, Dummies(config)
         return made[name]
 
-    return get
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda call: call())
+        yield get
 
 
 @pytest.mark.parametrize(("name", "modality"), CASES)
