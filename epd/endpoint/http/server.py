@@ -37,6 +37,7 @@ from epd.endpoint.http.limits import Limits
 from epd.endpoint.http.listening import runner_of
 from epd.endpoint.http.options import serve_args, vllm_config_of
 from epd.endpoint.http.unreadable import UnreadableInput, unreadable_body
+from epd.endpoint.media import connector
 from epd.endpoint.media.bounds import MediaBounds
 from epd.endpoint.media.routes import MediaRoutes
 from epd.endpoint.ops import readiness
@@ -88,6 +89,7 @@ class Endpoint:
             )
             stack.callback(llm.shutdown)
             stack.callback(self._bounds.close)
+            stack.push_async_callback(connector.close)
             self._watch(llm.output_handler)
             app = await self._app(args, llm)
             await stack.enter_async_context(Lifespan(app))
