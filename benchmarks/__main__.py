@@ -7,10 +7,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import cache, hashing, serve, upload
+from benchmarks import broker_daemon, cache, hashing, serve, upload
 from benchmarks.common import NAME_WIDTH, Figure, provenance
 
-KINDS = ("serve", "hash", "cache", "upload")
+KINDS = ("serve", "hash", "cache", "upload", "broker")
 
 
 def main() -> int:
@@ -38,6 +38,8 @@ def main() -> int:
         found, more = upload.run()
         figures += found
         ratios |= more
+    if "broker" in kinds:
+        figures += broker_daemon.run()
     origin = provenance()
     print("  ".join(f"{key}: {value}" for key, value in origin.items()))
     for figure in figures:

@@ -1,7 +1,8 @@
-"""The broker daemon: one loop that owns the ROUTER socket and performs what the decision core decides.
+"""The broker daemon: one loop that owns the ROUTER socket and sends what the decision core decides.
 
-It reads headers only and forwards opaque frames untouched. A malformed message is counted and logged, at most once a
-second, and costs its sender only. With `broker.record` all that the core sees is recorded (`broker.recording`).
+Lives in a process of its own; owns the socket, the clock and the flight recorder. It reads headers only and forwards
+opaque frames untouched. A malformed message is counted, logged at most once a second, and affects only its sender. With
+`broker.record` everything that the core sees is recorded (`broker.recording`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from epd.transport.sockets import MessageSocket
 log = structlog.get_logger()
 
 TICK_S = 0.25
+NUM_READ = 3  # routing id, prefix, header: the rest is opaque
 
 
 class Broker:
@@ -65,7 +67,7 @@ class Broker:
 
     async def serve(self) -> None:
         """Handles messages and the passing of time, for ever."""
-        self._socket = MessageSocket(self._bound, self._handle)
+        self._socket = MessageSocket(self._bound, self._handle, NUM_READ)
         try:
             while True:
                 await asyncio.sleep(TICK_S)

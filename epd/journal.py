@@ -1,7 +1,7 @@
-"""What can happen to a request, by name: the words of its story, and which of them begin and end a span.
+"""What can happen to a request or a worker, by name, and which of these things begin and end a span.
 
-Lives in every process; pure. The broker's core records them (`broker.core.request`); stories, the flight recorder, the
-demo's timeline and whoever watches the pipeline read them.
+Lives in every process; pure. The broker's core notes them (`broker.core.journal`); stories, the demo's timeline and
+whoever watches the pipeline read them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import enum
 
 
 class Happening(enum.StrEnum):
-    """One kind of line in a request's story. Values are what clients of `/v1/requests/{id}` see."""
+    """One kind of entry in the journal. Values are what clients of `/v1/requests/{id}` see.
+
+    The last four are of workers, all others of requests.
+    """
 
     ACCEPTED = "accepted"
     STARTED = "started"
@@ -28,6 +31,10 @@ class Happening(enum.StrEnum):
     FINISHED = "finished"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    JOINED = "joined"
+    SERVES = "serves"
+    DRAINING = "draining"
+    LEFT = "left"
 
 
 # The line that begins a span -> the one that ends it. A span of a patch is that of the patch with the same hash; a leg

@@ -62,6 +62,8 @@ TABLE: tuple[Command, ...] = (
     Command(code=10, struct=m.CacheState, from_broker=_EP),
     Command(code=11, struct=m.Draining, to_broker=_W),
     Command(code=12, struct=m.Serves, to_broker=_W, state="nothing on its hands"),
+    Command(code=13, struct=m.Watch, to_broker=_EP),
+    Command(code=14, struct=m.Journal, from_broker=_EP, state="asked for by WATCH"),
     Command(code=16, struct=m.Submit, to_broker=_EP, state="request unknown", frames="engine request, patches"),
     Command(code=17, struct=m.Cancel, to_broker=_EP, state="request in flight"),
     Command(code=18, struct=m.StepOutputs, to_broker=_D, state="request started", frames="engine outputs"),

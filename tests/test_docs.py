@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import tomllib
@@ -117,27 +118,62 @@ def test_pictures_are_well_formed():
         ElementTree.parse(path)
 
 
-def test_architecture_names_every_module_in_one_row():
+def test_architecture_names_every_folder_with_python_files_and_no_other():
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
-    table = text.partition("| folder or module | what |")[2].partition("\n\n")[0]
-    named: list[str] = []
-    for row in table.splitlines()[2:]:
-        folder = ""
-        for name in re.findall(r"`([\w./]+)`", row.split("|")[1]):
-            path = name if "/" in name else folder + name
-            folder = path[: path.rindex("/") + 1]
-            assert (ROOT / path).exists(), path
-            named += (
-                [file.as_posix() for file in (ROOT / path).rglob("*.py")] if path.endswith("/") else [str(ROOT / path)]
-            )
-    modules = {
-        path.as_posix()
-        for package in ("epd", "broker", "cache", "workers")
-        for path in (ROOT / package).rglob("*.py")
-        if path.name not in ("__init__.py", "__main__.py")
-    }
-    named = [name for name in named if Path(name).name not in ("__init__.py", "__main__.py")]
-    assert sorted(named) == sorted(modules), set(named) ^ modules
+    table = text.partition("| folder | what lives there |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    named = [folder.strip("`/") for folder, _ in rows]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in modules()}
+    assert len(named) == len(set(named)), "one row for one folder"
+    assert set(named) == folders, set(named) ^ folders
+    assert all(what for _, what in rows)
+
+
+def modules() -> list[Path]:
+    return sorted(path for package in ("epd", "broker", "cache", "workers") for path in (ROOT / package).rglob("*.py"))
+
+
+# What a module that says no more than "Pure" has no business with.
+IMPURE = {"aiohttp", "asyncio", "concurrent", "multiprocessing", "signal", "socket", "subprocess", "threading", "zmq"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_every_module_says_first_what_it_is_and_then_in_which_process_unless_it_is_pure(path: Path):
+    assert (wrong := what_is_missing(path.read_text("utf-8"))) == "", wrong
+
+
+def what_is_missing(source: str) -> str:
+    tree = ast.parse(source)
+    opening = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
+    text = " ".join((ast.get_docstring(tree) or "").split())
+    if not re.match(r"(?!Lives in|Pure|Part of|See )\S.{15,}?[.:](\s|$)", opening):
+        return "the first sentence does not say what it is"
+    if re.search(r"\b[Ll]ives in\b", text):
+        return ""
+    if not re.search(r"\b[Pp]ure\b", text):
+        return "neither pure nor is there a process that it lives in"
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    found = IMPURE & {name.partition(".")[0] for name in names}
+    return f"it says that it is pure, and imports {found}" if found else ""
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("", "the first sentence"),
+        ("'Lives in every process; owns nothing.'", "the first sentence"),
+        ("'Counts what goes by, in order.'", "neither pure"),
+        ("'Counts what goes by, in order. Pure.'\nimport socket", "imports {'socket'}"),
+        ("'Counts what goes by, in order. Pure.'\ndef f():\n    from asyncio import sleep", "imports {'asyncio'}"),
+        ("'Counts what goes by, in order.\\n\\nLives in every process.'\nimport socket", ""),
+        ("'Counts what goes by, in order. Pure.'\nimport json", ""),
+    ],
+)
+def test_a_module_that_does_not_say_what_and_where_it_is_is_found(source: str, wrong: str):
+    found = what_is_missing(source)
+    assert wrong in found
+    assert bool(wrong) == bool(found)
 
 
 def test_every_word_of_the_glossary_is_used_where_it_says():
@@ -156,3 +192,13 @@ def test_every_word_of_the_glossary_is_used_where_it_says():
 def test_the_list_of_vllm_names_is_read_from_imports_of_every_kind():
     source = "import vllm.a\nfrom vllm.b import C, D as E\ndef f():\n    from vllm import G\nfrom vllmish import X\n"
     assert names_of(source) == ["vllm.G", "vllm.a", "vllm.b.C", "vllm.b.D"]
+
+
+def test_the_walk_through_the_core_has_eight_steps_that_each_name_one_module():
+    text = (ROOT / "docs" / "request_journey.md").read_text("utf-8")
+    section = text.partition("## Through the broker's core\n")[2].partition("\n## ")[0]
+    steps = re.findall(r"^\d\. (.*?)(?=^\d\. |\Z)", section, re.MULTILINE | re.DOTALL)
+    modules = [re.findall(r"`(broker/[\w/]+\.py)`", step) for step in steps]
+    assert len(steps) == 8
+    assert all(len(names) == 1 and (ROOT / names[0]).is_file() for names in modules), modules
+    assert len({names[0] for names in modules}) == 8

@@ -1,1 +1,4 @@
-"""Stage workers: one vLLM engine in a thread each, beside an event loop with one link to the broker."""
+"""Stage workers: each has one vLLM engine in a thread, beside an event loop with one link to the broker.
+
+Lives in worker processes.
+"""

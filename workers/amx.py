@@ -1,6 +1,6 @@
-"""Has Linux allow a process the tile registers of AMX, which vLLM's attention for CPUs uses without asking.
+"""Asks Linux for the use of AMX tile registers, which vLLM's attention for CPUs uses without asking.
 
-Runs in each process with an engine, before it is built. Written against vLLM 0.32
+Lives in each process with an engine; called before the engine is built. Written against vLLM 0.32
 (`vllm.v1.attention.backends.cpu_attn`).
 """
 

@@ -1,8 +1,9 @@
 """A worker daemon: one stage's engine in a thread, and beside it an event loop with one link to the broker.
 
-The engine is built first; the worker registers when it is ready. If the engine fails, or takes no command for
-`broker.hung_after_s`, the worker says goodbye and ends with status 1, so that its supervisor starts a new one. At the
-first SIGTERM it asks for no more work, and finishes what it has on its hands for up to its stage's `drain_s`.
+Lives in a process of its own; owns the engine's thread and the link. The engine is built first; the worker registers
+when it is ready. If the engine fails, or takes no command for `broker.hung_after_s`, the worker says goodbye and exits
+with status 1, so that its supervisor starts a new one. At the first SIGTERM it stops taking work, and finishes what it
+has within its stage's `drain_s`.
 """
 
 from __future__ import annotations

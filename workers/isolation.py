@@ -1,8 +1,8 @@
-"""One item's fault is that item's only: a batch that the encoder fails on is encoded again item by item.
+"""Keeps one item's failure from failing others: a batch that the encoder fails on is encoded again item by item.
 
-Runs in the processes of vLLM's workers (0.32), by `collective_rpc`; everything here is given vLLM's worker. What
-raises for an item alone is reported as that job's failure, and the engine goes on. A device that does not work any
-more is nobody's fault, and ends the worker.
+Lives in the processes of vLLM's workers (0.32), called by `collective_rpc`; everything here is given vLLM's worker. An
+item that raises by itself is reported as a failed job, and the engine goes on. A device that no longer works is not the
+item's fault; it ends the worker.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What is done beside a stage's model, in whichever process that is: counting its parameters and dropping the others'.
+"""Counts the parameters of a stage's model, and drops those that other stages need.
 
-Runs by `collective_rpc` in the processes of vLLM's workers (0.32); everything here is given vLLM's worker.
+Lives in the processes of vLLM's workers (0.32), called by `collective_rpc`; everything here is given vLLM's worker.
 """
 
 from __future__ import annotations

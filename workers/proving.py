@@ -1,7 +1,7 @@
-"""Proves on an encode worker's engine what its modalities can be spread by. Touches vLLM (0.32); called at start.
+"""Proves, on an encode worker's engine, what kind of piece its modalities can be cut into. Touches vLLM (0.32).
 
-Runs beside the model what vLLM's model runner does with the items of a step, without the scheduler: a dummy item
-needs no slot.
+Lives in an encode worker; called at start. It does beside the model what vLLM's model runner does with the items of a
+step, without the scheduler: a dummy item needs no slot.
 """
 
 from __future__ import annotations

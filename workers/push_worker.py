@@ -1,7 +1,8 @@
 """The half of our NIXL push connector that is beside a model runner: it asks, refuses and lets go.
 
-See `workers.push_connector`, which describes the whole. vLLM's half has two threads: the engine's, which takes in what
-the scheduler wants and reports what is done, and the writer, which alone sends registrations and starts writes.
+Lives in prefill and decode workers; `workers.push_connector` describes the whole. vLLM's half has two threads: the
+engine's, which receives what the scheduler wants and reports what is done, and the writer, which alone sends
+registrations and starts writes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keeps threads of NIXL and gloo from waking for nothing. Runs in a worker's process before its engine is built.
+"""Keeps threads of NIXL and gloo from waking for nothing. Lives in a worker; called before its engine is built.
 
 Written against NIXL 1.5 and vLLM 0.32; changes their Python sides in this process only.
 """

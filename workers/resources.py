@@ -1,4 +1,4 @@
-"""What an engine holds for requests, by kind. Read in the engine's thread, between two steps.
+"""What an engine holds for requests, by kind. Lives in a worker's engine thread, between two steps.
 
 Written against vLLM 0.32 (`vllm.v1.core.sched.scheduler`, `vllm.v1.core.block_pool`).
 """

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from broker.core.counts import Counts
 from broker.core.endings import Endings, failed
 from broker.core.holders import Keeper
+from broker.core.journal import Journal
 from broker.core.legs import Legs
 from broker.core.liveness import NEEDED, Liveness, named
 from broker.core.outbox import FrameLedger, Outbox
@@ -35,6 +36,7 @@ class Admission:
     Args:
         requests: all that are in flight, by id; one that is admitted comes in.
         keeper: acts for their legs.
+        journal: gets what happens to them.
     """
 
     def __init__(
@@ -53,11 +55,12 @@ class Admission:
         timers: Timers,
         counts: Counts,
         keeper: Keeper,
+        journal: Journal,
     ) -> None:
         self._config, self._requests, self._queue, self._wake, self._outbox = config, requests, queue, wake, outbox
         self._stages, self._patches, self._liveness, self._legs = stages, patches, liveness, legs
         self._ledger, self._endings, self._timers, self._counts = ledger, endings, timers, counts
-        self._keeper = keeper
+        self._keeper, self._journal = keeper, journal
 
     # ---- in --------------------------------------------------------------------------------------------------------
 
@@ -67,7 +70,7 @@ class Admission:
         if known is not None and known.endpoint is peer:
             self._counts.num_fenced += 1
             return
-        request = Request(submit, peer, frames, self._legs.first_id(submit), self._keeper, now)
+        request = Request(submit, peer, frames, self._legs.first_id(submit), self._keeper, self._journal, now)
         refusal = self._refusal(request, now)
         if refusal is not None:
             self._counts.num_refused += 1

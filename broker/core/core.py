@@ -1,10 +1,10 @@
-"""The decision core's door: messages in, messages out.
+"""The door of the decision core: messages in, messages out. Pure.
 
-`Core.handle` takes one message from one peer, and `Core.tick` the time; both return what to send. The daemon performs
-it, tests and the simulator call it directly. Every accepted request ends in exactly one last output or FAILED, or in
-silence when its endpoint cancelled it or is gone.
+`Core.handle` takes one message from one peer, and `Core.tick` takes the time; both return what to send. The daemon
+sends it; tests and the simulator call the core directly. Every accepted request ends with exactly one last output or
+FAILED, or silently if its endpoint has cancelled it or is gone.
 
-This module puts the parts together, each with what it needs and no more, and says which part takes which message.
+This module creates the parts, gives each only what it needs, and says which part handles which message.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from broker.core.encoding import Job
 from broker.core.endings import Endings
 from broker.core.fill import fills
 from broker.core.holders import Holder
+from broker.core.journal import Journal
 from broker.core.legs import Legs
 from broker.core.liveness import Liveness
 from broker.core.membership import Membership
@@ -63,6 +64,7 @@ class Core:
         self.registry = Registry()
         self._outbox, self._counts, self._wake = Outbox(), Counts(), Wake()
         self._timers, self._delays = Timers(), Timers()
+        self._journal = Journal(self._outbox, epoch_s)
         self.ledger = FrameLedger(config.max_frames_bytes)
         choices = (config.encode_choice, config.prefill_choice, config.decode_choice)
         self.stages = Stages(dict(zip(Stage, choices, strict=True)))
@@ -93,6 +95,7 @@ class Core:
         self._admission = Admission(
             config, self.requests, self.queue, self._wake, self._outbox, self.stages, self.patches, self._liveness,
             self.legs, self.ledger, self._endings, self._timers, self._counts, self._progress,
+            self._journal,
         )  # fmt: skip
         self.uploads = Uploads(
             config.upload_fraction, self._outbox, self.patches, self._liveness, self.legs, self.ledger, self._timers,
@@ -104,6 +107,7 @@ class Core:
         self._members = Membership(
             config, self._outbox, self.registry, self.stages, self.patches, self._liveness, self.legs,
             self._progress, self._endings, self.uploads, self.status_board, self._timers, self._wake, self._counts,
+            self._journal,
         )  # fmt: skip
         self._liveness.on_gone, self._liveness.lose = self._give_up_waiting, self._members.lose
         self._takers = self._who_takes_what()
@@ -120,6 +124,7 @@ class Core:
             m.Upload: self.uploads.accept,
             m.DropUpload: self.uploads.drop,
             m.GetCache: self._get_cache,
+            m.Watch: self._watch,
             m.GetStory: self._get_story,
             m.Encoded: self._encoded,
             m.EncodeFailed: self._not_encoded,
@@ -152,24 +157,27 @@ class Core:
         else:
             self._takers[kind](peer, message, frames, now)
         self._delays.run(now)
-        return self._go_on(now)
+        self._start(now)
+        return self._outbox.take()
 
     def tick(self, now: float) -> list[Send]:
         """What to send because time has passed: silent and hung peers are lost, late requests fail."""
         self._start_clock(now)
         self._timers.run(now)
         self._delays.run(now)
-        return self._go_on(now)
+        self._start(now)
+        self._journal.send()
+        return self._outbox.take()
 
     def take(self) -> list[Send]:
         """What there is to send after `handle` has raised."""
         return self._outbox.take()
 
-    def _go_on(self, now: float) -> list[Send]:
+    def _start(self, now: float) -> None:
+        """Starts whatever may start by now."""
         self.uploads.start(now)
         self._admission.start_waiting(now)
         self._dispatch(now)
-        return self._outbox.take()
 
     def _start_clock(self, now: float) -> None:
         """The first time that is told is when this broker was born: every stage is absent since then."""
@@ -202,6 +210,9 @@ class Core:
 
     def _get_cache(self, peer: Peer, message: m.GetCache, frames: Frames, now: float) -> None:
         self._outbox.send(peer.peer_id, m.CacheState(pools=fills(self.patches.index)))
+
+    def _watch(self, peer: Peer, message: m.Watch, frames: Frames, now: float) -> None:
+        self._journal.watch(peer, message)
 
     def _get_story(self, peer: Peer, message: m.GetStory, frames: Frames, now: float) -> None:
         self._outbox.send(peer.peer_id, self.stories.story(message.request_id))

@@ -8,6 +8,7 @@ from typing import cast
 
 from broker.core.counts import Counts
 from broker.core.endings import Endings
+from broker.core.journal import Journal
 from broker.core.legs import Legs
 from broker.core.liveness import Liveness
 from broker.core.outbox import Outbox
@@ -22,6 +23,7 @@ from broker.policies.costs import Cost
 from epd import messages as m
 from epd.config import BrokerConfig
 from epd.errors import ErrorCode
+from epd.journal import Happening
 from epd.messages import Kind, Stage
 
 Frames = Sequence[bytes]
@@ -46,11 +48,12 @@ class Membership:
         timers: Timers,
         wake: Wake,
         counts: Counts,
+        journal: Journal,
     ) -> None:
         self._config, self._outbox, self._registry, self._stages = config, outbox, registry, stages
         self._patches, self._liveness, self._legs, self._progress = patches, liveness, legs, progress
         self._endings, self._uploads, self._status = endings, uploads, status
-        self._timers, self._wake, self._counts = timers, wake, counts
+        self._timers, self._wake, self._counts, self._journal = timers, wake, counts, journal
 
     # ---- coming ----------------------------------------------------------------------------------------------------
 
@@ -73,8 +76,7 @@ class Membership:
             if hello.pools:
                 self._tell_pools()
             if isinstance(peer, Worker):
-                self._status.changed(peer)
-                self._status.tell_all()
+                self._tell(peer, Happening.JOINED, now, peer.stage)
         config = self._config
         pools = self._registry.pools()
         welcome = m.Welcome(heartbeat_s=config.heartbeat_s, lost_after_s=config.lost_after_s, pools=pools)
@@ -92,8 +94,7 @@ class Membership:
         worker.stage, worker.info, worker.draining, worker.cost = message.stage, message.info, False, Cost()
         self._begin_stage(worker)
         self._changed(now)
-        self._status.changed(worker)
-        self._status.tell_all()
+        self._tell(worker, Happening.SERVES, now, worker.stage)
 
     def _begin_stage(self, worker: Worker) -> None:
         self._stages.add(worker)
@@ -109,8 +110,7 @@ class Membership:
         worker.draining = True
         self._stages.retire(worker)
         self._changed(now)
-        self._status.changed(worker)
-        self._status.tell_all()
+        self._tell(worker, Happening.DRAINING, now)
 
     def goodbye(self, peer: Peer, message: m.Goodbye, frames: Frames, now: float) -> None:
         """GOODBYE: a peer leaves; where it had said so in time, nothing that it had can be to blame."""
@@ -144,6 +144,8 @@ class Membership:
         if isinstance(peer, Worker):
             self._status.gone(peer)
             self._status.tell_all()
+            self._journal.worker(now, Happening.LEFT, peer.name, reason)
+        self._journal.leave(peer)
 
     def _encode_worker_lost(self, worker: Worker, now: float) -> list[Lost]:
         lost, quarantined = self._patches.worker_lost(worker)
@@ -162,6 +164,12 @@ class Membership:
         self._liveness.update(now)
         self._wake.changed()
         self._liveness.on_gone(now)
+
+    def _tell(self, worker: Worker, what: Happening, now: float, detail: str = "") -> None:
+        """Something is new about a worker."""
+        self._status.changed(worker)
+        self._status.tell_all()
+        self._journal.worker(now, what, worker.name, detail)
 
     def _tell_pools(self) -> None:
         message = m.Pools(pools=self._registry.pools())

@@ -19,6 +19,7 @@ from epd.messages import LegOutput, Patch, StoryEvent, Submit
 
 if TYPE_CHECKING:
     from broker.core.holders import Keeper
+    from broker.core.journal import Journal
     from broker.core.peers import Peer, Worker
     from broker.core.timers import Timer
 
@@ -154,6 +155,7 @@ class Request:
     """
 
     __slots__ = (
+        "_journal",
         "_stale",
         "accepted_at",
         "deadline_at",
@@ -174,7 +176,14 @@ class Request:
     )
 
     def __init__(
-        self, submit: Submit, endpoint: Peer, frames: Sequence[bytes], leg_id: str, keeper: Keeper, now: float
+        self,
+        submit: Submit,
+        endpoint: Peer,
+        frames: Sequence[bytes],
+        leg_id: str,
+        keeper: Keeper,
+        journal: Journal,
+        now: float,
     ) -> None:
         at = submit.num_engine_frames
         self.engine_frames = frames[:at]
@@ -185,7 +194,7 @@ class Request:
             self.patch_frames[patch.patch_hash] = frames[at : at + patch.num_frames]
             at += patch.num_frames
         self.frames_bytes = sum(map(len, self.engine_frames)) + _size(self.patch_frames.values())
-        self.submit, self.endpoint = submit, endpoint
+        self.submit, self.endpoint, self._journal = submit, endpoint, journal
         self.accepted_at = self.queued_at = now
         self.deadline_at = now + submit.deadline_s
         self.state = State.QUEUED
@@ -317,13 +326,13 @@ class Request:
     def tell(
         self, now: float, what: Happening, *, worker: str = "", patch: str = "", took_s: float = 0.0, detail: str = ""
     ) -> None:
-        """Adds a line to the story."""
+        """Adds a line to the story, and to the journal: the one way into either."""
+        event = StoryEvent(
+            at_s=now - self.accepted_at, event=what, worker=worker, patch=patch, took_s=took_s, detail=detail
+        )  # fmt: skip
         if len(self.story) < MAX_STORY_EVENTS:
-            self.story.append(
-                StoryEvent(
-                    at_s=now - self.accepted_at, event=what, worker=worker, patch=patch, took_s=took_s, detail=detail
-                )
-            )
+            self.story.append(event)
+        self._journal.told(self.submit.request_id, self.accepted_at, event)
 
 
 def _size(frames: Iterable[Sequence[bytes]]) -> int:

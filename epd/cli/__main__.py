@@ -1,4 +1,4 @@
-"""`python -m epd.cli`: the same as `epd`, without relying on the search path."""
+"""`python -m epd.cli`: the same as `epd`, without relying on the search path. Lives in the user's process."""
 
 import sys
 

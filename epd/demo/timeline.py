@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from epd.journal import SPANS, Happening
+
 Event = Mapping[str, Any]
 
 WAIT, WORK = "wait", "work"
+_NAMES_A_PATCH = frozenset({Happening.CACHE_HIT, Happening.COALESCED, Happening.ENCODE})
 _LABEL_WIDTH = 22
 _RANGE_WIDTH = 17
 _MARKS = {WAIT: ("░", "."), WORK: ("█", "#")}
@@ -61,14 +64,14 @@ def number_patches(*stories: Sequence[Event]) -> dict[str, int]:
     numbers: dict[str, int] = {}
     for events in stories:
         for event in events:
-            if event["event"] in ("cache hit", "coalesced", "encode") and (patch := event.get("patch")):
+            if event["event"] in _NAMES_A_PATCH and (patch := event.get("patch")):
                 numbers.setdefault(patch, len(numbers))
     return numbers
 
 
 def encoded_by(events: Iterable[Event]) -> dict[str, str]:
     """Which worker encoded which patch."""
-    return {event["patch"]: event["worker"] for event in events if event["event"] == "encoded"}
+    return {event["patch"]: event["worker"] for event in events if event["event"] == Happening.ENCODED}
 
 
 def rows(events: Sequence[Event], numbers: Mapping[str, int]) -> list[Row]:
@@ -111,9 +114,9 @@ def _line(row: Row, end_s: float, bar_width: int, unicode: bool) -> Line:
 
 
 def _queue(first: Mapping[str, Event]) -> Row | None:
-    if "started" not in first:
+    if Happening.STARTED not in first:
         return None
-    return Row("queue", "", (Span(0.0, first["started"]["at_s"], WAIT),))
+    return Row("queue", "", (Span(0.0, first[Happening.STARTED]["at_s"], WAIT),))
 
 
 def _encodes(events: Sequence[Event], numbers: Mapping[str, int]) -> list[Row]:
@@ -121,9 +124,9 @@ def _encodes(events: Sequence[Event], numbers: Mapping[str, int]) -> list[Row]:
     found = []
     for event in events:
         patch = event.get("patch", "")
-        if event["event"] == "encode":
+        if event["event"] == Happening.ENCODE:
             given[patch] = event["at_s"]
-        elif event["event"] == "encoded":
+        elif event["event"] == SPANS[Happening.ENCODE]:
             end_s = event["at_s"]
             start_s = max(given.get(patch, 0.0), end_s - event.get("took_s", 0.0))
             label = f"{event['worker']}  patch {numbers.get(patch, 0) + 1}"
@@ -133,38 +136,40 @@ def _encodes(events: Sequence[Event], numbers: Mapping[str, int]) -> list[Row]:
 
 
 def _prefill(first: Mapping[str, Event]) -> Row | None:
-    event = first.get("prefilled")
+    event = first.get(SPANS[Happening.STARTED])
     if event is None:
         return None
     end_s = event["at_s"]
     start_s = max(0.0, end_s - event.get("took_s", 0.0))
-    began_s = first.get("started", {}).get("at_s", start_s)
+    began_s = first.get(Happening.STARTED, {}).get("at_s", start_s)
     spans = (Span(min(began_s, start_s), start_s, WAIT), Span(start_s, end_s))
     return Row(f"{event.get('worker', '')}  prefill", event.get("worker", ""), spans)
 
 
 def _push(first: Mapping[str, Event]) -> Row | None:
-    if "prefilled" not in first or "pushed" not in first:
+    if Happening.PREFILLED not in first or Happening.PUSHED not in first:
         return None
-    worker = first["pushed"].get("worker", "")
-    start_s = first["prefilled"]["at_s"]
-    return Row(f"{worker}  push KV", worker, (Span(start_s, max(start_s, first["pushed"]["at_s"])),))
+    worker = first[Happening.PUSHED].get("worker", "")
+    start_s = first[Happening.PREFILLED]["at_s"]
+    return Row(f"{worker}  push KV", worker, (Span(start_s, max(start_s, first[Happening.PUSHED]["at_s"])),))
 
 
 def _tokens(first: Mapping[str, Event]) -> list[Row | None]:
     """The push and the tokens, in their order."""
-    token = first.get("first token")
+    token = first.get(Happening.FIRST_TOKEN)
     if token is None:
         return [_push(first)]
     worker, token_s = token.get("worker", ""), token["at_s"]
-    if "decoding" not in first:  # decode has sampled it, from the KV that was pushed
-        before_s = min(token_s, (first.get("pushed") or first.get("prefilled") or token)["at_s"])
+    if Happening.DECODING not in first:  # decode has sampled it, from the KV that was pushed
+        before_s = min(token_s, (first.get(Happening.PUSHED) or first.get(Happening.PREFILLED) or token)["at_s"])
         found = [_push(first), Row(f"{worker}  first token", worker, (Span(before_s, token_s),))]
         since_s = token_s
     else:
         found = [Row(f"{worker}  first token", worker, (Span(token_s, token_s),)), _push(first)]
-        worker = first["decoding"].get("worker", "")
-        since_s = min((first.get("pushed") or first["decoding"])["at_s"], first["decoding"]["at_s"])
-    if "finished" in first:
-        found.append(Row(f"{worker}  last token", worker, (Span(since_s, first["finished"]["at_s"]),)))
+        worker = first[Happening.DECODING].get("worker", "")
+        since_s = min(
+            (first.get(Happening.PUSHED) or first[Happening.DECODING])["at_s"], first[Happening.DECODING]["at_s"]
+        )
+    if Happening.FINISHED in first:
+        found.append(Row(f"{worker}  last token", worker, (Span(since_s, first[Happening.FINISHED]["at_s"]),)))
     return found

@@ -1,4 +1,4 @@
-"""`python -m epd.docs`."""
+"""`python -m epd.docs`: writes the generated pages. Lives in a developer's process."""
 
 import sys
 

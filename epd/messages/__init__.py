@@ -10,6 +10,7 @@ counts.
 
 from epd.messages.parts import (
     Counters,
+    JournalEntry,
     Kind,
     KvPeer,
     Patch,
@@ -30,10 +31,12 @@ from epd.messages.peers import (
     Heartbeat,
     HeartbeatAck,
     Hello,
+    Journal,
     Pools,
     Serves,
     Status,
     Unknown,
+    Watch,
     Welcome,
     Work,
     updated,
@@ -74,7 +77,7 @@ from epd.messages.stages import (
 
 Message = (
     Hello | Serves | Welcome | Pools | Heartbeat | HeartbeatAck | Unknown | Draining | Goodbye | Status
-    | GetCache | CacheState
+    | GetCache | CacheState | Watch | Journal
     | Submit | Cancel | Upload | Uploaded | DropUpload | Outputs | Failed | GetStory | Story
     | Encode | DropEncode | Encoded | EncodeFailed
     | Prefill | Ready | Stale | Prefilled | Pushed | Released | Abort
@@ -102,6 +105,8 @@ __all__ = [
     "Heartbeat",
     "HeartbeatAck",
     "Hello",
+    "Journal",
+    "JournalEntry",
     "Kind",
     "KvPeer",
     "LegFailed",
@@ -133,6 +138,7 @@ __all__ = [
     "Unknown",
     "Upload",
     "Uploaded",
+    "Watch",
     "Welcome",
     "Work",
     "WorkerInfo",

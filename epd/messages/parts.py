@@ -1,4 +1,4 @@
-"""What messages are made of: kinds of peers, stages, pools, slots, patches, workers and stories. See the package.
+"""What messages are made of: kinds of peers, stages, pools, slots, patches, workers and stories. Pure.
 
 `Struct` is the base of all of them: immutable, no unknown fields, defaults left out on the wire.
 """
@@ -140,6 +140,22 @@ class StoryEvent(Struct, frozen=True):
 
     at_s: float
     event: str
+    worker: str = ""
+    patch: str = ""
+    took_s: float = 0.0
+    detail: str = ""
+
+
+class JournalEntry(Struct, frozen=True):
+    """Something that has happened at `at` (seconds since 1970, by the broker's clock): to a request, or to a worker.
+
+    `event` is one of `epd.journal.Happening`; `request_id` is empty for what happens to a worker. `worker` is a name,
+    `patch` a hash, `took_s` how long it took where that is known.
+    """
+
+    at: float
+    event: str
+    request_id: str = ""
     worker: str = ""
     patch: str = ""
     took_s: float = 0.0

@@ -1,10 +1,10 @@
-"""Messages between the broker and any peer: registration, heartbeats, status. See the package."""
+"""Messages between the broker and any peer: registration, heartbeats, status. Pure."""
 
 from __future__ import annotations
 
 import msgspec
 
-from epd.messages.parts import Counters, Kind, Pool, PoolFill, Stage, Struct, WorkerInfo, WorkerStatus
+from epd.messages.parts import Counters, JournalEntry, Kind, Pool, PoolFill, Stage, Struct, WorkerInfo, WorkerStatus
 
 
 class Hello(Struct, frozen=True):
@@ -102,6 +102,22 @@ class Status(Struct, frozen=True):
     num_pools: int = 0
     broker_held: dict[str, int] = msgspec.field(default_factory=dict)
     peers_held: dict[str, dict[str, int]] = msgspec.field(default_factory=dict)
+
+
+class Watch(Struct, frozen=True):
+    """Endpoint → Broker: from now on say in JOURNAL what happens, or (`on` is false) no longer."""
+
+    on: bool = True
+
+
+class Journal(Struct, frozen=True):
+    """Broker → Endpoint: what has happened since the last JOURNAL, at most one a tick, in order.
+
+    `num_dropped` counts what had no place in it.
+    """
+
+    entries: list[JournalEntry]
+    num_dropped: int = 0
 
 
 class GetCache(Struct, frozen=True):

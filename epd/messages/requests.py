@@ -1,4 +1,4 @@
-"""Messages of a request between endpoint and broker, and of its end. See the package."""
+"""Messages between endpoint and broker about a request, from its submission to its end. Pure."""
 
 from __future__ import annotations
 

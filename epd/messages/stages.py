@@ -1,4 +1,4 @@
-"""Messages between the broker and the stage workers: encode, prefill, decode. See the package.
+"""Messages between the broker and the stage workers: encode, prefill, decode. Pure.
 
 Broker and workers speak of legs: one leg is one attempt at a request. The first leg has the request's own id, each
 later one an id that no worker has seen before.

@@ -1,6 +1,6 @@
 """Finds a model's `config.json`: a file, a folder, a name in the local Hugging Face cache, or one that comes with EPD.
 
-Reads files; never the network.
+Lives in the user's process; reads files, never the network.
 """
 
 from __future__ import annotations

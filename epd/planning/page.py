@@ -1,4 +1,7 @@
-"""Writes `docs/memory.md`: the paper's models, its figures, and ours: `python -m epd.planning.page [--check]`."""
+"""Writes `docs/memory.md`: the paper's models, its figures, and ours: `python -m epd.planning.page [--check]`.
+
+Lives in a developer's process.
+"""
 
 from __future__ import annotations
 

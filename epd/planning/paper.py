@@ -1,6 +1,6 @@
-"""What the paper (arXiv 2501.05460) says about memory.
+"""What the paper (arXiv 2501.05460) says about memory. Pure.
 
-Figures of the paper beside which `docs/memory.md` puts ours. Its devices are A100 of 80 GB, its weights FP16.
+`docs/memory.md` shows these figures beside ours. The paper uses A100 GPUs of 80 GB and FP16 weights.
 """
 
 from __future__ import annotations

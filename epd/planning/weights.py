@@ -1,7 +1,8 @@
 """How many parameters the parts of a model have: counted on the model itself, built without memory.
 
-transformers builds it from its configuration on torch's "meta" device. InternVL2 and MiniCPM-V have code of their own
-on the Hub: their parts are those of models that transformers knows, and the projector between them is counted by hand.
+Lives in the user's process. transformers builds the model from its configuration on torch's "meta" device. The code of
+InternVL2 and MiniCPM-V is on the Hub only: their parts are those of models that transformers knows, and the projector
+between them is counted by hand.
 """
 
 from __future__ import annotations

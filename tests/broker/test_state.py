@@ -1,4 +1,4 @@
-"""Nobody but `broker.core.request` writes the state of a request or of a leg."""
+"""Nobody but `broker.core.request` writes the state of a request or of a leg, and no function of the broker is long."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.broker.world import World
 
 BROKER = Path(__file__).resolve().parents[2] / "broker"
 OWN = "core/request.py"
+MAX_LINES = 60  # of one function
 FIELDS = {*Leg.__slots__, *Request.__slots__}
 # Calls that change what a field holds.
 CHANGES = {"add", "append", "clear", "discard", "extend", "insert", "pop", "remove", "setdefault", "update"}
@@ -75,6 +76,17 @@ def test_an_illegal_change_raises_with_the_story() -> None:
     for change in (request.fail, request.cancel, request.kv_there, lambda: request.finish([1])):
         with pytest.raises(InvalidTransitionError, match="in state cancelled"):
             change()
+
+
+def test_no_function_of_the_broker_is_long() -> None:
+    long = []
+    for path in sorted(BROKER.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                num_lines = (node.end_lineno or 0) - node.lineno + 1
+                if num_lines >= MAX_LINES:
+                    long.append(f"{path.relative_to(BROKER)}:{node.lineno} {node.name}: {num_lines} lines")
+    assert not long, "\n".join(long)
 
 
 def test_the_table_names_every_state_that_can_be_left_and_every_event() -> None:

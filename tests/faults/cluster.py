@@ -6,11 +6,11 @@ daemons: heartbeats, registration, fencing by incarnation, a supervisor that sta
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+from broker.virtual.link import Peer
+from broker.virtual.network import Network
 from epd.config import BrokerConfig, Config
 from epd.messages import Message, Stage
 from epd.transport import wire
@@ -23,22 +23,19 @@ from tests.faults.processes import (
     EndpointProcess,
     Fault,
     Packet,
-    Peer,
+    PacketReader,
     WorkerProcess,
     kind_of,
 )
 
 
-class Cluster:
+class Cluster(Network):
     """Two encode, one prefill and two decode workers, a cache, a broker and an endpoint; nothing moves but by `run`."""
 
     def __init__(self, **broker: Any) -> None:
-        self.now = 0.0
-        self.config = Config(broker=BrokerConfig(absence_grace_s=10.0, max_queue_s=20.0, hung_after_s=10.0, **broker))
-        self.numbers = itertools.count(1)
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self.by_incarnation: dict[str, Peer] = {}
+        config = BrokerConfig(absence_grace_s=10.0, max_queue_s=20.0, hung_after_s=10.0, **broker)
+        super().__init__(config, LATENCY_S)
+        self.whole_config = Config(broker=config)
         self.by_engine: dict[str, WorkerProcess] = {}
         self.pools: dict[str, bytearray] = {}
         self.faults: list[Fault] = []
@@ -52,27 +49,13 @@ class Cluster:
         self.workers = [WorkerProcess(self, role, f"{role}-{i}") for i, role in enumerate(roles)]
         for process in (self.broker, self.cache, *self.workers, self.endpoint):
             process.start()
-        self.run(2.0)
-
-    # ---- time ------------------------------------------------------------------------------------------------------
-
-    def after(self, delay_s: float, call: Callable[[], None]) -> None:
-        """Calls when so much time has passed."""
-        heapq.heappush(self._events, (self.now + max(delay_s, 0.0), next(self._order), call))
-
-    def run(self, seconds: float) -> None:
-        """Lets time pass."""
-        until = self.now + seconds
-        while self._events and self._events[0][0] <= until:
-            self.now, _, call = heapq.heappop(self._events)
-            call()
-        self.now = until
+        self.clock.run(2.0)
 
     def settle(self, within_s: float) -> bool:
         """Lets time pass until all requests have ended and nobody holds anything; whether that was in time."""
         until = self.now + within_s
         while self.now < until:
-            self.run(0.5)
+            self.clock.run(0.5)
             if all(ask.end for ask in self.asks) and not self.held():
                 return True
         return False
@@ -87,7 +70,14 @@ class Cluster:
                 return made
         return whole
 
-    def send(self, source: str, target: str, incarnation: str, message: Message, frames: list[bytes]) -> None:
+    def to_broker(self, peer: Peer, message: Message, frames: Sequence[bytes] = ()) -> None:
+        self._send(str(peer.role), BROKER, peer.incarnation, message, frames)
+
+    def to_peer(self, incarnation: str, message: Message, frames: Sequence[bytes]) -> None:
+        if peer := self.peers.get(incarnation):
+            self._send(BROKER, str(peer.role), incarnation, message, frames)
+
+    def _send(self, source: str, target: str, incarnation: str, message: Message, frames: Sequence[bytes]) -> None:
         """Puts a message on the wire between a peer's incarnation and the broker."""
         packet = Packet(source, target, kind_of(message), wire.encode(message, frames))
         self.seen.append((packet, incarnation))
@@ -97,12 +87,12 @@ class Cluster:
     def deliver(self, target: str, incarnation: str, parts: list[bytes], delay_s: float) -> None:
         """Hands parts over after a while: to the broker, or to the incarnation, if it is still there."""
         if target == BROKER:
-            self.broker.later(delay_s, lambda: self.broker.receive(incarnation, parts))
-        elif peer := self.by_incarnation.get(incarnation):
+            self.broker.later(delay_s, lambda: self.broker.receive_parts(incarnation, parts))
+        elif peer := cast(PacketReader | None, self.peers.get(incarnation)):
 
             def hand_over() -> None:
-                if self.by_incarnation.get(incarnation) is peer:
-                    peer.receive(parts)
+                if self.peers.get(incarnation) is peer:
+                    peer.receive_parts(parts)
 
             peer.later(delay_s, hand_over)
 
@@ -111,7 +101,7 @@ class Cluster:
     def ask(self, ask: Ask, after_s: float) -> None:
         """Has a client send a request in a while."""
         self.asks.append(ask)
-        self.after(after_s, lambda: self.endpoint.ask(ask))
+        self.clock.after(after_s, lambda: self.endpoint.ask(ask))
 
     def worker(self, role: Stage) -> WorkerProcess:
         """The worker of a role that has most to do."""

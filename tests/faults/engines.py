@@ -13,9 +13,10 @@ from typing import Any
 
 import msgspec
 
+from broker.virtual.endpoint import Flight
 from cache import slot as slots
 from cache.slot import StaleSlotError
-from epd.messages import EncodeJob, KvPeer, Slot
+from epd.messages import EncodeJob, KvPeer, Patch, Slot, Submit
 
 WIDTH, DTYPE = 64, "bfloat16"
 
@@ -49,19 +50,26 @@ class EngineRequest(msgspec.Struct):
     patches: list[str]
 
 
-@dataclasses.dataclass
-class Ask:
+class Ask(Flight):
     """A request and what its client has got."""
 
-    request_id: str
-    request: EngineRequest
-    pixels: dict[str, bytes]
-    resumable: bool
-    prefill_samples: bool
-    deadline_at: float
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    end: str = ""
-    attempts: int = 0
+    def __init__(
+        self,
+        request_id: str,
+        request: EngineRequest,
+        pixels: dict[str, bytes],
+        resumable: bool,
+        prefill_samples: bool,
+        deadline_s: float,
+    ) -> None:
+        patches = [Patch(patch_hash=one, modality="image", num_tokens=4, num_frames=1) for one in pixels]
+        submit = Submit(
+            request_id=request_id, num_prompt_tokens=len(request.prompt), max_tokens=request.max_tokens,
+            num_engine_frames=1, patches=patches, deadline_s=deadline_s, resumable=resumable,
+            prefill_samples=prefill_samples,
+        )  # fmt: skip
+        super().__init__(submit, [msgspec.msgpack.encode(request), *pixels.values()])
+        self.request, self.pixels = request, pixels
 
     def truth(self) -> list[int]:
         """The answer of an undisturbed run."""

@@ -6,11 +6,12 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 
+from broker.virtual.process import Process
 from cache.slot import HEADER_BYTES, MAGIC, slot_bytes
 from epd.messages import Stage
 from tests.faults.cluster import Cluster
 from tests.faults.engines import DTYPE, WIDTH, Ask, EngineRequest
-from tests.faults.processes import BROKER, LAST, Fault, Packet, Process, WorkerProcess
+from tests.faults.processes import BROKER, LAST, Fault, Packet, WorkerProcess
 
 HANG_S, SLOW_S = 6.0, 0.5
 SLOT_BYTES = slot_bytes(4, WIDTH, DTYPE)
@@ -53,7 +54,7 @@ def requests(cluster: Cluster) -> list[Ask]:
     for i in range(6):
         pixels = {f"hash {i % 5} {k}": f"pixels {i % 5} {k}".encode() for k in range(i % 3)}
         request = EngineRequest(prompt=b"prompt %d " % i * 4, max_tokens=12, patches=list(pixels))
-        asks.append(Ask(f"r{i}", request, pixels, i != 4, i not in (1, 4), cluster.now + DEADLINE_S + i * 0.01))
+        asks.append(Ask(f"r{i}", request, pixels, i != 4, i not in (1, 4), DEADLINE_S))
     return asks
 
 
@@ -134,14 +135,14 @@ def slow(edge: str) -> Fault:
 def replay(cluster: Cluster, edge: str) -> None:
     """The victim is killed, and when it is back, all that was ever said on the edge arrives once more."""
     victim = process(cluster, VICTIMS[edge])
-    cluster.after(0.02, victim.kill)
+    cluster.clock.after(0.02, victim.kill)
 
     def again() -> None:
         for packet, incarnation in list(cluster.seen):
             if packet.kind in EDGES[edge].get((packet.source, packet.target), ()):
                 cluster.deliver(packet.target, incarnation, packet.parts, 0.001)
 
-    cluster.after(0.02 + 3.0, again)
+    cluster.clock.after(0.02 + 3.0, again)
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def _process_fault(name: str, fault: str, at_s: float) -> Callable[[Cluster], No
             else:
                 victim.hang(HANG_S)
 
-        cluster.after(at_s, strike)
+        cluster.clock.after(at_s, strike)
 
     return begin
 
@@ -189,7 +190,7 @@ def _memory_fault(edge: str, fault: str, number: int) -> Callable[[Cluster], Non
             if fault == "slow":
                 worker.hang(SLOW_S)
             elif role is Stage.ENCODE:
-                cluster.after(0.0, lambda: damage(cluster, memory, fault, number))
+                cluster.clock.after(0.0, lambda: damage(cluster, memory, fault, number))
             else:
                 damage(cluster, memory, fault, number)
 
@@ -221,4 +222,4 @@ def damage(cluster: Cluster, memory: bytearray, fault: str, number: int) -> None
                 memory[at + HEADER_BYTES + random.Random(number).randrange(64)] ^= 1 << number
     damaged = bytes(memory)
     if fault in ("reordered", "duplicated"):
-        cluster.after(0.02, lambda: put_back(damaged))
+        cluster.clock.after(0.02, lambda: put_back(damaged))

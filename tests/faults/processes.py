@@ -1,4 +1,4 @@
-"""The daemons of the cluster: real core, real stages, and stand-ins for links, cache daemon and endpoint.
+"""The daemons of the cluster: those of `broker.virtual`, but with real stages, and packets of real wire encoding.
 
 What they stand in for is `broker.daemon`, `epd.transport.link`, `cache.daemon`, `workers.daemon` and
 `epd.endpoint.engine.flights`.
@@ -7,16 +7,17 @@ What they stand in for is `broker.daemon`, `epd.transport.link`, `cache.daemon`,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from broker.core.core import Core
+from broker.virtual import endpoint, link
+from broker.virtual.broker import Broker
 from epd import messages as m
-from epd.messages import Kind, Message, Stage
+from epd.messages import Message, Stage
 from epd.transport import wire
-from tests.faults.engines import DTYPE, WIDTH, Ask, Engine
+from tests.faults.engines import DTYPE, WIDTH, Engine
 from workers.decode import DecodeStage
 from workers.encode import EncodeStage
 from workers.prefill import PrefillStage
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 
 LATENCY_S = 0.001
 STEP_S = 0.005
-RESTART_S = 2.0
-HELLO_EVERY_S = 0.5
-MAX_RESTARTS = 3
-TICK_S = 0.25
 POOL_BYTES = 1 << 18
 BROKER = "broker"
 LAST = "last "
@@ -63,202 +60,60 @@ def kind_of(message: Message) -> str:
 Fault = Callable[[Packet], list[tuple[float, list[bytes]]]]
 
 
-class Process:
-    """Something that can be killed and can hang. Calls for a hanging process wait until it goes on."""
+class PacketReader(link.Peer):
+    """A peer that gets what comes as parts, and counts what is no message."""
 
-    def __init__(self, cluster: Cluster, name: str) -> None:
-        self.cluster, self.name = cluster, name
-        self.life = 0
-        self.hangs, self.alive = False, True
-        self._waiting: list[Callable[[], None]] = []
+    num_malformed = 0
 
-    def later(self, delay_s: float, call: Callable[[], None]) -> None:
-        """Calls in a while, if this life of the process has not ended by then."""
-        life = self.life
-
-        def run() -> None:
-            if life != self.life:
-                return
-            if self.hangs:
-                self._waiting.append(run)
-            else:
-                call()
-
-        self.cluster.after(delay_s, run)
-
-    def hang(self, for_s: float) -> None:
-        """SIGSTOP, and SIGCONT after a while."""
-        self.hangs = True
-        self.cluster.after(for_s, self._go_on)
-
-    def _go_on(self) -> None:
-        self.hangs = False
-        waiting, self._waiting = self._waiting, []
-        for call in waiting:
-            call()
-
-    def kill(self) -> None:
-        """SIGKILL; the supervisor starts it again."""
-        self.life += 1
-        self.hangs, self.alive, self._waiting = False, False, []
-        self.died()
-        self.later(RESTART_S, self._start_again)
-
-    def _start_again(self) -> None:
-        self.alive = True
-        self.start()
-
-    def died(self) -> None:
-        """What goes with it."""
-
-    def start(self) -> None:
-        """Begins a life."""
+    def receive_parts(self, parts: list[bytes]) -> None:
+        self.heard()
+        try:
+            message, frames = wire.decode(parts)
+        except wire.WireError:
+            self.num_malformed += 1
+        else:
+            self.receive(message, frames)
 
 
-class BrokerProcess(Process):
+class BrokerProcess(Broker):
     """The core, as `broker.daemon` runs it."""
 
-    def start(self) -> None:
-        self.core = Core(self.cluster.config.broker, first_generation=1 + int(self.cluster.now * 1e6))
-        self.num_malformed = 0
-        self._tick()
+    num_malformed = 0
 
-    def _tick(self) -> None:
-        self._perform(self.core.tick(self.cluster.now))
-        self.later(TICK_S, self._tick)
-
-    def receive(self, peer_id: str, parts: list[bytes]) -> None:
+    def receive_parts(self, peer_id: str, parts: list[bytes]) -> None:
         try:
             message, frames = wire.decode(parts)
         except wire.WireError:
             self.num_malformed += 1
-            return
-        self._perform(self.core.handle(peer_id, message, frames, self.cluster.now))
-
-    def _perform(self, sends: list[Any]) -> None:
-        for peer_id, message, frames in sends:
-            if peer := self.cluster.by_incarnation.get(peer_id):
-                self.cluster.send(BROKER, str(peer.role), peer_id, message, frames)
-
-
-class Peer(Process):
-    """A daemon with a link to the broker, as `epd.transport.link` keeps it."""
-
-    role: Kind | Stage
-
-    def start(self) -> None:
-        self.num_malformed = 0
-        self._register()
-
-    def info(self) -> m.WorkerInfo:
-        return m.WorkerInfo()
-
-    def pools(self) -> list[m.Pool]:
-        return []
-
-    def _register(self) -> None:
-        self.incarnation = f"{self.name}#{next(self.cluster.numbers)}"
-        self.registered = False
-        self.cluster.by_incarnation[self.incarnation] = self
-        self._hello(self.incarnation)
-
-    def _hello(self, incarnation: str) -> None:
-        if self.registered or incarnation != self.incarnation:
-            return
-        hello = m.Hello(
-            name=self.name, kind=Kind.WORKER if isinstance(self.role, Stage) else self.role,
-            stage=self.role if isinstance(self.role, Stage) else None, incarnation=incarnation, host="h", pid=1,
-            info=self.info(), pools=self.pools(),
-        )  # fmt: skip
-        self.cluster.send(str(self.role), BROKER, incarnation, hello, [])
-        self.later(HELLO_EVERY_S, lambda: self._hello(incarnation))
-
-    def died(self) -> None:
-        self.cluster.by_incarnation.pop(self.incarnation, None)
-        self.registered = False
-
-    def say(self, message: Message, frames: Any = ()) -> None:
-        if self.registered:
-            self.cluster.send(str(self.role), BROKER, self.incarnation, message, list(frames))
-
-    def _beat(self, incarnation: str, welcome: m.Welcome) -> None:
-        if incarnation != self.incarnation:
-            return
-        self.say(m.Heartbeat(num_steps=self.num_steps()))
-        if self.cluster.now - self.heard_at > welcome.lost_after_s:
-            self._lose("the broker was silent")
         else:
-            self.later(welcome.heartbeat_s, lambda: self._beat(incarnation, welcome))
-
-    def _lose(self, reason: str) -> None:
-        self.cluster.by_incarnation.pop(self.incarnation, None)
-        self.registered = False
-        self.lost(reason)
-        self._register()
-
-    def num_steps(self) -> int:
-        return 0
-
-    def receive(self, parts: list[bytes]) -> None:
-        self.heard_at = self.cluster.now
-        try:
-            message, frames = wire.decode(parts)
-        except wire.WireError:
-            self.num_malformed += 1
-            return
-        match message:
-            case m.HeartbeatAck():
-                pass
-            case m.Welcome() if not self.registered:
-                self.registered = True
-                self.welcomed(message)
-                incarnation = self.incarnation
-                self.later(message.heartbeat_s, lambda: self._beat(incarnation, message))
-            case m.Welcome():
-                pass
-            case m.Unknown():
-                if self.registered:
-                    self._lose("the broker does not know this incarnation")
-            case _ if self.registered:
-                self.take(message, frames)
-
-    def welcomed(self, welcome: m.Welcome) -> None:
-        """The broker has registered this peer."""
-
-    def lost(self, reason: str) -> None:
-        """The broker is gone, and with it all that it knew."""
-
-    def take(self, message: Message, frames: list[bytes]) -> None:
-        """A message that is not the link's."""
+            self.receive(peer_id, message, frames)
 
 
-class CacheProcess(Peer):
+class CacheProcess(PacketReader, link.Cache):
     """The owner of a pool. When it dies, its memory stays with those who have it mapped."""
 
-    role = Kind.CACHE
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        super().__init__(cluster, name, POOL_BYTES)
+        self.cluster = cluster
 
     def start(self) -> None:
-        self.pool_id = f"pool{next(self.cluster.numbers)}"
-        self.cluster.pools[self.pool_id] = bytearray(POOL_BYTES)
         super().start()
-
-    def pools(self) -> list[m.Pool]:
-        return [m.Pool(pool_id=self.pool_id, kind="shared_memory", name="p", nbytes=POOL_BYTES, host="h")]
+        self.cluster.pools[self.pool_id] = bytearray(POOL_BYTES)
 
 
-class WorkerProcess(Peer):
+class WorkerProcess(PacketReader, link.Peer):
     """A real stage over an engine without a model."""
 
     def __init__(self, cluster: Cluster, role: Stage, name: str) -> None:
         super().__init__(cluster, name)
-        self.role = role
+        self.cluster, self.role = cluster, role
 
     def start(self) -> None:
         self.engine_id = f"{self.name}.{next(self.cluster.numbers)}"
         self.engine = Engine(self.engine_id, self.cluster.pools, self.send_kv)
         self.cluster.by_engine[self.engine_id] = self
-        make, clock = STAGES[self.role], lambda: self.cluster.now
-        self.stage = make(self.cluster.config, self.name, self.say, lambda command, *args: command(*args), clock)
+        make, clock = STAGES[self.role], lambda: self.clock.now
+        self.stage = make(self.cluster.whole_config, self.name, self.say, lambda command, *args: command(*args), clock)
         self.stage.engine = self.engine  # type: ignore[assignment]
         match self.stage:
             case EncodeStage():
@@ -283,8 +138,8 @@ class WorkerProcess(Peer):
             owner=self.engine_id[:16], kv=kv, kv_capacity_tokens=4096,
         )  # fmt: skip
 
-    def num_steps(self) -> int:
-        return self._steps
+    def heartbeat(self) -> m.Heartbeat:
+        return m.Heartbeat(num_steps=self._steps)
 
     def welcomed(self, welcome: m.Welcome) -> None:
         self.stage.set_pools(welcome.pools)
@@ -292,7 +147,7 @@ class WorkerProcess(Peer):
     def lost(self, reason: str) -> None:
         self.stage.reset()
 
-    def take(self, message: Message, frames: list[bytes]) -> None:
+    def take(self, message: Message, frames: Sequence[bytes]) -> None:
         if isinstance(message, m.Pools):
             self.stage.set_pools(message.pools)
         else:
@@ -326,83 +181,9 @@ class WorkerProcess(Peer):
             self._wake()
 
 
-class EndpointProcess(Peer):
-    """Submits requests, holds them, and submits them to the next broker too, as `epd.endpoint.engine.flights` does."""
+class EndpointProcess(PacketReader, endpoint.Endpoint):
+    """Its clients' tokens are those in the frames that the engines have packed."""
 
-    role = Kind.ENDPOINT
-
-    def start(self) -> None:
-        self.asks: dict[str, Ask] = {}
-        super().start()
-
-    def died(self) -> None:
-        super().died()
-        for ask in self.asks.values():
-            ask.end = ask.end or "connection lost"
-
-    def ask(self, ask: Ask) -> None:
-        if not self.alive:
-            ask.end = "connection lost"
-            return
-        self.asks[ask.request_id] = ask
-        self.later(ask.deadline_at + 5.0 - self.cluster.now, lambda: self._fail(ask, "deadline_exceeded"))
-        if self.registered:
-            self._submit(ask)
-
-    def _submit(self, ask: Ask) -> None:
-        patches = [m.Patch(patch_hash=one, modality="image", num_tokens=4, num_frames=1) for one in ask.pixels]
-        submit = m.Submit(
-            request_id=ask.request_id, num_prompt_tokens=len(ask.request.prompt), max_tokens=ask.request.max_tokens,
-            num_engine_frames=1, patches=patches, deadline_s=max(ask.deadline_at - self.cluster.now, 0.001),
-            attempts=ask.attempts, output_token_ids=list(ask.tokens), resumable=ask.resumable,
-            prefill_samples=ask.prefill_samples,
-        )  # fmt: skip
-        ask.attempts += 1
-        self.say(submit, [msgspec.msgpack.encode(ask.request), *ask.pixels.values()])
-
-    def cancel(self, ask: Ask) -> None:
-        ask.end = ask.end or "cancelled"
-        self.say(m.Cancel(request_id=ask.request_id))
-
-    def _submit_rest(self, ask: Ask) -> None:
-        """Tokens are missing: from the last one that is there."""
-        if ask.attempts > MAX_RESTARTS or (ask.tokens and not ask.resumable):
-            self._fail(ask, "engine_failed")
-        else:
-            self.say(m.Cancel(request_id=ask.request_id))
-            self._submit(ask)
-
-    def _fail(self, ask: Ask, code: str) -> None:
-        if not ask.end:
-            self.cancel(ask)
-            ask.end = code
-
-    def welcomed(self, welcome: m.Welcome) -> None:
-        for ask in self.asks.values():
-            if not ask.end:
-                self._submit(ask)
-
-    def lost(self, reason: str) -> None:
-        for ask in self.asks.values():
-            if not ask.end and ask.tokens and not ask.resumable:
-                ask.end = "broker_lost"
-
-    def take(self, message: Message, frames: list[bytes]) -> None:
-        if isinstance(message, m.Outputs):
-            at = 0
-            for output in message.outputs:
-                self._take_output(output, frames[at : at + output.num_frames])
-                at += output.num_frames
-        elif isinstance(message, m.Failed) and (ask := self.asks.get(message.request_id)) and not ask.end:
-            ask.end = message.code
-
-    def _take_output(self, output: m.RequestOutput, frames: list[bytes]) -> None:
-        ask = self.asks.get(output.request_id)
-        if ask is None or ask.end:
-            return
-        if output.num_before > len(ask.tokens):
-            self._submit_rest(ask)
-        elif output.num_before in (-1, len(ask.tokens)):
-            ask.tokens += msgspec.msgpack.decode(frames[0])
-            if output.finish_reason:
-                ask.end = "finished"
+    def tokens_of(self, output: m.RequestOutput, frames: Sequence[bytes]) -> list[int]:
+        tokens: list[int] = msgspec.msgpack.decode(frames[0])
+        return tokens

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from broker.virtual.process import Process
 from tests.faults.cluster import Cluster
 from tests.faults.engines import Ask, EngineRequest
-from tests.faults.processes import Packet, Process
+from tests.faults.processes import Packet
 
 SECONDS, NUM_REQUESTS, NUM_FAULTS = 12.0, 30, 6
 SETTLED_WITHIN_S = 150.0
@@ -26,21 +27,21 @@ def begin(seed: int, *, lossy: bool) -> tuple[Cluster, list[Ask], list[str]]:
             prompt=b"p %d " % i * rng.randint(1, 8), max_tokens=rng.randint(1, 40), patches=[*pixels]
         )
         resumable, prefill_samples = rng.choice([(True, True), (True, False), (False, False)])
-        asks.append(Ask(f"r{i}", request, pixels, resumable, prefill_samples, cluster.now + at_s + 40.0))
+        asks.append(Ask(f"r{i}", request, pixels, resumable, prefill_samples, 40.0))
         cluster.ask(asks[-1], at_s)
         if rng.random() < 0.15:
             cancel_at_s = at_s + rng.uniform(0, 0.3)
-            cluster.after(cancel_at_s, lambda ask=asks[-1]: cluster.endpoint.cancel(ask))  # type: ignore[misc]
+            cluster.clock.after(cancel_at_s, lambda ask=asks[-1]: cluster.endpoint.cancel(ask))  # type: ignore[misc]
     processes: list[Process] = [cluster.broker, cluster.cache, *cluster.workers]
     for _ in range(NUM_FAULTS):
         at_s, victim = rng.uniform(0, SECONDS), rng.choice(processes)
         if rng.random() < 0.6:
             told.append(f"{at_s:.3f} kill {victim.name}")
-            cluster.after(at_s, lambda victim=victim: victim.alive and victim.kill())  # type: ignore[misc]
+            cluster.clock.after(at_s, lambda victim=victim: victim.alive and victim.kill())  # type: ignore[misc]
         else:
             for_s = rng.choice((0.3, 2.0, 6.0))
             told.append(f"{at_s:.3f} hang {victim.name} {for_s} s")
-            cluster.after(at_s, lambda victim=victim, for_s=for_s: victim.alive and victim.hang(for_s))  # type: ignore[misc]
+            cluster.clock.after(at_s, lambda victim=victim, for_s=for_s: victim.alive and victim.hang(for_s))  # type: ignore[misc]
     if lossy:
         cluster.faults.append(lambda packet: _lossy(rng, packet))
     return cluster, asks, told

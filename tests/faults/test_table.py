@@ -27,7 +27,7 @@ def storm(cell: Cell) -> collections.Counter[str]:
         asks = requests(cluster)
         for i, ask in enumerate(asks):
             cluster.ask(ask, after_s=0.004 * i)
-        cluster.after(0.05, lambda cluster=cluster, ask=asks[-1]: cluster.endpoint.cancel(ask))  # type: ignore[misc]
+        cluster.clock.after(0.05, lambda cluster=cluster, ask=asks[-1]: cluster.endpoint.cancel(ask))  # type: ignore[misc]
         settled = cluster.settle(SETTLED_WITHIN_S)
         for ask in asks:
             truth = ask.truth()
@@ -69,7 +69,7 @@ def test_an_undisturbed_cluster_answers_and_its_messages_are_of_all_kinds_that_a
     asks = requests(cluster)
     for ask in asks:
         cluster.ask(ask, after_s=0.0)
-    cluster.after(0.01, lambda: cluster.endpoint.cancel(asks[-1]))
+    cluster.clock.after(0.01, lambda: cluster.endpoint.cancel(asks[-1]))
     assert cluster.settle(10.0)
     assert [ask.end for ask in asks] == ["finished"] * 5 + ["cancelled"]
     assert all(ask.tokens == ask.truth() for ask in asks[:-1])

@@ -11,8 +11,8 @@ from epd.transport import wire
 from epd.transport.factory import LINGER_MS, UNBOUNDED, AddressError, SocketFactory, address_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# What others may use of ZeroMQ: its errors, waiting, and the type of what the factory gives them.
-USED = {"Again", "ZMQError", "NOBLOCK", "POLLIN", "Poller", "Socket"}
+# What others may use of ZeroMQ: its errors, flags of one call, waiting, and the type of what the factory gives them.
+USED = {"Again", "ZMQError", "NOBLOCK", "SNDMORE", "POLLIN", "Poller", "Socket"}
 
 
 def test_no_other_module_makes_a_socket_or_sets_its_options():

@@ -1,1 +1,4 @@
-"""The pipeline as vLLM's engine core: requests to the broker, and their outputs back, each exactly once."""
+"""The pipeline as vLLM's engine core: requests to the broker, and their outputs back, each exactly once.
+
+Lives in the endpoint process.
+"""

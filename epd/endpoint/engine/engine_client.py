@@ -83,6 +83,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
             may_resume=not decode.get("logits_processors"),
             # Of a prompt whose state decode needs without its last token, prefill computes all but that token.
             prefill_samples=not self._recurrent and all(prefill.get(o) == decode.get(o) for o in SAMPLER_OPTIONS),
+            names_prefixes=config.broker.prefill_choice == "affine",
         )
         self.status_changed = asyncio.Event()
         self._stories_asked: Questions[Story] = Questions()

@@ -21,7 +21,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from epd.config import EndpointConfig
 from epd.endpoint.engine.flight import Flight, IncompleteOutputError
 from epd.endpoint.engine.outputs import OutputReader, num_bytes
-from epd.endpoint.engine.submission import PipelineError, submission, too_large, without_pixels
+from epd.endpoint.engine.submission import PipelineError, prefix_hashes, submission, too_large, without_pixels
 from epd.endpoint.http.exchange import Exchange
 from epd.endpoint.http.failures import Failure, failure_of
 from epd.endpoint.http.keys import tenant_of
@@ -52,6 +52,7 @@ class Flights:
         stories: told of each beginning and end.
         may_resume: whether requests with tokens may go on elsewhere at all.
         prefill_samples: whether prefill workers may sample first tokens at all.
+        names_prefixes: whether the broker is told what prompts begin with.
 
     Attributes:
         processor: vLLM's output processor whose requests these are.
@@ -70,8 +71,10 @@ class Flights:
         *,
         may_resume: bool = True,
         prefill_samples: bool = True,
+        names_prefixes: bool = False,
     ) -> None:
         self._config, self._send, self._beliefs, self._stories = config, send, beliefs, stories
+        self._names_prefixes = names_prefixes
         self._options = {"may_resume": may_resume, "prefill_samples": prefill_samples}
         self._reader = OutputReader()
         self._flights: dict[str, Flight] = {}
@@ -151,6 +154,7 @@ class Flights:
             output_token_ids=list(flight.token_ids),
             resumable=flight.resumable,
             prefill_samples=flight.prefill_samples,
+            prefix_hashes=prefix_hashes(flight.request) if self._names_prefixes else [],
         )
         reason = too_large(frames)
         if reason:

@@ -5,10 +5,12 @@ Lives in the endpoint process; pure. A part of the engine client, written agains
 
 from __future__ import annotations
 
+from array import array
 from copy import copy
 from http import HTTPStatus
 from typing import Any
 
+from blake3 import blake3
 from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackEncoder
@@ -20,6 +22,7 @@ from epd.transport import wire
 
 # vLLM's convolution on a CPU ends the engine where a prompt begins with a step of one token.
 _MIN_RECURRENT_TOKENS = 3
+_PREFIX_TOKENS, _MAX_PREFIXES = 256, 32
 _FORBIDDEN_EXTRA_ARGS = ("kv_transfer_params", "ec_transfer_params")
 
 
@@ -108,6 +111,22 @@ def submission(request: EngineCoreRequest, parts: Split, **fields: Any) -> tuple
         **fields,
     )
     return submit, [*engine_frames, *parts.frames]
+
+
+def prefix_hashes(request: EngineCoreRequest) -> list[str]:
+    """Names of the beginnings of a prompt, from short to long, in steps of `_PREFIX_TOKENS` tokens.
+
+    The same beginning has the same name, unless its adapter or cache salt is another: then its KV is, too. Only a hint
+    where to prefill: of items, their places are named but not what they are (their patches say that).
+    """
+    tokens = array("I", request.prompt_token_ids or ()).tobytes()
+    step = _PREFIX_TOKENS * array("I").itemsize
+    digest = blake3(f"{request.cache_salt or ''}/{request.lora_request and request.lora_request.lora_name}".encode())
+    names = []
+    for end in range(step, min(len(tokens), _MAX_PREFIXES * step) + 1, step):
+        digest.update(tokens[end - step : end])
+        names.append(digest.hexdigest(length=8))
+    return names
 
 
 def too_large(frames: list[Any]) -> str:

@@ -1,0 +1,75 @@
+"""A process in virtual time: it can be killed, and starts again, and it can hang. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from broker.virtual.clock import Clock
+
+
+class Process:
+    """Something that lives, several times. Calls for a process that hangs wait until it goes on.
+
+    Args:
+        clock: the time.
+        name: what it is called in all its lives.
+        restart_s: how long after its death its supervisor has started it again; None: never.
+
+    Attributes:
+        life: counts its deaths.
+        hangs: it is stopped, as by SIGSTOP.
+        alive: it has not been killed, or was started again.
+    """
+
+    def __init__(self, clock: Clock, name: str, restart_s: float | None = 2.0) -> None:
+        self.clock, self.name, self.restart_s = clock, name, restart_s
+        self.life = 0
+        self.hangs, self.alive = False, True
+        self._calls: list[Callable[[], None]] = []
+
+    def later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Calls in a while, if this life of the process has not ended by then."""
+        life = self.life
+
+        def run() -> None:
+            if life != self.life:
+                return
+            if self.hangs:
+                self._calls.append(run)
+            else:
+                call()
+
+        self.clock.after(delay_s, run)
+
+    def start(self) -> None:
+        """Begins a life."""
+
+    def died(self) -> None:
+        """What goes with it."""
+
+    def hang(self, for_s: float) -> None:
+        """SIGSTOP, and SIGCONT after a while."""
+        self.hangs = True
+        self.clock.after(for_s, self._go_on)
+
+    def _go_on(self) -> None:
+        self.hangs = False
+        waiting, self._calls = self._calls, []
+        for call in waiting:
+            call()
+
+    def kill(self) -> None:
+        """SIGKILL; the supervisor starts it again."""
+        self.end()
+        if self.restart_s is not None:
+            self.later(self.restart_s, self._start_again)
+
+    def end(self) -> None:
+        """Its life ends, and nobody starts it again."""
+        self.life += 1
+        self.hangs, self.alive, self._calls = False, False, []
+        self.died()
+
+    def _start_again(self) -> None:
+        self.alive = True
+        self.start()
