@@ -36,11 +36,11 @@ class Broker:
         config: `config.broker` says where to bind; a TCP port of 0 picks a free one, see `address`.
 
     Raises:
-        ConfigError: it cannot listen there, or cannot record where it should.
+        ConfigError: it cannot listen there, or cannot record to the given folder.
     """
 
     def __init__(self, config: Config) -> None:
-        # Generations start at the time in microseconds: no earlier broker of the same pools can have got so far.
+        # Generations start at the time in microseconds: no earlier broker of the same pools can have got that far.
         first_generation = time.time_ns() // 1000
         epoch_s = time.time() - time.monotonic()
         self.core = Core(config.broker, first_generation, epoch_s)
@@ -66,7 +66,7 @@ class Broker:
         self._complained_at = 0.0
 
     async def serve(self) -> None:
-        """Handles messages and the passing of time, for ever."""
+        """Handles messages and the passage of time, for ever."""
         self._socket = MessageSocket(self._bound, self._handle, NUM_READ)
         try:
             while True:
@@ -96,7 +96,7 @@ class Broker:
         now = time.monotonic()
         try:
             sends = self.core.handle(peer_id, message, frames, now)
-        except Exception:  # an error in the core is ours, but one request's message must not end all others
+        except Exception:  # a bug in the core; one request's message must not end all others
             log.exception("not handled", peer=peer_id, command=type(message).__name__)
             sends = self.core.take()
         if self._recorder:

@@ -1,6 +1,6 @@
-"""Requests on their way in: refused, queued, and started when all that they need is there at once. Pure.
+"""Requests on their way in: refused, queued, and started once everything that they need is available. Pure.
 
-Part of the decision core. The queue is looked at only when something that its head may wait for has changed
+Part of the decision core. The queue is looked at only when something that its head may be waiting for has changed
 (`broker.core.wake`).
 """
 
@@ -34,7 +34,7 @@ class Admission:
     """Admits requests to the queue, and starts them.
 
     Args:
-        requests: all that are in flight, by id; one that is admitted comes in.
+        requests: all that are in flight, by id; those that are admitted are added.
         keeper: acts for their legs.
         journal: gets what happens to them.
     """
@@ -65,7 +65,7 @@ class Admission:
     # ---- in --------------------------------------------------------------------------------------------------------
 
     def submit(self, peer: Peer, submit: m.Submit, frames: Sequence[bytes], now: float) -> None:
-        """SUBMIT: admits a request to the queue, or refuses it; what has come already changes nothing."""
+        """SUBMIT: admits a request to the queue, or refuses it; a repeated SUBMIT changes nothing."""
         known = self._requests.get(submit.request_id)
         if known is not None and known.endpoint is peer:
             self._counts.num_fenced += 1
@@ -77,7 +77,7 @@ class Admission:
             self._outbox.send(peer.peer_id, failed(submit.request_id, *refusal))
             return
         if self._is_queue_full(submit) and (other := self._gives_way(submit.tenant)):
-            text = "too many requests of this tenant wait, and another tenant's has come"
+            text = "too many requests of this tenant are waiting, and another tenant needs a place"
             self._endings.fail(other, ErrorCode.OVERLOADED, text, now)
         self._admit(request, now)
 
@@ -110,27 +110,27 @@ class Admission:
         if reason := self._stages.too_large(request.num_tokens):
             return ErrorCode.TOO_LARGE, reason
         if request.num_tokens_left < 1:
-            return ErrorCode.TOO_LARGE, "it has all the tokens it asks for already"
+            return ErrorCode.TOO_LARGE, "it already has all the tokens that it asked for"
         if submit.patches and self._patches.encode_info and self._patches.has_pools:
             try:
                 needs = self._patches.needs(submit.patches, self._patches.encode_info)
                 fits = self._patches.index.could_ever_fit(needs)
             except UnknownModalityError as error:
                 return ErrorCode.UNSUPPORTED_MODALITY, str(error)
-            except ValueError as error:  # a shape that cannot be
+            except ValueError as error:  # an impossible shape
                 return ErrorCode.TOO_LARGE, str(error)
             if not fits:
                 return ErrorCode.TOO_LARGE, f"the embeddings of {len(needs)} patches do not fit the cache"
         return None
 
     def _is_queue_full(self, submit: m.Submit) -> bool:
-        """Whether a request finds no place in the queue; one that an earlier broker had admitted always does."""
+        """Whether there is no place in the queue; a request that an earlier broker has admitted always gets one."""
         return not submit.attempts and len(self._queue) >= self._config.max_queued
 
     def _gives_way(self, tenant: str) -> Request | None:
-        """The queued request that a new one of `tenant` would displace: the newest of whoever has the most of them.
+        """The queued request that a new one of `tenant` would displace: the newest of the tenant with the most.
 
-        None where that tenant has no more than `tenant` would have then.
+        None if that tenant would then have no more than `tenant`: displacing it would gain nothing in fairness.
         """
         longest = self._queue.newest_of_longest()
         if longest is None or self._queue.count(longest[0]) <= self._queue.count(tenant) + 1:
@@ -148,7 +148,7 @@ class Admission:
         request.timers.append(self._timers.set(at, lambda now: self._has_waited(request, now)))
 
     def _has_waited(self, request: Request, now: float) -> None:
-        """A request that has begun meanwhile, and waits again later, is watched from then on."""
+        """Fails a request that has waited too long; one that has started may come back, so it is checked again."""
         if self._requests.get(request.request_id) is not request:
             return
         if request.state is State.QUEUED and now >= request.queued_at + self._config.max_queue_s:
@@ -160,7 +160,7 @@ class Admission:
             request.timers.append(self._timers.set(at, lambda now: self._has_waited(request, now)))
 
     def give_up_waiting(self, now: float) -> None:
-        """Requests that wait for what has been away for too long fail."""
+        """Fails the requests that wait for something that has been absent for too long."""
         for kind, names in NEEDED.items():
             if gone := self._liveness.gone(names, now):
                 for request in self._queue.of_kind(kind, self._requests):
@@ -181,9 +181,12 @@ class Admission:
     # ---- starting --------------------------------------------------------------------------------------------------
 
     def start_waiting(self, now: float) -> None:
-        """Starts the requests that wait, in turn, as long as there is room; who waits for a stage is passed by."""
+        """Starts waiting requests in turn while there is room; those that need an absent stage are passed over."""
         if not self._wake.due:
             return
+        # A head that does not fit ends the loop, although a smaller request behind it might fit: if small ones could
+        # overtake, a large one would never find enough room at once. An absent stage is different: it may be away for
+        # long, and what waits for it takes no room from the others.
         while (request_id := self._queue.next(self._liveness.blocked)) is not None:
             lacks = self._start(self._requests[request_id], now)
             if lacks is not None:
@@ -194,7 +197,10 @@ class Admission:
         self._wake.tried(None)
 
     def _start(self, request: Request, now: float) -> Room | None:
-        """Gives a queued request its workers and slots, all or nothing; or what it lacks."""
+        """Gives a queued request its workers and slots, all or nothing; returns what it lacks, if anything.
+
+        Requests that held a part of what they need while waiting for the rest could block each other for ever (ADR 5).
+        """
         patches = self._patches
         is_last = request.submit.prefill_samples and request.num_tokens_left == 1
         affinity = [*request.patches, *request.submit.prefix_hashes]
@@ -223,7 +229,7 @@ class Admission:
         return None
 
     def _acquire(self, request: Request, prefer_pool: str | None, now: float) -> list[Acquired] | Room | None:
-        """A request's slots; or that it lacks them; None where it has failed for want of them."""
+        """A request's slots; `Room.SLOTS` if it has to wait for them; None if it has failed."""
         patches = self._patches
         assert patches.encode_info is not None
         needs: list[PatchNeed] = []

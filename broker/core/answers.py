@@ -1,7 +1,7 @@
-"""A request's tokens: from the worker that has sampled them to the endpoint, in order and each once. Pure.
+"""A request's tokens: from the worker that sampled them to the endpoint, in order and exactly once. Pure.
 
-Part of the decision core. The first token of a leg comes from the prefill worker, with PREFILLED, where the endpoint
-has asked for that; all others come from the decode worker, many requests' in one message.
+Part of the decision core. If the endpoint has asked for that, the first token of a leg comes from the prefill worker,
+with PREFILLED. All others come from the decode worker, in one message for many requests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Answers:
         self._outbox, self._endings, self._retries, self._counts = outbox, endings, retries, counts
 
     def follows(self, request: Request, output: LegOutput, now: float) -> bool:
-        """Whether tokens come right after those that are there; after a gap the request goes on from what is there."""
+        """Whether tokens directly follow those that are there; after a gap the request is tried again from these."""
         num_known = len(request.output_token_ids)
         if output.num_before in (-1, num_known):
             return True
@@ -47,7 +47,7 @@ class Answers:
     def sampled(
         self, worker: Worker, request: Request, message: m.Prefilled, frames: Sequence[bytes], now: float
     ) -> None:
-        """The prefill worker has sampled the next token: the client gets it while the KV is still on its way."""
+        """The prefill worker has sampled the next token: the client gets it while the KV is still being pushed."""
         ids, num_before = message.token_ids, len(request.output_token_ids)
         if message.finish_reason:
             output = LegOutput(
@@ -60,7 +60,7 @@ class Answers:
         self._send(request, ids, num_before, frames)
 
     def prompt_output(self, request: Request, frames: Sequence[bytes]) -> None:
-        """The prefill worker has given log-probabilities of the prompt: the endpoint gets them once."""
+        """The prefill worker has sent log-probabilities of the prompt: the endpoint gets them once."""
         if not request.has_prompt_output:
             request.prompt_output_sent()
             output = RequestOutput(request_id=request.request_id, token_ids=[], num_frames=len(frames))
@@ -103,7 +103,7 @@ class Answers:
 
     @staticmethod
     def _tell(name: str, request: Request, now: float, num_pushed: int = -1) -> None:
-        """Adds to the story who gives a leg's first token, and who goes on after it."""
+        """Adds to the story which worker gives a leg's first token, and which goes on after it."""
         if request.state is not State.DECODING:
             leg = request.leg
             detail = f"KV of {num_pushed} of {leg.num_tokens} tokens was pushed" if num_pushed >= 0 else ""

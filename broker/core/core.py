@@ -43,7 +43,7 @@ from epd.messages import Kind, Message, Stage
 from epd.protocol import BY_STRUCT
 
 Frames = Sequence[bytes]
-# Which kinds of peers may ever send a message.
+# Which kinds of peers may send each message at all.
 _SENDERS = {kind: frozenset(one for one in Kind if row.may_come_from(one)) for kind, row in BY_STRUCT.items()}
 
 Taker = Callable[[Peer, m.Message, Frames, float], None]
@@ -170,7 +170,7 @@ class Core:
         return self._outbox.take()
 
     def take(self) -> list[Send]:
-        """What there is to send after `handle` has raised."""
+        """What is left to send after `handle` has raised."""
         return self._outbox.take()
 
     def _start(self, now: float) -> None:
@@ -180,7 +180,7 @@ class Core:
         self._dispatch(now)
 
     def _start_clock(self, now: float) -> None:
-        """The first time that is told is when this broker was born: every stage is absent since then."""
+        """Takes the first `now` as the birth of this broker: every stage has been absent since then."""
         if not self._started:
             self._started = True
             self._liveness.update(now)
@@ -196,7 +196,7 @@ class Core:
         return self.status_board.status(list(self.registry.workers.values()), gone=[], is_whole=True)
 
     def counters(self) -> m.Counters:
-        """The counts; the `held_*` ones are 0 when nothing is in flight."""
+        """The counters; the `held_*` ones are 0 when nothing is in flight."""
         return self.status_board.counters()
 
     def _held(self) -> dict[str, int]:
@@ -232,7 +232,7 @@ class Core:
     # ---- patches ---------------------------------------------------------------------------------------------------
 
     def _dispatch(self, now: float) -> None:
-        """Gives waiting patches to encode workers, each worker's in one message."""
+        """Gives waiting patches to encode workers, in one message for each worker."""
         given: dict[str, list[Job]] = {}
         for job, worker in self.patches.dispatch():
             self._liveness.gave(worker, now)

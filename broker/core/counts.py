@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(slots=True)
 class Counts:
-    """Since the broker has started; named as in `epd.messages.Counters`."""
+    """Counts since the broker started, named as in `epd.messages.Counters`."""
 
     num_accepted: int = 0
     num_refused: int = 0

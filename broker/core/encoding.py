@@ -1,9 +1,9 @@
-"""The patches waiting to be encoded and the ones being encoded, and which worker gets which. Pure.
+"""The patches that wait to be encoded and those being encoded, and which worker gets which. Pure.
 
-Tenants take turns by the tokens of their patches; in what order each tenant's are served is a policy. Each patch goes
-to the encode worker that the stage's choice prefers, by default the one with the least outstanding work: that spreads
-one request's patches over all workers and gets its last patch done soonest. A worker is given at most a few batches
-ahead, so that what waits here can still go to whoever is free first.
+Tenants take turns, by the tokens of their patches; the order of one tenant's patches is a policy. Each patch goes to
+the encode worker that the stage's choice prefers, by default the one with the least outstanding work: that spreads a
+request's patches over all workers, so that its last patch is done soonest. A worker is given at most a few batches
+ahead, so that what still waits here can go to whichever worker is free first.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from broker.policies.fairness import FairQueue
 from broker.policies.order import Order, Waiting
 from epd.messages import EncodeJob, Patch, Pool, Slot
 
-# Where patches can be encoded whose pool everybody reaches. Others wait in the name of the host that reaches theirs.
+# The class of patches whose pool every host reaches; those of other pools have the name of the host that reaches it.
 ANYWHERE = ""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Job:
-    """One patch to encode into one slot. `num_attempts` counts the workers it has been given to and may have hurt.
+    """One patch to encode into one slot. `num_attempts` counts the workers that got it and that it may have harmed.
 
-    `tenant` is the first who wanted it, `deadline_at` when that one needs it at last; `near` is the host of its pool,
-    and `where` the only host that reaches it (`ANYWHERE` if all do). `unstored` says how often its pool could not be
-    reached, and since when.
+    `tenant` is the first one that wanted it, `deadline_at` when that one needs it at the latest; `near` is the host of
+    its pool, and `where` the only host that reaches the pool (`ANYWHERE` if all do). `unstored` says how often the pool
+    could not be reached, and since when.
     """
 
     job_id: int
@@ -47,7 +47,7 @@ class Job:
     unstored: tuple[int, float] = (0, 0.0)
 
     def message(self) -> EncodeJob:
-        """This job as its worker is told of it."""
+        """The job as it is sent to its worker."""
         return EncodeJob(
             job_id=self.job_id,
             patch_hash=self.patch_hash,
@@ -110,14 +110,14 @@ class EncodeQueue:
         return job
 
     def again(self, job: Job, slot: Slot) -> None:
-        """Puts a job that its worker could not finish back before all that have not been started, with a new slot."""
+        """Puts a job that its worker could not finish before all that have not been started, with a new slot."""
         job.slot, job.worker, job.dropped = slot, None, False
         self._locate(job)
         self._waiting.push_front(job.tenant, job.job_id, needs=job.where)
         self._is_due = True
 
     def end(self, job: Job) -> None:
-        """Forgets a job that is done or not wanted any more."""
+        """Forgets a job that is done or no longer wanted."""
         self._jobs.pop(job.job_id, None)
         self._waiting.remove(job.job_id)
         if self._by_hash.get(job.patch_hash) == job.job_id:
@@ -141,7 +141,7 @@ class EncodeQueue:
         self._is_due = True
 
     def left(self, worker: Worker) -> None:
-        """A worker has less to do than before: what waits for it may go on."""
+        """A worker has less to do than before: jobs that wait for it may go on."""
         self._stuck.discard(worker.host)
         self._stuck.discard(ANYWHERE)
         self._is_due = True
@@ -151,10 +151,10 @@ class EncodeQueue:
     def dispatch(self) -> Iterator[tuple[Job, Worker]]:
         """Assigns waiting jobs to workers and yields each pair, until none waits or all workers have enough.
 
-        Among equally good workers, one on the host of the job's pool is taken, and among all of them once the pool
-        could not be reached from elsewhere; one that cannot reach the pool only where nobody can, and says so. Where
-        the workers that a job can go to have enough, it waits and is not passed by others that they could do; those
-        that only other workers can do go on.
+        Of equally good workers, one on the host of the job's pool is taken; once the pool could not be reached from
+        another host, one on its own host is taken in any case. A worker that cannot reach the pool gets the job only if
+        none can, and reports that. If the workers that could take a job have enough, it waits and is not overtaken by
+        jobs for the same workers; jobs for other workers go on.
         """
         if not self._is_due:
             return

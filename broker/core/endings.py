@@ -1,4 +1,4 @@
-"""How requests end: finished, failed or cancelled, exactly once, with all that they held let go of. Pure.
+"""How requests end: finished, failed or cancelled, exactly once, releasing all that they held. Pure.
 
 Part of the decision core.
 """
@@ -25,8 +25,8 @@ class Endings:
     """Ends requests.
 
     Args:
-        requests: all that are in flight, by id; one that ends leaves.
-        leave_queue: called with the id of one that ends, which may be waiting.
+        requests: all that are in flight, by id; those that end are removed.
+        leave_queue: called with the id of a request that ends, which may be waiting.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Endings:
         self._stories, self._counts, self._timers, self._leave_queue = stories, counts, timers, leave_queue
 
     def fail(self, request: Request, code: ErrorCode, text: str, now: float, *, left: Worker | None = None) -> None:
-        """Ends a request with an error for its endpoint; `left` is the worker that has let go of it already."""
+        """Ends a request with an error for its endpoint; `left` is the worker that has already let go of it."""
         request.tell(now, Happening.FAILED, detail=f"{code}: {text}")
         awaits_kv = request.state is State.PREFILLING
         request.fail()
@@ -60,7 +60,7 @@ class Endings:
         self._end(request, now, left=None, awaits_kv=awaits_kv)
 
     def finish(self, request: Request, token_ids: list[int], now: float, *, left: Worker | None) -> None:
-        """Ends a request with its last tokens, from `left`: its decode worker, or None where it was prefill."""
+        """Ends a request with its last tokens, from `left`: its decode worker, or None if it was prefill."""
         awaits_kv = request.state is State.PREFILLING and left is not request.leg.decode
         request.finish(token_ids)
         self._counts.num_finished += 1

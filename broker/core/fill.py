@@ -30,9 +30,9 @@ def _fill(index: CacheIndex, pool: Pool) -> PoolFill:
 
 
 def cells(pool_bytes: int, occupied: list[tuple[int, int, str]], count: int) -> str:
-    """`count` letters, one for each equal piece of a pool: the first of the state that takes most of it.
+    """`count` letters, one for each equal part of a pool: the first letter of the state that takes most of it.
 
-    A piece that is mostly free shows what little is in it: an almost empty pool shall not look empty.
+    A part that is mostly free shows the little that is in it, so that an almost empty pool does not look empty.
     """
     shares: list[Counter[str]] = [Counter() for _ in range(count)]
     for offset, nbytes, state in occupied:

@@ -1,7 +1,7 @@
 """Whoever holds slots of the cache: a leg or an upload. Pure; a part of the decision core.
 
-The cache's index knows holders only as things that can be told apart. What becomes of the patches that one holds is
-told to its keeper: `broker.core.legs` for legs, `broker.core.uploads` for uploads.
+To the cache's index, holders are only things that can be told apart. What becomes of a holder's patches is told to its
+keeper: `broker.core.progress` for legs, `broker.core.uploads` for uploads.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Keeper(Protocol):
     def patches_there(
         self, holder: Holder, patch_hashes: Sequence[str], worker: str, took_s: float, batch: int, now: float
     ) -> None:
-        """Patches that `holder` holds can be read: an encode worker had them in a batch that took `took_s`."""
+        """Patches that `holder` holds can be read: an encode worker did them in a batch that took `took_s`."""
 
     def patch_lost(
         self, holder: Holder, patch_hash: str, code: ErrorCode, reason: str, now: float, *, again: bool, blame: bool
     ) -> None:
-        """A patch that `holder` holds will not come; it may be asked for `again` where it is no fault of the patch's.
+        """A patch that `holder` holds will not come; it may be asked for `again` if the patch is not at fault.
 
-        `blame` says that the holder may be what has killed the worker.
+        `blame` says that the holder may have killed the worker.
         """
 
 
@@ -36,7 +36,7 @@ class Holder(Protocol):
     """What pins slots."""
 
     def __hash__(self) -> int:
-        """The index tells holders apart by what they are, not by what they say."""
+        """The index tells holders apart by identity, not by value."""
 
     @property
     def keeper(self) -> Keeper:

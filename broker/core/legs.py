@@ -1,7 +1,8 @@
-"""Legs: how they begin on their workers, how they end there, and when what they held is free. Pure.
+"""Legs: how they begin and end on their workers, and when what they held is free. Pure.
 
-Part of the decision core. An ended leg's slots are unpinned only when no worker can be reading them any more: workers
-that still have it are told ABORT, and have let go of it when they say RELEASED, or are lost.
+Part of the decision core. An ended leg's slots stay pinned as long as a worker may be reading them: ABORT takes time to
+arrive, and a slot that was given away in between would be overwritten under its reader. Workers that still have the leg
+are told ABORT; they have let go of it once they say RELEASED, or are lost.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class Ending:
 
 
 class Legs:
-    """All legs that have not ended, by their ids, and those that workers have not let go of.
+    """All legs that have not ended, by id, and the ended ones that workers have not let go of.
 
     Args:
-        first_leg: where the numbers of legs start; above all that earlier brokers can have given out.
+        first_leg: where the numbers of legs start; above any that earlier brokers can have used.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Legs:
         return f"{request_id}~{self._last_id:x}"
 
     def first_id(self, submit: m.Submit) -> str:
-        """The id of a request's first leg: the request's own, unless a worker may have seen that."""
+        """The id of a request's first leg: the request's own, unless a worker may have seen that one already."""
         seen = submit.attempts > 0 or submit.request_id in self.endings
         return self.new_id(submit.request_id) if seen else submit.request_id
 
@@ -73,13 +74,13 @@ class Legs:
     def begin(
         self, request: Request, placed: Placement, missing: Iterable[str], affinity: Sequence[str], now: float
     ) -> None:
-        """Tells the workers of a request's leg; one that can only have one more token needs no decode worker.
+        """Tells the workers of a request's leg; a request with only one token to come has no decode worker.
 
         Args:
-            request: it has been waiting.
+            request: a queued one.
             placed: its workers.
-            missing: the patches that are still to come.
-            affinity: what its work is on (`broker.policies.choice`).
+            missing: the patches that are not encoded yet.
+            affinity: what its work is about (`broker.policies.choice`).
             now: the time.
         """
         prefill, decode, leg, samples = placed.prefill, placed.decode, request.leg, request.submit.prefill_samples
@@ -111,12 +112,12 @@ class Legs:
     # ---- on its way ------------------------------------------------------------------------------------------------
 
     def send_ready(self, leg: Leg, ready: list[PatchReady]) -> None:
-        """Tells whoever reads a leg's patches that these are there; nobody, while it waits to begin."""
+        """Tells the leg's reader that these patches are there; a leg that has not begun has no reader yet."""
         if ready and leg.reader is not None:
             self._outbox.send(leg.reader.peer_id, m.Ready(leg_id=leg.leg_id, ready=ready))
 
     def leave_prefill(self, leg: Leg) -> None:
-        """The prefill worker has nothing more to compute for a leg."""
+        """The prefill worker has nothing left to compute for a leg; it may still have KV to push."""
         prefill = leg.prefill
         if prefill is None or leg not in prefill.prefilling:
             return
@@ -126,7 +127,7 @@ class Legs:
         self._wake.freed(Room.PREFILL)
 
     def pushed(self, leg: Leg) -> None:
-        """The prefill worker has nothing more to do with a leg."""
+        """The prefill worker has nothing left to do for a leg."""
         if leg.prefilled and leg.prefill is not None:
             leg.prefill.legs.pop(leg, None)
 
@@ -152,7 +153,9 @@ class Legs:
         at_prefill = not leg.prefilled or (awaits_kv and not leg.pushed)
         running = [worker for worker in (prefill if at_prefill else None, decode) if worker and worker is not left]
         alive = {worker.peer_id: worker for worker in running if worker.peer_id in self._registry}
-        for worker in alive.values():  # before it has the leg no more: in between it would look idle
+        # Before the leg is taken off its workers: otherwise they would look idle for a moment, and their hang checks
+        # would start over.
+        for worker in alive.values():
             worker.owes[leg.leg_id] = None
             self._liveness.gave(worker, now)
         self.leave_prefill(leg)
@@ -173,7 +176,7 @@ class Legs:
         self._remind_later(ending, now)
 
     def released(self, worker: Worker, leg_id: str) -> bool:
-        """A worker does not read an ended leg's slots any more; false where that was not awaited."""
+        """A worker no longer reads an ended leg's slots; false if nobody was waiting for that."""
         ending = self.endings.get(leg_id)
         if ending is None or ending.workers.pop(worker.peer_id, None) is None:
             return False
@@ -188,7 +191,7 @@ class Legs:
         ending.reminder = self._timers.set(now + REMIND_EVERY_S, lambda now: self._remind(ending, now))
 
     def _remind(self, ending: Ending, now: float) -> None:
-        """Says ABORT again to who has not answered it for long; who has nothing of the leg answers all the same."""
+        """Repeats ABORT to workers that have not answered for long; one that does not know the leg answers, too."""
         for peer_id in ending.workers:
             self._outbox.send(peer_id, m.Abort(leg_id=ending.leg.leg_id))
         self._remind_later(ending, now)

@@ -1,8 +1,8 @@
-"""Who is away, and who only seems to be here: absent stages, silent peers and hung engines. Pure.
+"""Who is away, and who only seems to be there: absent stages, silent peers and hung engines. Pure.
 
-Part of the decision core. A stage that was there a moment ago is probably being started again: requests wait for it. An
-engine that has something to do and makes no step is lost, however well its daemon's event loop answers. Each peer is
-looked at when its own time may be over, not at every tick.
+Part of the decision core. A stage that was there a moment ago is probably being restarted, so requests wait for it. An
+engine that has work but makes no step is lost, even if its daemon's event loop still answers. Each peer is checked when
+its own time may be up, not at every tick.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from epd.config import BrokerConfig
 from epd.messages import Stage
 
 POOL = "cache"
-# What requests need: the classes of the queue. Text needs no encode worker and no cache.
+# What requests need, by class of the queue. Text needs no encode worker and no cache.
 TEXT, MEDIA = "text", "media"
 NEEDED = {
     TEXT: (str(Stage.PREFILL), str(Stage.DECODE)),
@@ -32,13 +32,13 @@ class Liveness:
 
     Args:
         config: how long to wait.
-        timers: for looking when a time is over.
+        timers: for checking when a time is up.
         registry: the peers.
         stages: the workers that take new work.
         has_pool: whether there is any pool.
 
     Attributes:
-        blocked: the classes of requests that cannot be started, since something that they need is absent.
+        blocked: the classes of requests that cannot be started because something that they need is absent.
         on_gone: called when something has been absent for too long.
         lose: called for a peer that is lost, with the reason.
     """
@@ -57,7 +57,7 @@ class Liveness:
     # ---- stages and the cache --------------------------------------------------------------------------------------
 
     def update(self, now: float) -> None:
-        """Notes since when each stage, and the cache, has nobody who takes work; at first that is since `now`."""
+        """Notes since when each stage, and the cache, has had nobody that takes work; `now` for new absences."""
         before = self._absent_since or {}
         absent = [str(stage) for stage in Stage if not len(self._stages[stage])]
         absent += [] if self._has_pool() else [POOL]
@@ -74,11 +74,11 @@ class Liveness:
             self.on_gone(now)
 
     def are_absent(self, names: Collection[str]) -> bool:
-        """Whether nobody stands for any of `names` (stages, or "cache") at present."""
+        """Whether any of `names` (stages, or "cache") is absent now."""
         return not (self._absent_since or {}).keys().isdisjoint(names)
 
     def gone(self, names: Collection[str], now: float) -> list[str]:
-        """Those of `names` that have been absent for longer than they are waited for."""
+        """Those of `names` that have been absent for longer than requests wait for them."""
         since = self._absent_since
         if not since:
             return []
@@ -87,7 +87,10 @@ class Liveness:
     # ---- peers -----------------------------------------------------------------------------------------------------
 
     def watch(self, peer: Peer) -> None:
-        """A peer has registered: it is lost when it is silent for too long."""
+        """A peer has registered: from now on it is lost if it is silent for too long.
+
+        Messages only move `heard_at`; the timer looks at it when it runs, so that they cost no work on the heap.
+        """
         self._timers.set(peer.heard_at + self._config.lost_after_s, lambda now: self._is_silent(peer, now))
 
     def _is_silent(self, peer: Peer, now: float) -> None:
@@ -100,8 +103,8 @@ class Liveness:
             self._timers.set(at, lambda now: self._is_silent(peer, now))
 
     def gave(self, worker: Worker, now: float) -> None:
-        """A worker was given something to do: it is lost when its engine makes no step for too long."""
-        if worker.num_pending == 1:  # it had nothing to make steps for
+        """A worker was given something to do: from now on it is lost if its engine makes no step for too long."""
+        if worker.num_pending == 1:  # it was idle: an engine with nothing to do makes no steps
             worker.stepped_at = now
         if worker.hang_check is None:
             self._set_hang_check(worker, now + self._config.hung_after_s)
@@ -125,5 +128,5 @@ class Liveness:
 
 
 def named(names: list[str], article: str) -> str:
-    """What people call those of `names`, as in "no encode worker and no cache"."""
+    """`names` in words, as in "no encode worker and no cache"."""
     return " and ".join(f"{article} {name}" if name == POOL else f"{article} {name} worker" for name in names)

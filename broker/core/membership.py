@@ -1,4 +1,4 @@
-"""Peers come, change what they do, and go. Pure; a part of the decision core."""
+"""How peers come, change their stage, and go. Pure; a part of the decision core."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Frames = Sequence[bytes]
 
 
 class Membership:
-    """Registers peers, and takes apart what is left of those that are gone."""
+    """Registers peers, and settles what those that are gone leave behind."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Membership:
     # ---- coming ----------------------------------------------------------------------------------------------------
 
     def hello(self, peer_id: str, hello: m.Hello, now: float) -> None:
-        """HELLO: registers an incarnation; one that is registered already is welcomed again."""
+        """HELLO: registers an incarnation; one that is already registered is welcomed again."""
         if hello.incarnation != peer_id or (hello.kind is Kind.WORKER) != (hello.stage is not None):
             self._counts.num_fenced += 1
             return
@@ -85,7 +85,7 @@ class Membership:
             self._status.tell(peer, whole=True)
 
     def serves(self, peer: Peer, message: m.Serves, frames: Frames, now: float) -> None:
-        """SERVES: a worker that has nothing on its hands serves another stage from now on."""
+        """SERVES: a worker that has nothing to do serves another stage from now on."""
         worker = cast(Worker, peer)
         if worker.jobs or worker.legs or worker.owes:
             self._counts.num_fenced += 1
@@ -109,16 +109,17 @@ class Membership:
         worker = cast(Worker, peer)
         worker.draining = True
         self._stages.retire(worker)
+        self._patches.queue.workers_changed()
         self._changed(now)
         self._tell(worker, Happening.DRAINING, now)
 
     def goodbye(self, peer: Peer, message: m.Goodbye, frames: Frames, now: float) -> None:
-        """GOODBYE: a peer leaves; where it had said so in time, nothing that it had can be to blame."""
+        """GOODBYE: a peer leaves; if it was draining, nothing that it had can be to blame."""
         orderly = peer.draining or peer.kind is Kind.CACHE
         self.lose(peer, message.reason or "it said goodbye", now, orderly=orderly)
 
     def lose(self, peer: Peer, reason: str, now: float, *, orderly: bool = False) -> None:
-        """A peer is gone; `orderly` where it said so in time, so that nothing it had can be to blame."""
+        """A peer is gone; `orderly` if it announced that in time, so that nothing it had can be to blame."""
         self._registry.remove(peer)
         lost: list[Lost] = []
         for pool in peer.pools:
@@ -156,7 +157,7 @@ class Membership:
         return lost
 
     def _lift_quarantine_of(self, name: str) -> None:
-        """A worker is back: its earlier life cannot write any more."""
+        """A worker is back, so its earlier incarnation cannot write any more."""
         for generation in [one for one, worker in self._patches.quarantined.items() if worker == name]:
             self._patches.lift_quarantine(generation)
 
@@ -180,7 +181,7 @@ class Membership:
 
     def heartbeat(self, peer: Peer, message: m.Heartbeat, frames: Frames, now: float) -> None:
         """HEARTBEAT: still here, and how it is."""
-        peer.held = message.held
+        peer.held, peer.gauges = message.held, message.gauges
         if isinstance(peer, Worker):
             self._liveness.heard_steps(peer, message.num_steps, now)
             if peer.cost.observe(message.work):

@@ -1,4 +1,4 @@
-"""What the core is about to send, and how many bytes of opaque frames it holds. Pure; the core has one of each."""
+"""What the core is about to send, and how many bytes of opaque frames it holds. Pure; a part of the decision core."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Send(NamedTuple):
 
 
 class Outbox:
-    """The messages to send, in order; outputs for one endpoint that follow each other go in one message."""
+    """The messages to send, in order; consecutive outputs for one endpoint go in one message."""
 
     def __init__(self) -> None:
         self._out: list[Send] = []
@@ -28,13 +28,13 @@ class Outbox:
         self._frames: list[bytes] = []
 
     def send(self, peer_id: str, message: Message, frames: Sequence[bytes] = _NONE) -> None:
-        """Puts a message on the list of what to send."""
+        """Adds a message to those to send."""
         if self._outputs:
             self._close()
         self._out.append(Send(peer_id, message, frames))
 
     def output(self, endpoint: str, output: RequestOutput, frames: Sequence[bytes] = _NONE) -> None:
-        """Puts a request's output on the list, together with those before it for the same endpoint."""
+        """Adds a request's output, in one message with those just before it for the same endpoint."""
         if self._outputs and self._endpoint != endpoint:
             self._close()
         self._endpoint = endpoint
@@ -43,7 +43,7 @@ class Outbox:
             self._frames += frames
 
     def take(self) -> list[Send]:
-        """Empties the list of what to send."""
+        """The messages to send; there are none left afterwards."""
         if self._outputs:
             self._close()
         out, self._out = self._out, []
@@ -62,13 +62,13 @@ class FrameLedger:
         self.held_bytes = 0
 
     def has_room(self, num_bytes: int) -> bool:
-        """Whether so many bytes more may be held."""
+        """Whether that many more bytes may be held."""
         return self.held_bytes + num_bytes <= self._max_bytes
 
     def hold(self, num_bytes: int) -> None:
-        """So many bytes more are held."""
+        """That many more bytes are held."""
         self.held_bytes += num_bytes
 
     def let_go(self, num_bytes: int) -> None:
-        """So many bytes are held no longer."""
+        """That many bytes are no longer held."""
         self.held_bytes -= num_bytes

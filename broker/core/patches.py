@@ -1,7 +1,7 @@
 """The patches of all requests: which are in the cache, which are being encoded, who waits for them. Pure.
 
 Joins the cache's index with the encode queue. It decides nothing about requests: it answers with hashes, slots and
-holders, and the core tells the workers.
+holders, and other parts of the core tell the workers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from epd.config import BrokerConfig
 from epd.messages import EncodedJob, EncodeFailed, Patch, PatchReady, Pool, WorkerInfo
 
 MAX_ENCODE_ATTEMPTS = 2
-# A patch that could not be stored, or was not found in its slot, so often and for so many times as long as it takes to
-# notice that a peer is lost, cannot be had through that pool.
+# A patch is given up when it could not be stored, or was not found in its slot, more than MAX_MISSES times, over
+# MISSES_FOR times as long as a lost peer takes to be noticed: before that, the pool's host may just be about to be
+# lost.
 MAX_MISSES, MISSES_FOR = 3, 2.0
+# How long a lost encode worker is taken to be able to write still, if its name does not come back before.
 QUARANTINE_S = 60.0
 _COST_WEIGHT = 0.1
 
@@ -41,7 +43,7 @@ class PixelsNeededError(LookupError):
 class Lost:
     """A patch that will not be encoded for its present holders, and why.
 
-    They may try `again` where it is no fault of the patch's; else they fail.
+    They may try `again` if the patch is not at fault; otherwise they fail.
     """
 
     patch_hash: str
@@ -62,14 +64,14 @@ class Patches:
 
     Args:
         config: bounds and times.
-        first_generation: where slot generations start; above all that earlier brokers can have given out.
+        first_generation: where slot generations start; above any that earlier brokers can have used.
         order: which of a tenant's patches is encoded next.
         workers: the encode workers that take new work.
         freed: called when slots may have become free.
 
     Attributes:
-        encode_info: what the last encode worker that came said of itself; None before the first.
-        quarantined: by the generation of a slot that a lost encode worker may still write to, that worker's name.
+        encode_info: what the newest encode worker said of itself; None before the first.
+        quarantined: the name of the lost encode worker that may still write to a slot, by the slot's generation.
     """
 
     def __init__(
@@ -96,13 +98,13 @@ class Patches:
     # ---- pools -----------------------------------------------------------------------------------------------------
 
     def add_pool(self, pool: Pool) -> None:
-        """A pool has come, empty; one that is there already changes nothing."""
+        """An empty pool has come; nothing happens if it is known already."""
         if pool.pool_id not in self._pools:
             self.index.add_pool(pool)
             self._pools_changed()
 
     def pool_lost(self, pool: Pool) -> list[Lost]:
-        """A pool is gone with all that was in it."""
+        """A pool is gone with everything in it."""
         holders = {patch_hash: self.holders(patch_hash) for patch_hash in self.index.in_pool(pool.pool_id)}
         lost = []
         for patch_hash in self.index.remove_pool(pool.pool_id):
@@ -126,13 +128,13 @@ class Patches:
         return bool(self._pools)
 
     def pool_near(self, host: str) -> str | None:
-        """The pool on a host, the first that came if there are several."""
+        """The pool on a host; the first that came if there are several."""
         return self._by_host.get(host)
 
     def only_host(self, patch_hashes: Iterable[str]) -> str | None:
-        """The only host whose processes can read what is in the cache already of these patches; None where all can.
+        """The only host whose processes can read what the cache already has of these patches; None if all can.
 
-        None too where parts of it can be read on different hosts only: then nobody can read all.
+        Also None if different hosts would be needed: then nobody can read everything.
         """
         hosts = set()
         for patch_hash in patch_hashes:
@@ -177,7 +179,7 @@ class Patches:
             patches: the patches by hash.
             frames: their pixels by hash; a patch without any must be in the cache, or its pixels in the store.
             needs: what they need, from `needs`.
-            deadline_at: when the holder needs them at last.
+            deadline_at: when the holder needs them at the latest.
             prefer_pool: where new patches go as long as there is room: near the worker that will read them.
             tenant: who is charged for encoding what is missing.
 
@@ -205,7 +207,7 @@ class Patches:
         return acquired
 
     def observe(self, jobs: Iterable[Job], took_s: float) -> None:
-        """Learns what a token's encoding costs, from a batch of jobs that took `took_s`."""
+        """Learns what encoding costs per token, from a batch of jobs that took `took_s`."""
         batch = list(jobs)
         num_tokens = sum(job.num_tokens for job in batch)
         if num_tokens:
@@ -223,7 +225,7 @@ class Patches:
         """A worker says that patches are in their slots.
 
         Returns:
-            For each, who can read it; None where it is not (or no longer) true for its generation.
+            For each, who can read it; None if that is not, or no longer, true of its generation.
         """
         done: list[Done | None] = []
         for one in said:
@@ -245,14 +247,14 @@ class Patches:
         return done
 
     def hopeless(self, misses: int, since: float, now: float) -> bool:
-        """Whether a patch that could not be stored or read `misses` times since then is given up."""
+        """Whether to give up a patch that could not be stored or read `misses` times since then."""
         return misses > MAX_MISSES and now - since > self._hopeless_after_s
 
     def not_encoded(self, worker: Worker, message: EncodeFailed, now: float) -> Lost | None:
-        """A worker could not encode a patch: nobody else is tried, since the input is to blame.
+        """A worker could not encode a patch: no other is tried, since the input is to blame.
 
-        If `dropped` it was not started: as asked, or because its worker is draining; it is queued again if wanted. So
-        it is for a while if `unstored`, since its pool's host may answer again.
+        If `dropped`, it was not started, either on request or because its worker is draining: it is queued again if it
+        is wanted. So it is, for a while, if `unstored`: its pool's host may answer again.
         """
         job = self._of(worker, message.job_id)
         if job is None:
@@ -271,7 +273,7 @@ class Patches:
             again = not self.hopeless(misses, since, now)
             reason = f"it could not be stored, {misses} times: {reason}"
         if again and holders:
-            job.num_attempts -= 1  # no fault of the patch's
+            job.num_attempts -= 1  # the patch is not at fault
             self.queue.again(job, job.slot)
             return None
         self.queue.end(job)
@@ -280,12 +282,12 @@ class Patches:
         return Lost(job.patch_hash, holders, reason) if holders else None
 
     def worker_lost(self, worker: Worker) -> tuple[list[Lost], list[int]]:
-        """An encode worker is gone: its patches go to the others, unless they have been tried often enough.
+        """An encode worker is gone: its patches go to others, unless they have been tried often enough.
 
-        A worker that was draining has left in good order, which no patch is to blame for.
+        A worker that was draining has left in good order: no patch is to blame for that.
 
         Returns:
-            The patches that are lost, and the generations whose slots are out of use: it might still write to them.
+            The patches that are lost, and the generations whose slots are out of use, as it might still write there.
         """
         lost: list[Lost] = []
         quarantined = []
@@ -301,7 +303,7 @@ class Patches:
         return lost, quarantined
 
     def _again_elsewhere(self, job: Job, worker: Worker) -> Iterator[Lost]:
-        """Queues the job of a lost worker again, in another slot, if it is wanted and may be tried again."""
+        """Queues a lost worker's job again, with another slot, if it is wanted and may be tried again."""
         holders, generation = self.holders(job.patch_hash), job.slot.generation
         job.num_attempts -= worker.draining
         if not holders:
@@ -332,7 +334,7 @@ class Patches:
         return None
 
     def release(self, holder: Holder) -> list[Job]:
-        """Unpins what `holder` held; returns the jobs that now nobody waits for and that should be dropped."""
+        """Unpins what `holder` held; returns the jobs at workers that nobody waits for now, to be dropped."""
         if not self.index.holds(holder):
             return []
         unwanted = []
@@ -350,7 +352,7 @@ class Patches:
         return unwanted
 
     def lift_quarantine(self, generation: int) -> bool:
-        """Frees memory that a lost encode worker might have written to: it is back, or long gone."""
+        """Frees memory that a lost encode worker might have written to: it is back, or has been gone for long."""
         if self.quarantined.pop(generation, None) is None or not self.index.lift_quarantine(generation):
             return False
         self._freed()
@@ -374,7 +376,7 @@ class Patches:
 
     @staticmethod
     def _take_off(worker: Worker, job: Job) -> None:
-        """A worker has a job no more."""
+        """A worker no longer has a job."""
         del worker.jobs[job.job_id]
         worker.embeddings_to_encode -= job.num_tokens
         worker.num_done += 1

@@ -1,4 +1,4 @@
-"""The peers that the broker knows, and what each has on its hands. Pure; a part of the decision core.
+"""The peers that the broker knows, and what each has to do. Pure; a part of the decision core.
 
 What a peer is (`kind`) never changes while it is registered; the stage that a worker serves may.
 """
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Peer:
     """One registered incarnation of an endpoint, a cache daemon or a worker.
 
-    `requests` are those that an endpoint has submitted; `changed` and `gone` the workers that its next STATUS is about,
-    by incarnation, None before the first.
+    `requests` are those that an endpoint has submitted; `changed` and `gone` are the workers that its next STATUS is
+    about, by incarnation; `changed` is None before the first.
     """
 
     peer_id: str
@@ -36,6 +36,7 @@ class Peer:
     heard_at: float
     draining: bool = False
     held: dict[str, int] = dataclasses.field(default_factory=dict)
+    gauges: dict[str, float] = dataclasses.field(default_factory=dict)
     requests: dict[str, Request] = dataclasses.field(default_factory=dict)
     changed: dict[str, Worker] | None = None
     gone: dict[str, None] = dataclasses.field(default_factory=dict)
@@ -43,12 +44,12 @@ class Peer:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Worker(Peer):
-    """A worker, and what is outstanding there.
+    """A worker and its outstanding work.
 
     That is counted in embedding rows to encode, prompt tokens to prefill, and tokens of KV cache reserved for decoding.
     `jobs` are the patches that it encodes, `legs` all legs that it is part of, `prefilling` those whose prompt it still
-    computes, `owes` the ids of ended legs that it has not let go of. `stepped_at` is when its engine made a step, or
-    got something to do; `hang_check` is set while it has anything to do.
+    has to compute, `owes` the ids of ended legs that it has not let go of. `stepped_at` is when its engine last made a
+    step or got something to do; `hang_check` is set while it has anything to do.
     """
 
     stage: Stage = Stage.ENCODE
@@ -82,7 +83,10 @@ class Worker(Peer):
 
     @property
     def room_units(self) -> int:
-        """How much more it can be given now: tokens of KV cache; 0 where its batch has no place."""
+        """How much more it can be given now, in tokens of KV cache; 0 if its batch is full.
+
+        Encode workers have no such limit: how far ahead they are given patches is for `broker.core.encoding` to say.
+        """
         if self.stage is Stage.ENCODE:
             return 0
         if self.num_tasks >= self.info.max_num_seqs:
@@ -91,7 +95,7 @@ class Worker(Peer):
 
     @property
     def num_pending(self) -> int:
-        """How many things it has to do, or to answer."""
+        """How many things it has to do or to answer."""
         num_decoding = len(self.legs) if self.stage is Stage.DECODE else 0
         return len(self.jobs) + len(self.prefilling) + len(self.owes) + num_decoding
 
@@ -108,6 +112,7 @@ class Worker(Peer):
             draining=self.draining,
             info=self.info,
             held=self.held,
+            gauges=self.gauges,
         )
 
 
@@ -158,7 +163,7 @@ class Registry:
             group.pop(peer.peer_id, None)
 
     def serving(self, stage: Stage) -> list[Worker]:
-        """The registered workers of a stage, in the order they came; for people and tests."""
+        """The registered workers of a stage, in order of registration; a scan, for people and tests."""
         return [worker for worker in self.workers.values() if worker.stage is stage]
 
     def pools(self) -> list[Pool]:
@@ -170,10 +175,10 @@ class Stages:
     """The stages: their workers that take new work, and how much the largest of each can hold.
 
     Args:
-        choices: by stage, the name of how its workers are chosen (`broker.policies.choice.CHOICES`).
+        choices: the name of each stage's choice (`broker.policies.choice.CHOICES`).
 
     Attributes:
-        touched: the workers whose load has changed since somebody has emptied this, by id.
+        touched: the workers whose load has changed since this was last emptied, by id.
     """
 
     def __init__(self, choices: dict[Stage, str]) -> None:
@@ -193,13 +198,13 @@ class Stages:
         self._measure(worker.stage)
 
     def remove(self, worker: Worker) -> None:
-        """A worker serves its stage no more."""
+        """A worker no longer serves its stage."""
         self._serving[worker.stage].remove(worker)
         self._registered[worker.stage].pop(worker.peer_id, None)
         self._measure(worker.stage)
 
     def retire(self, worker: Worker) -> None:
-        """A worker takes no new work, and goes on with what it has."""
+        """A worker takes no new work, but goes on with what it has."""
         self._serving[worker.stage].remove(worker)
 
     def update(self, worker: Worker) -> None:
@@ -207,7 +212,7 @@ class Stages:
         self._serving[worker.stage].update(worker)
 
     def is_registered(self, stage: Stage) -> bool:
-        """Whether any worker of a stage is registered, one that takes nothing new included."""
+        """Whether any worker of a stage is registered, including those that take nothing new."""
         return bool(self._registered[stage])
 
     def too_large(self, num_tokens: int) -> str:

@@ -1,6 +1,6 @@
 """Pixels of patches, kept for a while in case a patch must be encoded again. Pure; lives in the decision core.
 
-A request that repeats a picture need not bring its pixels; and a slot that was found stale is encoded again without
+A request that repeats a picture need not bring its pixels, and the patch of a stale slot is encoded again without
 asking anybody. The frames are the ones that arrived, not copies.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 
 class PixelStore:
-    """The frames of the patches seen last, at most `max_bytes` of them; the least recently used leave first."""
+    """The frames of the latest patches, at most `max_bytes` of them; the least recently used go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -19,7 +19,7 @@ class PixelStore:
         self.num_bytes = 0
 
     def put(self, frames: Mapping[str, Sequence[bytes]]) -> None:
-        """Keeps the frames of some patches, by hash; those without any are left out."""
+        """Keeps the frames of some patches, by hash; patches without frames are skipped."""
         for patch_hash, one in frames.items():
             if one and patch_hash not in self._frames:
                 self._frames[patch_hash] = one

@@ -30,20 +30,20 @@ def place(
     host: str | None = None,
     affinity: Sequence[str] = (),
 ) -> Placement | Room:
-    """The prefill and the decode worker for a request, as the stages' choices have it; or what it lacks.
+    """The prefill and the decode worker for a request, as the stages' choices decide; or what it lacks.
 
     Args:
         stages: the workers that take new work.
         num_tokens: its prompt, with the output of earlier legs.
         num_outputs: the output to set KV tokens aside for.
         needs_decode: whether it needs a decode worker.
-        host: the only host whose prefill workers can read what is in the cache already for it; None for all.
-        affinity: what the work is on (`broker.policies.choice`).
+        host: the only host whose prefill workers can read what the cache already has for it; None for all.
+        affinity: what the work is about (`broker.policies.choice`).
 
-    A decode worker has room when the tokens it has been promised fit its KV cache and its batch has a place: then its
+    A decode worker has room if its KV cache holds all tokens that it was promised and its batch has a place: then its
     side of a KV push is always registered at once, and a finished prefill never waits for memory there. An idle worker
-    takes any request that fits it at all. Where no decode worker is needed, the same holds for the prefill worker: more
-    than it can have at a time waits its turn at the broker.
+    takes any request that fits at all, even if its output might outgrow it later. If no decode worker is needed, the
+    same holds for the prefill worker: what it cannot take at once waits its turn in the broker.
     """
     need = num_tokens + num_outputs
 
@@ -57,13 +57,15 @@ def place(
 
     prefills, decodes = stages[Stage.PREFILL], stages[Stage.DECODE]
     host = host if host is not None and prefills.has_host(host) else None
+    # A prefill worker may be given more than fits at once, as its engine queues the rest. One that gives the only token
+    # of an answer is like a decode worker: what it cannot take now waits here, where another one may take it.
     takes = fits if needs_decode else has_room
     prefill = prefills.best(takes, host=host, keys=affinity, num_units=num_tokens)
     if prefill is None:
         return Room.PREFILL
     if not needs_decode:
         return Placement(cast(Worker, prefill), None, 0)
-    if decodes.most_room < num_tokens + 1:
+    if decodes.most_room < num_tokens + 1:  # spares a look at every worker while all are full
         return Room.DECODE
     decode = decodes.best(has_room, keys=affinity, num_units=need)
     return Placement(cast(Worker, prefill), cast(Worker, decode), need) if decode else Room.DECODE

@@ -1,4 +1,4 @@
-"""What workers say of legs, and what becomes of the patches that legs wait for. Pure; a part of the decision core."""
+"""What workers report of legs, and what becomes of the patches that legs wait for. Pure; part of the decision core."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Frames = Sequence[bytes]
 
 
 class Progress:
-    """Takes in messages of prefill and decode workers about the legs they have; the keeper of legs."""
+    """Handles the messages of prefill and decode workers about their legs; the keeper of legs."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Progress:
     # ---- prefill ---------------------------------------------------------------------------------------------------
 
     def prefilled(self, peer: Peer, message: m.Prefilled, frames: Frames, now: float) -> None:
-        """PREFILLED: the prompt is computed; perhaps with a token, or the log-probabilities of the prompt."""
+        """PREFILLED: the prompt is computed; may carry a token, or the log-probabilities of the prompt."""
         leg = self._leg(peer, message.leg_id, is_end=True)
         if leg is None:
             return
@@ -80,15 +80,17 @@ class Progress:
         self._legs.pushed(leg)
 
     def prefill_lost(self, leg: Leg) -> None:
-        """The prefill worker is gone, and the KV is at the decode worker all the same: there are tokens."""
+        """The prefill worker is gone, but tokens show that the KV has reached the decode worker."""
         leg.request.kv_there()
         self._ledger.let_go(leg.request.prompt_done())
         self._leave_patches(leg)
 
     def _leave_patches(self, leg: Leg) -> None:
-        """Nobody reads a leg's patches any more; its engine request is kept for another leg."""
+        """Nobody reads a leg's patches any more; its engine request is kept in case it needs another leg."""
         self._legs.leave_prefill(leg)
         self._legs.drop_patches(leg)
+        if leg.pushed:
+            self._legs.pushed(leg)
 
     # ---- decode ----------------------------------------------------------------------------------------------------
 
@@ -140,7 +142,7 @@ class Progress:
     # ---- both ------------------------------------------------------------------------------------------------------
 
     def stale(self, peer: Peer, message: m.Stale, frames: Frames, now: float) -> None:
-        """STALE: a slot does not hold what it should; the patch is encoded again."""
+        """STALE: a slot does not hold what it should; its patch is encoded again."""
         leg = self._leg(peer, message.leg_id)
         if leg is None:
             return
@@ -157,7 +159,7 @@ class Progress:
             self._outbox.send(peer.peer_id, m.Ready(leg_id=leg.leg_id, ready=ready))
 
     def leg_failed(self, peer: Peer, message: m.LegFailed, frames: Frames, now: float) -> None:
-        """LEG_FAILED: a worker cannot go on with a leg; where that is no fault of the request, it is tried again."""
+        """LEG_FAILED: a worker cannot go on with a leg; if the request is not at fault, it is tried again."""
         leg = self._leg(peer, message.leg_id, is_end=True)
         if leg is None:
             return
@@ -170,9 +172,9 @@ class Progress:
             self._endings.fail(leg.request, code, text, now, left=worker)
 
     def _leg(self, peer: Peer, leg_id: str, *, is_end: bool = False) -> Leg | None:
-        """The leg of that id, if this worker is part of it; else what is said of it is too late.
+        """The leg with that id, if this worker is part of it; otherwise the message is too late, and fenced.
 
-        `is_end` says that by saying so the worker has let go of the leg.
+        `is_end`: with this message the worker has let go of the leg, so a late one counts as RELEASED.
         """
         leg = self._legs.by_id.get(leg_id)
         if leg is not None and (peer is leg.decode or peer is leg.prefill):
@@ -184,7 +186,7 @@ class Progress:
     # ---- the keeper of legs ----------------------------------------------------------------------------------------
 
     def patch_given(self, holder: Holder, patch_hash: str, worker: str, now: float) -> None:
-        """See `broker.core.holders.Keeper`; so for those below."""
+        """See `broker.core.holders.Keeper`, as for those below."""
         request = self._request(holder)
         if request is not None:
             request.tell(now, Happening.ENCODE, worker=worker, patch=patch_hash)
@@ -216,7 +218,7 @@ class Progress:
             self._endings.fail(request, code, text, now)
 
     def _request(self, holder: Holder) -> Request | None:
-        """The request whose present leg a holder is; None for one that has ended and is still being read."""
+        """The request whose current leg a holder is; None for a leg that has ended but may still be read."""
         leg = cast(Leg, holder)
         return leg.request if self._legs.by_id.get(leg.leg_id) is leg else None
 
@@ -227,20 +229,20 @@ class Progress:
         request = leg.request
         text = f"{'decode' if worker is leg.decode else 'prefill'} worker {worker.name} was lost ({reason})"
         if leg.early_finish is not None:
-            if worker is leg.prefill:  # else PREFILLED is still to come
+            if worker is leg.prefill:  # PREFILLED will not come any more; if it is the decode worker, it will
                 self._answers.finish(request, *leg.early_finish, now)
         elif worker is leg.decode:
             self._retries.again(request, ErrorCode.WORKER_LOST, text, now, blame=blame)
         elif leg.pushed:
-            pass
+            pass  # decode has all it needs
         elif request.state is State.DECODING and (leg.prefilled or not request.submit.resumable):
             self.prefill_lost(leg)
-        else:  # also where the prompt's log-probabilities may have been lost
+        else:  # also if the prompt's log-probabilities may have been lost
             self._retries.again(request, ErrorCode.WORKER_LOST, text, now, blame=blame)
 
 
 def tell_lost(lost: Lost, code: ErrorCode, now: float, *, blame: bool = True) -> None:
-    """Tells all who hold a patch that it will not come."""
+    """Tells all holders of a patch that it will not come."""
     for holder in lost.holders:
         holder.keeper.patch_lost(
             holder, lost.patch_hash, code, lost.reason, now, again=lost.again, blame=blame

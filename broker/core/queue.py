@@ -14,7 +14,7 @@ from broker.core.wake import Wake
 from broker.policies.fairness import FairQueue
 from broker.policies.order import Order, Waiting
 
-# Of those that were put back, what has kept its slots goes first: whoever waits for slots might be waiting for these.
+# Of the requests that were put back, those with slots go first: others might be waiting for these very slots.
 _HOLDS_SLOTS, _HOLDS_NONE = 0.0, 1.0
 
 
@@ -29,8 +29,8 @@ class RequestQueue:
     Args:
         order: which of a tenant's requests is next.
         holds_slots: whether a leg holds slots.
-        delays: for those that wait for a moment before they come into line again.
-        wake: told when the head may be another one.
+        delays: for those that pause before they stand in line again.
+        wake: told when another request may be the head.
     """
 
     def __init__(self, order: Order, holds_slots: Callable[[Leg], bool], delays: Timers, wake: Wake) -> None:
@@ -49,13 +49,13 @@ class RequestQueue:
         return request_id in self._line or request_id in self._resting
 
     def put(self, request: Request) -> None:
-        """A new request comes into its tenant's line."""
+        """Adds a new request to its tenant's line."""
         key = self._order(Waiting(request.cost, request.deadline_at))
         self._line.push(request.submit.tenant, request.request_id, request.cost, needs=kind_of(request), key=key)
         self._wake.arrived()
 
     def put_back(self, request: Request, not_before: float, now: float) -> None:
-        """A request that has had its turn comes before all that have not, once it is time."""
+        """A request that has had its turn goes before all that have not, from `not_before` on."""
         if not_before <= now:
             self._put_first(request)
             return
@@ -73,27 +73,27 @@ class RequestQueue:
         self._wake.changed()
 
     def lost_slots(self, request: Request) -> None:
-        """A request that waits holds no slots any more."""
+        """A waiting request no longer holds slots."""
         if request.request_id in self._line:
             self._put_first(request)
 
     def remove(self, request_id: str) -> None:
-        """A request waits no longer; nothing happens where it did not."""
+        """A request no longer waits; nothing happens if it did not."""
         self._resting.pop(request_id, None)
         if request_id in self._line:
             self._line.remove(request_id)
             self._wake.changed()
 
     def next(self, blocked: Collection[str]) -> str | None:
-        """Whose turn it is, among those whose kind is not `blocked`."""
+        """The request whose turn it is, among those whose kind is not `blocked`."""
         return self._line.next(blocked)
 
     def take(self, request_id: str) -> None:
-        """It is served."""
+        """Takes out the request that `next` gave: it has started."""
         self._line.take(request_id)
 
     def of_kind(self, kind: str, requests: dict[str, Request]) -> list[Request]:
-        """All that wait for the same things."""
+        """All waiting requests that need the same things."""
         resting = [request for request in self._resting.values() if kind_of(request) == kind]
         return [*(requests[request_id] for request_id in self._line.waiting(kind)), *resting]
 
@@ -102,5 +102,5 @@ class RequestQueue:
         return self._line.count(tenant)
 
     def newest_of_longest(self) -> tuple[str, str] | None:
-        """The tenant with most requests that wait for their first turn, and the newest of them."""
+        """The tenant with the most requests that wait for their first turn, and the newest of them."""
         return self._line.newest_of_longest()

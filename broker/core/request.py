@@ -1,11 +1,11 @@
 """One request as the broker sees it: its state, its legs, what it holds, and its story. Pure.
 
-Two rules. Nobody else writes the state of a request or of a leg: what changes it is a method here. And states change
-only as `TRANSITIONS` says: a change that is not listed for the present state raises, with the request's whole story;
-whoever takes in a message asks `allows` first, and what is not allowed then is counted as fenced.
+There are two rules. The state of a request or a leg is written only by the methods here. And it changes only as
+`TRANSITIONS` says: a change that is not listed for the current state raises, with the request's whole story. Whoever
+handles a message asks `allows` first, and counts what is not allowed as fenced.
 
-A **leg** is one attempt at a request: what one prefill and one decode worker do for it. A request waits (QUEUED)
-between its legs, and has a next leg already, by whose id its slots are held.
+A **leg** is one attempt at a request: what one prefill and one decode worker do for it. A request that waits (QUEUED)
+already has its next leg, which holds its slots.
 """
 
 from __future__ import annotations
@@ -80,15 +80,15 @@ class Leg:
     """One attempt at a request, and a holder of slots (`broker.core.holders`).
 
     Attributes:
-        leg_id: names it towards the workers, who never see one twice.
+        leg_id: its name for the workers, which never see the same one twice.
         request: whose it is.
-        prefill: computes the prompt; None before it has begun.
-        decode: goes on after that; None too where prefill gives the only token that may come.
-        num_tokens: of the prompt, with the output of earlier legs, that prefill computes.
-        reserved_tokens: of the decode worker's KV cache that are set aside for it.
+        prefill: the worker that computes the prompt; None before the leg has begun.
+        decode: the worker that goes on after that; also None if prefill gives the only token that may come.
+        num_tokens: how many tokens prefill computes: the prompt and the output of earlier legs.
+        reserved_tokens: how many tokens of the decode worker's KV cache are set aside for it.
         missing: hashes of the patches that prefill still waits for.
         prefilled: the prompt is computed.
-        num_cached_tokens: how much of it prefill had computed before; -1 until it has said so.
+        num_cached_tokens: how much of it prefill had in its prefix cache; -1 until it has said so.
         pushed: the KV is at the decode worker.
         has_output: it has given tokens.
         early_finish: its last output, which overtook PREFILLED, with its frames.
@@ -129,7 +129,7 @@ class Leg:
 
     @property
     def reader(self) -> Worker | None:
-        """Who reads patches for it: decode may have to, once prefill is done; None where it has not begun."""
+        """The worker that reads its patches: decode may have to, once prefill is done; None before it has begun."""
         return self.decode if self.prefilled else self.prefill
 
 
@@ -137,20 +137,20 @@ class Request:
     """A request in flight.
 
     Attributes:
-        submit: as its endpoint has sent it.
-        endpoint: who that is.
+        submit: the message with which its endpoint submitted it.
+        endpoint: that endpoint.
         patches: its patches by hash.
         accepted_at, deadline_at: in seconds of the core's clock.
         queued_at: when it last began to wait.
         state: see `TRANSITIONS`.
-        leg: its present leg, or its next one while it waits.
+        leg: its current leg, or its next one while it waits.
         engine_frames: go to the workers of every leg.
         patch_frames: pixels by hash, for whoever encodes a patch; kept until the prompt is computed.
         frames_bytes: bytes of all these frames.
-        output_token_ids: all that its client has got.
-        num_losses: workers that were lost with it, and attempts that its endpoint has counted.
+        output_token_ids: all tokens that its client has received.
+        num_losses: how many workers were lost with it, including those that its endpoint has counted.
         has_prompt_output: its endpoint has the prompt's log-probabilities.
-        timers: what is to be stopped when it ends.
+        timers: to be stopped when it ends.
         story: what has happened to it.
     """
 
@@ -228,11 +228,11 @@ class Request:
 
     @property
     def cost(self) -> int:
-        """What it takes of the pipeline, for fairness: tokens to prefill and embedding rows to encode."""
+        """How much of the pipeline it uses, for fairness: tokens to prefill and embedding rows to encode."""
         return self.submit.num_prompt_tokens + sum(patch.num_tokens for patch in self.patches.values())
 
     def allows(self, event: Event) -> bool:
-        """Whether `event` is legal in the present state."""
+        """Whether `event` is legal in the current state."""
         return (self.state, event) in TRANSITIONS
 
     # ---- what changes it -------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class Request:
         self.leg.missing.discard(patch_hash)
 
     def patch_stale(self, patch_hash: str, now: float) -> tuple[int, float]:
-        """A patch was not found in its slot; how often that was so by now, and since when."""
+        """A patch was not found in its slot; returns how often that has happened by now, and since when."""
         times, since = self._stale.get(patch_hash, (0, now))
         found = self._stale[patch_hash] = times + 1, since
         return found
@@ -258,7 +258,7 @@ class Request:
     def prompt_done(self, num_cached_tokens: int | None = None) -> int:
         """Its prompt is computed, and nobody needs its pixels; returns how many bytes were let go of.
 
-        `num_cached_tokens` is what prefill says; None where PREFILLED has not come, and the KV is there all the same.
+        `num_cached_tokens` is what prefill says; None if PREFILLED has not come although the KV is there.
         """
         if num_cached_tokens is not None:
             self._move(Event.PREFILLED)
@@ -289,7 +289,7 @@ class Request:
         self.sampled(token_ids)
 
     def hold_finish(self, output: LegOutput, frames: Sequence[bytes]) -> None:
-        """Its last output is here before PREFILLED, which may bring log-probabilities of the prompt: it waits."""
+        """Its last output has come before PREFILLED, which may carry log-probabilities of the prompt: it waits."""
         self.leg.early_finish = output, frames
 
     def finish(self, token_ids: Sequence[int]) -> None:
@@ -306,11 +306,11 @@ class Request:
         self._move(Event.CANCEL)
 
     def blame(self) -> None:
-        """A worker was lost with it, and it may be why."""
+        """A worker was lost with it, and it may be the cause."""
         self.num_losses += 1
 
     def next_leg(self, leg_id: str, now: float) -> None:
-        """Waits again, for another leg; what the earlier one had is forgotten."""
+        """Waits again, for another leg."""
         self._move(Event.RETRY)
         self.queued_at = now
         self.leg = Leg(leg_id, self, self.leg.keeper)

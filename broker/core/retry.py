@@ -1,8 +1,8 @@
-"""Trying a request again after its worker was lost: with the same tokens, on other workers, a bounded number of times.
+"""Tries a request again after its worker was lost: with the same tokens, on other workers, a bounded number of times.
 
-Part of the decision core; pure. Each attempt is a leg with an id of its own, so that nothing that an earlier one still
-says or reads is mistaken for the present one. A request whose client has tokens already goes on after them, where its
-endpoint says that this gives what an undisturbed run would have given; else it fails.
+Part of the decision core; pure. Each attempt is a leg with its own id, so that what an earlier one still says or reads
+is not mistaken for the current one. A request whose client already has tokens goes on after them, if its endpoint says
+that this gives the same as an undisturbed run; otherwise it fails.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Retries:
 
         Args:
             request: it is prefilling or decoding.
-            code: what it fails with where it cannot be tried again.
+            code: what it fails with if it cannot be tried again.
             text: why its leg ends.
             now: the time.
             left: the worker that has already let go of it.
-            blame: the request may be what has killed the worker, so this counts towards `max_attempts`.
-            keep: what is being encoded for it goes on meanwhile.
+            blame: the request may have killed the worker, so this counts towards `max_attempts`.
+            keep: patches that are being encoded for it go on meanwhile.
         """
         if blame:
             request.blame()
@@ -76,7 +76,7 @@ class Retries:
         request.tell(now, Happening.RETRIED, detail=f"{text}; {len(request.output_token_ids)} tokens are kept")
 
     def patch_lost(self, leg: Leg, text: str, now: float, blame: bool) -> None:
-        """The memory of a patch that a leg holds is gone: it acquires it anew, if it still needs it."""
+        """The memory of a patch that a leg holds is gone: the patch is acquired again, if it is still needed."""
         request = leg.request
         if leg.prefilled or request.leg is not leg:
             return
@@ -93,11 +93,14 @@ class Retries:
         if request.output_token_ids and not request.submit.resumable:
             return "its answer has begun and cannot be continued exactly"
         if request.num_tokens_left < 1:
-            return "it has all the tokens it asked for, and no end"
+            return "it has all the tokens it asked for, but no end"
         return self._stages.too_large(request.num_tokens)
 
 
 def delay_s(leg_id: str, num_losses: int) -> float:
-    """How long a leg waits: longer each time, and not the same for all that were lost together."""
+    """How long a leg waits: longer each time, and different for legs that were lost together.
+
+    The jitter is a hash of the id, not a random number, so that a replay decides alike.
+    """
     jitter = zlib.crc32(leg_id.encode()) / (1 << 32)
     return DELAY_S * float(2 ** max(num_losses - 1, 0)) * (0.5 + jitter)

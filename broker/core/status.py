@@ -1,7 +1,7 @@
-"""What endpoints are told of workers, and the counters. Pure; a part of the decision core.
+"""What endpoints are told about workers, and the counters. Pure; a part of the decision core.
 
-An endpoint is told of all workers once, and then of those of which something has changed: a thousand workers cost a
-STATUS of a thousand lines once, not each second.
+An endpoint is told of all workers once, and after that only of changes: a thousand workers cost one STATUS of a
+thousand lines, not one a second.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Held = Callable[[], dict[str, int]]
 
 
 class StatusBoard:
-    """Knows what has changed since each endpoint was told.
+    """Knows what has changed since each endpoint was last told.
 
     Args:
-        held: what the core holds, by the names of `epd.messages.Counters`.
+        held: what the core holds, by the names in `epd.messages.Counters`.
 
     Attributes:
-        process_held: what the daemon's process holds, as it last said.
+        process_held: what the daemon's process holds, as last reported.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StatusBoard:
                 endpoint.changed[worker.peer_id] = worker
 
     def gone(self, worker: Worker) -> None:
-        """A worker is registered no more."""
+        """A worker is no longer registered."""
         for endpoint in self._registry.endpoints.values():
             if endpoint.changed is not None:
                 endpoint.changed.pop(worker.peer_id, None)
@@ -54,7 +54,7 @@ class StatusBoard:
             self.tell(endpoint)
 
     def tell(self, endpoint: Peer, *, whole: bool = False) -> None:
-        """Tells an endpoint what has changed since it was told last; all there is the first time, or if `whole`."""
+        """Tells an endpoint what has changed since it was last told; everything the first time, or if `whole`."""
         for peer_id in self._stages.touched:
             if (worker := self._registry.workers.get(peer_id)) is not None:
                 self.changed(worker)

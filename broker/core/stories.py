@@ -23,7 +23,7 @@ class Stories:
         self._ended: OrderedDict[str, Story] = OrderedDict()
 
     def ended(self, request: Request) -> None:
-        """Keeps the story of a request that has ended, in place of the oldest."""
+        """Keeps the story of a request that has ended; the oldest gives way."""
         self._ended.pop(request.request_id, None)
         self._ended[request.request_id] = self._tell(request)
         if len(self._ended) > self._keep:

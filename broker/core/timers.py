@@ -1,4 +1,4 @@
-"""What the core does when time has passed, in the order of when it is due. Pure: whoever runs it says what time it is.
+"""What the core does when time has passed, in the order in which it is due. Pure: the caller says what time it is.
 
 Setting, stopping and running a timer cost O(log n) amortised.
 """
@@ -13,7 +13,7 @@ _MIN_STALE = 64
 
 
 class Timer:
-    """One thing to do at `at`, in seconds of the core's clock; `call` gets the time, and is None once it is stopped."""
+    """One thing to do at `at` (seconds of the core's clock); `call` gets the time, and is None once stopped or run."""
 
     __slots__ = ("at", "call")
 
@@ -34,13 +34,13 @@ class Timers:
         return len(self._heap) - self._num_stopped
 
     def set(self, at: float, call: Callable[[float], None]) -> Timer:
-        """Has `call(now)` called at the first `run` at or after `at`; of equal times, what was set first is first."""
+        """Has `call(now)` called at the first `run` at or after `at`; at equal times, what was set first goes first."""
         timer = Timer(at, call)
         heapq.heappush(self._heap, (at, next(self._order), timer))
         return timer
 
     def stop(self, timer: Timer | None) -> None:
-        """Has a timer never run; nothing happens where it has run, or was stopped."""
+        """Keeps a timer from running; nothing happens if it has run or was stopped."""
         if timer is None or timer.call is None:
             return
         timer.call = None
@@ -51,7 +51,7 @@ class Timers:
             self._num_stopped = 0
 
     def run(self, now: float) -> None:
-        """Calls what is due, also what is set meanwhile and due already."""
+        """Calls what is due, including what is set meanwhile and due at once."""
         while self._heap and self._heap[0][0] <= now:
             timer = heapq.heappop(self._heap)[2]
             call, timer.call = timer.call, None

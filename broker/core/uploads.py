@@ -1,8 +1,8 @@
 """Uploads: pictures encoded before anybody asks about them, and pinned in the cache until they expire. Pure.
 
-Part of the decision core. An upload is a holder of its patches like a request is; together, uploads may pin a fraction
-of the cache, so that requests always have room. While encode workers or the cache are away for a moment, an upload
-waits for them with its pixels, as a request does.
+Part of the decision core. An upload holds its patches as a leg does. All uploads together may pin only a fraction of
+the cache, so that requests always have room. While encode workers or the cache are away for a moment, an upload waits
+for them with its pixels, as a request does.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from epd.messages import Patch
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Upload:
-    """A picture that is kept in the cache for its endpoint until `expires_at`; `missing` are not encoded yet.
+    """A picture that is kept in the cache for its endpoint until `expires_at`; `missing` patches are not encoded yet.
 
-    A holder of slots (`broker.core.holders`). Until it is pinned it has its `frames` (pixels by patch), and `nbytes`
+    A holder of slots (`broker.core.holders`). Until it is pinned it keeps its `frames` (pixels by patch), and `nbytes`
     and `num_pins` are 0.
     """
 
@@ -51,10 +51,10 @@ class Uploads:
 
     Attributes:
         by_id: all of them.
-        num_pins: how many patches they pin, in all.
+        num_pins: how many patches they pin in total.
 
     Args:
-        fraction: of the cache, that uploads may pin together.
+        fraction: the share of the cache that all uploads together may pin.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Uploads:
     # ---- in --------------------------------------------------------------------------------------------------------
 
     def accept(self, peer: Peer, upload: m.Upload, frames: Sequence[bytes], now: float) -> None:
-        """UPLOAD: takes in an upload for `start`, or says why not."""
+        """UPLOAD: accepts an upload, for `start` to pin, or refuses it with a reason."""
         at, by_hash = 0, dict[str, Sequence[bytes]]()
         for patch in upload.patches:
             by_hash[patch.patch_hash] = frames[at : at + patch.num_frames]
@@ -98,7 +98,7 @@ class Uploads:
             one.timer = self._timers.set(one.expires_at, lambda now: self._drop(one))
 
     def start(self, now: float) -> None:
-        """Pins the patches of the uploads that wait and has the missing ones encoded, if anybody can."""
+        """Pins the patches of waiting uploads and queues the missing ones, unless nobody could encode them now."""
         if not self._waiting or self._liveness.are_absent(UPLOAD_NEEDS):
             return
         for one in list(self._waiting.values()):
@@ -125,7 +125,7 @@ class Uploads:
             return ErrorCode.PIXELS_NEEDED, str(error)
         except UnknownModalityError as error:
             return ErrorCode.UNSUPPORTED_MODALITY, str(error)
-        except ValueError as error:  # a shape that cannot be
+        except ValueError as error:  # an impossible shape
             return ErrorCode.TOO_LARGE, str(error)
         if acquired is None:
             return ErrorCode.OVERLOADED, "every slot of the cache is in use"
@@ -142,12 +142,12 @@ class Uploads:
     # ---- the keeper of uploads -------------------------------------------------------------------------------------
 
     def patch_given(self, holder: Holder, patch_hash: str, worker: str, now: float) -> None:
-        """See `broker.core.holders.Keeper`; so for those below. Uploads have no stories."""
+        """See `broker.core.holders.Keeper`, as for those below. Uploads have no stories."""
 
     def patches_there(
         self, holder: Holder, patch_hashes: Sequence[str], worker: str, took_s: float, batch: int, now: float
     ) -> None:
-        """Once all of it can be read, its endpoint is told."""
+        """Tells the endpoint once all patches can be read."""
         one = cast(Upload, holder)
         waited = bool(one.missing)
         one.missing.difference_update(patch_hashes)
@@ -157,7 +157,7 @@ class Uploads:
     def patch_lost(
         self, holder: Holder, patch_hash: str, code: ErrorCode, reason: str, now: float, *, again: bool, blame: bool
     ) -> None:
-        """The upload ends with that."""
+        """Ends the upload."""
         one = cast(Upload, holder)
         if self.by_id.get(one.upload_id) is one:
             self._refuse(one, code, reason)
@@ -166,7 +166,7 @@ class Uploads:
     # ---- out -------------------------------------------------------------------------------------------------------
 
     def drop(self, peer: Peer, message: m.DropUpload, frames: Sequence[bytes], now: float) -> None:
-        """DROP_UPLOAD: its endpoint does not need an upload any more."""
+        """DROP_UPLOAD: an endpoint no longer needs an upload."""
         one = self.by_id.get(message.upload_id)
         if one is not None and one.endpoint is peer:
             self._drop(one)
@@ -177,7 +177,7 @@ class Uploads:
             self._drop(one)
 
     def give_up_waiting(self, now: float) -> None:
-        """Refuses those that have waited in vain."""
+        """Refuses the uploads that have waited in vain."""
         gone = self._liveness.gone(UPLOAD_NEEDS, now)
         for one in list(self._waiting.values()) if gone else ():
             self._refuse(one, ErrorCode.NOT_READY, f"{named(gone, 'no')} is registered")
@@ -192,7 +192,7 @@ class Uploads:
         self._legs.drop_unwanted(self._patches.release(one))
 
     def _let_go_of_pixels(self, one: Upload) -> None:
-        """An upload waits no longer."""
+        """An upload no longer waits, so nobody needs its pixels from here."""
         if self._waiting.pop(one.upload_id, None):
             self._ledger.let_go(one.frames_bytes)
             one.frames, one.frames_bytes = {}, 0

@@ -1,6 +1,7 @@
-"""Whether there is any use in trying to start the request at the head of the queue. Pure; a part of the decision core.
+"""Whether it is worth trying to start the request at the head of the queue. Pure; a part of the decision core.
 
-Whoever frees what the head may wait for says so; nothing else makes the core look at the queue again.
+While the head cannot start, every token and heartbeat would otherwise try it again in vain. So whoever frees something
+that the head may be waiting for says so here, and nothing else makes the core look at the queue.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ class Room(enum.StrEnum):
 
 
 class Wake:
-    """Whether the head is to be tried (`due`), and what it lacked when it was tried last (`lacks`).
+    """Whether the head is to be tried (`due`), and what it lacked when it was last tried (`lacks`).
 
-    That is None where it is not known to lack anything.
+    `lacks` is None if the head is not known to lack anything. Only the first thing that it lacks is known: what is
+    freed otherwise cannot help it.
     """
 
     def __init__(self) -> None:
@@ -27,7 +29,7 @@ class Wake:
         self.lacks: Room | None = None
 
     def freed(self, what: Room) -> None:
-        """There is more of something."""
+        """More of something is free."""
         if self.lacks is what:
             self.due = True
 
@@ -36,12 +38,12 @@ class Wake:
         self.freed(Room.SLOTS)
 
     def arrived(self) -> None:
-        """A request has come: it is tried, unless one before it cannot be started."""
+        """A request has come: it is tried, unless the head is known not to fit."""
         if self.lacks is None:
             self.due = True
 
     def changed(self) -> None:
-        """Workers or pools have come or gone, or what is first has changed."""
+        """Workers or pools have come or gone, or another request may be the head."""
         self.due = True
 
     def tried(self, lacks: Room | None) -> None:

@@ -1,7 +1,10 @@
 """Which worker gets a piece of work. Pure; chosen by name in the configuration, per stage.
 
-A choice gives each worker a rank, the lowest first, which changes only when the worker's own load does; `StageWorkers`
-keeps the workers of a stage sorted by it, so that asking costs O(log n).
+A choice gives each worker a rank; the lowest goes first. A rank changes only when the worker's own load does, so
+`StageWorkers` can keep the workers of a stage sorted by it and finds the best in O(log n).
+
+Rank and room are two things: rank says who should get the work, room who can take it. The least loaded worker need not
+be the one with the most room where workers differ in size or speed.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from broker.policies.costs import Cost
 
 Rank = tuple[float, ...]
 
-# How many workers are looked at before the one with most room is taken: load and room differ where workers do.
+# So many workers are looked at by rank before those with the most room are: without a bound, a request that fits almost
+# nowhere would look at all of them.
 _MAX_LOOKS = 16
+# How many affinity keys are remembered; the least recently given are forgotten.
 _MAX_KNOWN = 65_536
 
 
@@ -25,7 +30,7 @@ class Candidate(Protocol):
     """What a choice knows of a worker.
 
     `load_units` is its outstanding work in the unit of its stage, `num_tasks` how many requests or patches that is,
-    `cost` what a unit takes, `room_units` what it can be given at most now.
+    `cost` what a unit costs, `room_units` how much it can be given at most now.
     """
 
     peer_id: str
@@ -34,7 +39,7 @@ class Candidate(Protocol):
 
     @property
     def load_units(self) -> int:
-        """See above; so for those below."""
+        """See the class, as for those below."""
 
     @property
     def num_tasks(self) -> int:
@@ -46,25 +51,26 @@ class Candidate(Protocol):
 
 
 class Choice(Protocol):
-    """How the workers of one stage are chosen among; made anew for each stage."""
+    """How one of a stage's workers is chosen; each stage has an instance of its own."""
 
     def rank(self, worker: Candidate) -> Rank:
-        """The rank of a worker as it is now."""
+        """The current rank of a worker."""
 
     def chosen(self, worker: Candidate, keys: Sequence[str]) -> None:
         """A worker was given work on what these keys name."""
 
     def favourite(self, keys: Sequence[str]) -> str | None:
-        """The worker (by its id) that has most of what these keys name, if that counts and is known."""
+        """The id of the worker that has most of what these keys name, if this choice cares and it is known."""
 
     def is_worth(self, favourite: Candidate, best: Candidate, num_units: int) -> bool:
         """Whether `favourite` is taken for work of `num_units` although `best` has the lowest rank."""
 
 
 class LeastLoaded:
-    """The least outstanding work: in estimated seconds where what work costs is known, else in units.
+    """The least outstanding work: in estimated seconds if costs are known, else in units.
 
-    A worker whose cost is not known counts as the average of those whose is.
+    A worker whose cost is not known yet counts as the average of the others: as free, it would be given everything; as
+    costly, it would get nothing to learn from.
     """
 
     def __init__(self) -> None:
@@ -72,7 +78,7 @@ class LeastLoaded:
         self._sum = 0.0
 
     def learnt(self, worker: Candidate) -> None:
-        """What a worker's work costs has changed."""
+        """The cost of a worker's work has changed."""
         self._sum += worker.cost.s_per_unit - self._known.get(worker.peer_id, 0.0)
         self._known[worker.peer_id] = worker.cost.s_per_unit
 
@@ -86,7 +92,7 @@ class LeastLoaded:
         return bool(self._known)
 
     def seconds(self, worker: Candidate, num_units: int) -> float:
-        """What so much work takes a worker, in seconds; in units while nobody has said what it costs."""
+        """How long so much work takes a worker, in seconds; in units while no cost is known."""
         if worker.cost.s_per_unit:
             return num_units * worker.cost.s_per_unit
         return num_units * (self._sum / len(self._known) if self._known else 1.0)
@@ -96,7 +102,7 @@ class LeastLoaded:
         return self.seconds(worker, worker.load_units), worker.num_tasks
 
     def chosen(self, worker: Candidate, keys: Sequence[str]) -> None:
-        """Loads are all that counts."""
+        """Nothing to note: only loads count."""
 
     def favourite(self, keys: Sequence[str]) -> str | None:
         """Nobody."""
@@ -108,7 +114,7 @@ class LeastLoaded:
 
 
 class RoundRobin(LeastLoaded):
-    """Whoever was given nothing for longest."""
+    """The worker that has gone longest without being given work."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,10 +136,10 @@ class RoundRobin(LeastLoaded):
 
 
 class Affine(LeastLoaded):
-    """Whoever has worked on the same patches and beginnings of prompts before, unless it is much busier than others.
+    """The worker that has had the same patches or beginnings of prompts before, unless it is much busier than others.
 
-    Its caches then save work: it is taken as long as what it has to do more than the least loaded worker takes no
-    longer than the new work would take there.
+    Its caches save work. It is taken as long as its extra load, compared with the least loaded worker, takes no longer
+    than the new work would take there.
     """
 
     def __init__(self) -> None:
@@ -141,7 +147,7 @@ class Affine(LeastLoaded):
         self._holders: OrderedDict[str, str] = OrderedDict()
 
     def chosen(self, worker: Candidate, keys: Sequence[str]) -> None:
-        """It has these now."""
+        """The worker has these now."""
         for key in keys:
             self._holders[key] = worker.peer_id
             self._holders.move_to_end(key)
@@ -149,7 +155,7 @@ class Affine(LeastLoaded):
             self._holders.popitem(last=False)
 
     def favourite(self, keys: Sequence[str]) -> str | None:
-        """Who was last given the last of these keys that is known: keys go from general to special."""
+        """The worker that was last given the most specific known key: keys go from general to specific."""
         return next((found for key in reversed(keys) if (found := self._holders.get(key))), None)
 
     def is_worth(self, favourite: Candidate, best: Candidate, num_units: int) -> bool:
@@ -166,7 +172,7 @@ CHOICES: dict[str, Callable[[], LeastLoaded]] = {
 
 
 class Ranking:
-    """Workers by rank, and by arrival where ranks are equal. Changes and looks cost O(log n) comparisons."""
+    """Workers by rank, then by arrival. Changes and look-ups cost O(log n) comparisons."""
 
     def __init__(self) -> None:
         self._order: list[tuple[Rank, int, Candidate]] = []
@@ -184,7 +190,7 @@ class Ranking:
         return self._order[0][2] if self._order else None
 
     def rank_of(self, worker: Candidate) -> Rank | None:
-        """The rank under which a worker is here."""
+        """The rank under which a worker is listed."""
         entry = self._entries.get(worker.peer_id)
         return entry[0] if entry else None
 
@@ -199,7 +205,7 @@ class Ranking:
         bisect.insort(self._order, entry)
 
     def drop(self, worker: Candidate) -> None:
-        """Takes a worker out; nothing happens where it is not here."""
+        """Takes a worker out; nothing happens if it is not here."""
         entry = self._entries.pop(worker.peer_id, None)
         if entry is not None:
             del self._order[bisect.bisect_left(self._order, entry)]
@@ -210,7 +216,7 @@ class StageWorkers:
 
     Args:
         choice: ranks them.
-        touched: gets each worker whose load has changed, by its id.
+        touched: each worker whose load has changed is added to it, by id.
     """
 
     def __init__(self, choice: LeastLoaded, touched: dict[str, Candidate] | None = None) -> None:
@@ -240,7 +246,7 @@ class StageWorkers:
         self.update(worker)
 
     def remove(self, worker: Candidate) -> None:
-        """A worker takes no more work of this stage; nothing happens where it took none."""
+        """A worker takes no more work of this stage; nothing happens if it took none."""
         if self._known.pop(worker.peer_id, None) is None:
             return
         self.choice.gone(worker)
@@ -252,7 +258,7 @@ class StageWorkers:
             del self._by_host[worker.host]
 
     def update(self, worker: Candidate) -> None:
-        """A worker's load has changed; where it takes no new work, it has no rank."""
+        """A worker's load has changed; one that takes no new work has no rank."""
         self._touched[worker.peer_id] = worker
         known = self._known.get(worker.peer_id)
         if known is None:
@@ -269,7 +275,10 @@ class StageWorkers:
             self._by_room.put(worker, (-room,), number)
 
     def _split(self, host: str) -> Ranking:
-        """There are workers of a second host: from now on each host's are kept by themselves."""
+        """Workers of a second host have come: from now on each host has a ranking of its own.
+
+        Until then the only host shares the ranking of all, so that one host, the usual case, is not sorted twice.
+        """
         for other, ranking in self._by_host.items():
             if ranking is self._everywhere:
                 mine = self._by_host[other] = Ranking()
@@ -279,7 +288,7 @@ class StageWorkers:
         return Ranking()
 
     def learnt(self, worker: Candidate) -> None:
-        """What a worker's work costs has changed; at the first that is known all ranks do."""
+        """The cost of a worker's work has changed; the first known cost changes all ranks, from units to seconds."""
         if worker.peer_id not in self._known:
             return
         was_known = self.choice.is_known
@@ -288,13 +297,13 @@ class StageWorkers:
             self.update(one)
 
     def give(self, worker: Candidate, keys: Sequence[str] = ()) -> None:
-        """A worker was given work: it counts as `choice` has it."""
+        """A worker was given work: `choice` takes note, and its rank is renewed."""
         self.choice.chosen(worker, keys)
         self.update(worker)
 
     @property
     def most_room(self) -> int:
-        """The most that any worker can be given now."""
+        """The most that any of the workers can be given now."""
         first = self._by_room.first
         return first.room_units if first else 0
 
@@ -325,17 +334,17 @@ class StageWorkers:
         keys: Sequence[str] = (),
         num_units: int = 0,
     ) -> Candidate | None:
-        """The worker for a piece of work: the favourite where that is worth it, else the one with the lowest rank.
+        """The worker for a piece of work: the favourite if that is worth it, else the one with the lowest rank.
 
         Args:
             takes: whether a worker can take it now.
             host: only workers of this host; None for all.
-            keys: what the work is on, from general to special (`Choice.favourite`).
+            keys: what the work is about, from general to specific (`Choice.favourite`).
             num_units: how much work it is.
 
         Returns:
-            None where nobody can take it now. Where many workers of different sizes are nearly full, one that could
-            take it may be overlooked: then too.
+            None if nobody can take it now. If many workers of different sizes are nearly full, one that could take it
+            may be overlooked.
         """
         ranking = self._everywhere if host is None else self._by_host.get(host)
         if ranking is None:

@@ -1,7 +1,7 @@
-"""What a worker's work takes, learnt from what it reports. Pure.
+"""What a worker's work costs, learnt from what it reports. Pure.
 
-Workers say with each heartbeat how many seconds their engines have been busy, and for how many units of work: embedding
-rows, prompt tokens or decoded tokens. What came since the last heartbeat gives seconds per unit, smoothed.
+Workers report with each heartbeat how many seconds their engines have been busy, and for how many units of work:
+embedding rows, prompt tokens or decoded tokens. The increase since the last heartbeat gives seconds per unit, smoothed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from epd.messages import Work
 
 _WEIGHT = 0.2
-# Fewer units than this between two heartbeats say little: they wait for the next.
+# Fewer units than this between two heartbeats say little: they are counted with the next ones.
 _MIN_UNITS = 16
 
 
@@ -23,9 +23,9 @@ class Cost:
         self.s_per_unit = 0.0
 
     def observe(self, work: Work) -> bool:
-        """Takes in what the worker has done in all; whether the estimate has changed."""
+        """Takes in the worker's total so far; returns whether the estimate has changed."""
         num_units, busy_s = work.num_units - self._last.num_units, work.busy_s - self._last.busy_s
-        if num_units < 0 or busy_s < 0.0:  # it has begun to serve another stage
+        if num_units < 0 or busy_s < 0.0:  # totals start over when it serves another stage
             self._last = work
             return False
         if num_units < _MIN_UNITS or busy_s == 0.0:

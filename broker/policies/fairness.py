@@ -1,13 +1,13 @@
 """A queue that is fair among tenants: start-time fair queueing, and inside each tenant any order. Pure.
 
-Each tenant has a line of its own, and a tag: how much of the service it has used up. The tenant with the lowest tag is
-next, and what is taken adds its cost to the tag. A virtual clock shows what each waiting tenant should have got by now;
-a tenant that comes (back) starts there, so that nobody saves up service while away, and nobody waits for ever while
-others come.
+Each tenant has its own line and a tag: how much service it has used. The tenant with the lowest tag is next, and each
+item that is taken adds its cost to the tag. A virtual clock shows how much service each waiting tenant should have had
+by now. A tenant that arrives or comes back starts at the clock: if its tag stayed behind, it could save up service
+while it is away and then keep everybody else waiting; if it started higher, it would pay for what others have used.
 
 Items have a class: what they need before they can be served. Whoever asks for the next item names the classes that
-cannot be served now, and their items are passed by. Everything costs O(log n) amortised, whatever waits, but for a
-factor of the number of classes in use.
+cannot be served now, and their items are passed over. Every operation costs O(log n) amortised, times the number of
+classes in use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ class _Item(NamedTuple):
 
 
 class _Heap(Generic[T]):
-    """Items of one class and tenant, or put back: by key, then arrival. Those that have left are skipped."""
+    """Items of one class and tenant, or put back: by key, then arrival.
+
+    Removing an item from the middle of a heap would cost a scan. So items that have left stay, are skipped when they
+    come to the top, and are swept out when they outnumber the others.
+    """
 
     __slots__ = ("_entries", "num_items")
 
@@ -43,7 +47,7 @@ class _Heap(Generic[T]):
         self.num_items += 1
 
     def left(self, items: dict[T, _Item]) -> None:
-        """One of its items is in `items` no more."""
+        """One of its items is no longer in `items`."""
         self.num_items -= 1
         if len(self._entries) > 2 * self.num_items + _MIN_STALE:
             self._entries = [entry for entry in self._entries if _is_current(entry, items)]
@@ -59,12 +63,13 @@ class _Heap(Generic[T]):
 
 
 def _is_current(entry: tuple[float, int, T], items: dict[T, _Item]) -> bool:
+    # An item that has left may be back, perhaps with another key: the number tells its stays apart.
     known = items.get(entry[2])
     return known is not None and known.number == entry[1]
 
 
 class _Line(Generic[T]):
-    """What waits of a tenant: in the order of arrival, and by class. `number` says how early the tenant came."""
+    """A tenant's waiting items: in order of arrival, and by class. `number` says how early the tenant came."""
 
     __slots__ = ("by_class", "items", "number")
 
@@ -75,13 +80,13 @@ class _Line(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Items that wait, by tenant, each with its cost in any unit.
+    """Waiting items by tenant, each with its cost in any unit.
 
-    What is put back by `push_front` comes before everything else: it has had its turn before. An item that was chosen
-    and could not be taken yet stays the next one, whoever comes, so that it cannot starve.
+    Items that `push_front` puts back come before everything else: they have had their turn. An item that was chosen but
+    could not be taken yet stays the next one, whoever arrives; otherwise a large one could starve.
 
     Args:
-        knows_longest: whether `newest_of_longest` will be asked for.
+        knows_longest: whether `newest_of_longest` will be called.
     """
 
     def __init__(self, *, knows_longest: bool = False) -> None:
@@ -125,7 +130,7 @@ class FairQueue(Generic[T]):
         self._rank(needs, tenant, line)
 
     def push_front(self, tenant: str, item: T, *, needs: str = "", key: float = 0.0) -> None:
-        """Puts an item that has been taken before back, by `key` among the others that were; it costs nothing again."""
+        """Puts back an item that was taken before, by `key` among the others that were; it is not charged again."""
         self.remove(item)
         number = next(self._numbers)
         self._items[item] = _Item(tenant, 0.0, needs, number)
@@ -136,7 +141,7 @@ class FairQueue(Generic[T]):
         heap.push(key, number, item)
 
     def remove(self, item: T) -> None:
-        """Takes an item out without serving it; nothing happens where it is not here."""
+        """Takes an item out without serving it; nothing happens if it is not here."""
         known = self._items.pop(item, None)
         if known is None:
             return
@@ -184,6 +189,7 @@ class FairQueue(Generic[T]):
         tenant, cost, _, _ = self._items[item]
         is_back = item in self._put_back
         if not is_back:
+            # The clock moves by an equal share of the cost, since all waiting tenants are entitled to as much.
             self._clock = max(self._clock, self._tags[tenant]) + cost / len(self._lines)
             self._tags[tenant] += cost
         self.remove(item)
@@ -196,12 +202,12 @@ class FairQueue(Generic[T]):
         return [item for item, known in self._items.items() if known.needs == needs]
 
     def count(self, tenant: str) -> int:
-        """How many items of a tenant wait that have not been taken before."""
+        """How many items of a tenant are waiting that have not been taken before."""
         line = self._lines.get(tenant)
         return len(line.items) if line else 0
 
     def newest_of_longest(self) -> tuple[str, T] | None:
-        """The tenant with the longest line, and the last that came to it; None where all lines are empty."""
+        """The tenant with the longest line, and the last item that joined it; None if all lines are empty."""
         if not self._longest:
             return None
         tenant = next(iter(self._by_length[self._longest]))
@@ -210,7 +216,7 @@ class FairQueue(Generic[T]):
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _rank(self, needs: str, tenant: str, line: _Line[T]) -> None:
-        """A tenant has items of a class, and its tag as it is now."""
+        """Ranks a tenant that has items of a class, by its current tag; its earlier entries are now out of date."""
         tag = self._tags[tenant]
         if self._ranked.get((needs, tenant)) != tag:
             self._ranked[needs, tenant] = tag
@@ -228,7 +234,7 @@ class FairQueue(Generic[T]):
         return best[2] if best else None
 
     def _is_ranked(self, needs: str, tag: float, number: int, tenant: str) -> bool:
-        """Whether a rank still says what is: of a tenant that waits with this tag and has items of the class."""
+        """Whether an entry is still right: the tenant waits with this tag and has items of the class."""
         line = self._lines.get(tenant)
         if line is None or line.number != number or self._tags[tenant] != tag:
             return False
@@ -238,7 +244,7 @@ class FairQueue(Generic[T]):
         return False
 
     def _measure(self, tenant: str, length: int, change: int) -> None:
-        """A tenant's line has become longer or shorter by one."""
+        """A tenant's line has become longer or shorter by one; keeps tenants by length, so that nobody has to scan."""
         if not self._knows_longest:
             return
         if length:
@@ -254,7 +260,7 @@ class FairQueue(Generic[T]):
             self._longest -= 1
 
     def _tidy(self, tenant: str, line: _Line[T]) -> None:
-        """Forgets an empty line, and the tags that the clock has passed: their tenants start anew without a loss."""
+        """Forgets an empty line, and tags that the clock has passed: their tenants would start at the clock anyway."""
         if line.items:
             return
         del self._lines[tenant]

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Waiting:
-    """What an order may look at: how much work something that waits is (tokens), and when it must be done (seconds)."""
+    """What an order may look at: how much work it is (tokens), and when it must be done (the core's clock, seconds)."""
 
     cost: float
     deadline_at: float
 
 
-# The lowest goes first; of equals, what has come first.
+# The lowest goes first; of equals, the one that came first.
 Order = Callable[[Waiting], float]
 
 
@@ -28,12 +28,12 @@ def first_come_first_served(waiting: Waiting) -> float:
 
 
 def shortest_job_first(waiting: Waiting) -> float:
-    """What is least work first; what is much may wait for long while little things come."""
+    """The least work first; large work may wait for long while small work keeps arriving."""
     return waiting.cost
 
 
 def earliest_deadline_first(waiting: Waiting) -> float:
-    """What must be done soonest first."""
+    """The earliest deadline first."""
     return waiting.deadline_at
 
 

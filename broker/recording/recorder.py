@@ -1,13 +1,13 @@
-"""The flight recorder: what the decision core has seen, appended to a file, so that `replay` can do it again.
+"""The flight recorder: appends what the decision core sees to a file, so that `replay` can repeat it.
 
-Lives in the broker daemon; owns the file. A file is a run of MessagePack values: first a map, how the core was made
-(`HEAD_FIELDS`), then an array for each event:
+Lives in the broker daemon; owns the file. A file is a sequence of MessagePack values: first a map that says how the
+core was made (`HEAD_FIELDS`), then an array for each event:
 
     [now, peer id, prefix, header, sizes of the frames, digest of what was sent]    a message
     [now, what the process holds, digest of what was sent]                          time has passed
 
-Frames (pixels, prompts) are not recorded, only their sizes; headers have patch hashes, times and the numbers of sampled
-tokens. What cannot be written ends the recording and nothing else.
+Frames (pixels, prompts) are not recorded, only their sizes; headers have patch hashes, times and the ids of sampled
+tokens. A failed write ends the recording and nothing else.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 def digest(sends: Iterable[Send]) -> int:
-    """A number that differs where other messages were sent, to others, or in another order."""
+    """A number that differs if other messages were sent, or to other peers, or in another order."""
     value = 0
     for peer_id, message, frames in sends:
         prefix, header, *rest = wire.encode(message, frames)
@@ -48,11 +48,11 @@ def digest(sends: Iterable[Send]) -> int:
 
 
 class Recorder:
-    """Appends to a new file in `folder`; files of earlier runs go, oldest first, while they have more than `max_bytes`.
+    """Appends to a new file in `folder`; removes the oldest earlier files while all have more than `max_bytes`.
 
     Args:
-        folder: where the file goes; it is made if it is not there.
-        max_bytes: at so many bytes the recording ends; what is later cannot be replayed without what is before.
+        folder: where the file goes; it is made if it does not exist.
+        max_bytes: the recording ends at that size: later events could not be replayed without the earlier ones.
         config: what the core was made with.
         first_generation: likewise.
         epoch_s: likewise.
@@ -78,13 +78,13 @@ class Recorder:
         self._flush()
 
     def message(self, now: float, peer_id: str, parts: Sequence[bytes], sends: Iterable[Send]) -> None:
-        """A message, as the frames that came (`epd.transport.wire`), and what the core sent for it."""
+        """Records a message, as the frames that came (`epd.transport.wire`), and what the core sent for it."""
         if not self._file.closed:
             prefix, header, *frames = parts
             self._write([now, peer_id, prefix, header, [len(frame) for frame in frames], digest(sends)])
 
     def tick(self, now: float, process_held: Mapping[str, int], sends: Iterable[Send]) -> None:
-        """Time has passed; what was recorded before goes to the file."""
+        """Records that time has passed, and writes what was recorded before to the file."""
         if self._file.closed:
             return
         self._write([now, dict(process_held), digest(sends)])
@@ -101,7 +101,7 @@ class Recorder:
         data = self._packer.pack(record)
         self._left -= len(data)
         if self._left < 0:
-            self._stop("broker.record_bytes are written")
+            self._stop("broker.record_bytes have been written")
             return
         try:
             self._file.write(data)
@@ -109,7 +109,7 @@ class Recorder:
             self._stop(str(error))
 
     def _flush(self) -> None:
-        """A file that is full is no reason not to start, nor to stop."""
+        """Writes to the file; a full disk must neither keep the broker from starting nor stop it."""
         try:
             if not self._file.closed:
                 self._file.flush()

@@ -1,8 +1,7 @@
-"""Does again what a flight recorder has written: the same events, at the same times, into a core of its own.
+"""Replays what a flight recorder has written: gives the same events, at the same times, to a core of its own.
 
-Pure but for the file it reads. The core decides alike wherever it gets the same events, so a replay shows what a broker
-did and why, after it is gone; where it differs from what was sent then, this is not the version that was recorded, or
-an error of ours.
+Pure but for the file it reads. The same events always lead to the same decisions, so a replay shows what a broker did
+and why, after it is gone. If it differs from what was sent then, this is another version, or a bug.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ _MAX_RECORD_BYTES = 4 * MAX_HEADER_BYTES
 
 
 class RecordingError(ValueError):
-    """A file that is no recording, or one of another version."""
+    """A file that is not a recording, or one of another version."""
 
 
 @dataclasses.dataclass
 class Replayed:
     """What came of a replay.
 
-    `first_difference` is the number of the first event (from 1) after which the core sent anything else than it did
-    then, 0 where there is none; `failures` are the codes of FAILED; `errors` what the core raised. `core` is as it was
-    at the end of the recording.
+    `first_difference` is the number of the first event (from 1) after which the core sent something else than it did
+    then, 0 if there is none; `failures` are the codes of FAILED messages; `errors` what the core raised. `core` is as
+    it was at the end of the recording.
     """
 
     version: str
@@ -60,7 +59,7 @@ def replay(file: BinaryIO) -> Replayed:
     """Replays a whole recording; one that ends in the middle of an event, as after a crash, up to there.
 
     Raises:
-        RecordingError: it is none, or cannot be replayed by this version.
+        RecordingError: it is not a recording, or this version cannot replay it.
     """
     records = _records(file)
     done = _begin(next(records, None))
@@ -71,7 +70,7 @@ def replay(file: BinaryIO) -> Replayed:
             began_at = now if began_at is None else began_at
             sends = _again(done, now, what)
         except (TypeError, ValueError) as error:
-            raise RecordingError(f"event {done.num_events + 1} is none: {error}") from None
+            raise RecordingError(f"event {done.num_events + 1} is not valid: {error}") from None
         done.seconds = now - began_at
         done.failures.update(str(send.message.code) for send in sends if isinstance(send.message, m.Failed))
         if not done.first_difference and digest(sends) != expected:
@@ -84,12 +83,12 @@ def _records(file: BinaryIO) -> Iterator[Any]:
     try:
         yield from unpacker
     except (msgpack.UnpackException, ValueError) as error:
-        raise RecordingError(f"no MessagePack at byte {unpacker.tell()}: {error}") from None
+        raise RecordingError(f"not MessagePack at byte {unpacker.tell()}: {error}") from None
 
 
 def _begin(head: Any) -> Replayed:
     if not isinstance(head, dict) or "format" not in head or "version" not in head:
-        raise RecordingError("it does not begin as a recording does")
+        raise RecordingError("it does not begin like a recording")
     if head["format"] != FORMAT or tuple(head) != HEAD_FIELDS:
         text = (
             f"recorded by EPD {head['version']} in format {head['format']}; this version replays format {FORMAT} only"

@@ -126,3 +126,13 @@ def test_a_patch_that_is_never_found_where_it_is_wanted_ends_its_request() -> No
     [failed] = world.take(m.Failed)
     assert failed.code == "encode_failed"
     assert "7 times: no way" in failed.message
+
+
+def test_patches_that_wait_for_a_worker_that_drains_go_where_they_can_be_told_why_not() -> None:
+    """The last worker of their host leaves: nobody reaches their pool, and somebody has to say so."""
+    world = two_hosts()
+    world.submit("r1", ["a0", "a1", "a2"], tokens=60)
+    given = world.take_jobs()
+    assert {world.names[send.peer_id] for send in given} == {"e-a"} and len(given) == 2
+    world.say(given[0].peer_id, m.Draining())
+    assert [(world.names[send.peer_id], send.message.patch_hash) for send in world.take_jobs()] == [("e-b", "a2")]

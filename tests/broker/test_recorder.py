@@ -88,7 +88,7 @@ HEAD = {"format": 2, "version": "9", "began": "", "config": {}, "first_generatio
     ("data", "why"),
     [
         (b"", "does not begin"),
-        (b"\xc1" * 30, "no MessagePack"),
+        (b"\xc1" * 30, "not MessagePack"),
         (msgpack.packb([1, 2]), "does not begin"),
         (msgpack.packb({"version": "9"}), "not begin"),
         (
@@ -98,7 +98,7 @@ HEAD = {"format": 2, "version": "9", "began": "", "config": {}, "first_generatio
         (msgpack.packb(HEAD | {"config": {"x": 1}}), "recorded by EPD 9, with other settings"),
         (
             msgpack.packb(HEAD) + msgpack.packb([1.0, "peer", b"\x00\x00", b"", [], 0]),
-            "event 2 is none",
+            "event 2 is not valid",
         ),
     ],
 )
