@@ -197,19 +197,24 @@ class Arena:
         preferred = self._memories.get(prefer) if prefer is not None else None
         if preferred is not None and (extent := self._find_in([preferred], nbytes, victims)):
             return extent
-        everywhere = sorted(self._memories.values(), key=lambda memory: -memory.extents.free_bytes)
+        everywhere = list(self._memories.values())
+        if len(everywhere) > 1:
+            everywhere.sort(key=lambda memory: -memory.extents.free_bytes)
         return self._find_in(everywhere, nbytes, victims)
 
     def _find_in(self, memories: list[_Memory], nbytes: int, victims: list[_Victim]) -> Extent | None:
         memories = [memory for memory in memories if memory.extents.capacity_bytes >= nbytes]
+        need = align(nbytes)
         for memory in memories:
             if extent := self._allocate(memory, nbytes):
                 return extent
         while (lowest := _lowest(memories)) is not None:
             memory, key = lowest
             victim, rank = self._pull(key)
-            self.free(victim)
             victims.append((key, victim, rank))
+            if victim.nbytes == need:  # the usual case: patches have few sizes, and one takes the place of another
+                return victim
+            self.free(victim)
             if extent := self._allocate(memory, nbytes):
                 return extent
         return None
@@ -261,6 +266,9 @@ class Arena:
 
 
 def _lowest(memories: list[_Memory]) -> tuple[_Memory, str] | None:
+    if len(memories) == 1:
+        first = memories[0].evictable.lowest()
+        return (memories[0], first[1]) if first else None
     found = [(lowest, memory) for memory in memories if (lowest := memory.evictable.lowest())]
     if not found:
         return None

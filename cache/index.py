@@ -135,9 +135,9 @@ class CacheIndex:
 
     def commit(self, patch_hash: str, generation: int, owner: str = "") -> bool:
         """The patch has been written by `owner`: ALLOCATED becomes READY; False where another generation is awaited."""
-        if not self.is_current(patch_hash, generation) or self.state(patch_hash) is not State.ALLOCATED:
+        entry = self._entries.get(patch_hash)
+        if entry is None or entry.generation != generation or entry.state is not State.ALLOCATED:
             return False
-        entry = self._entries[patch_hash]
         self._leave_state(entry)
         entry.written(owner)
         self._enter_state(entry)

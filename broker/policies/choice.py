@@ -236,6 +236,7 @@ class StageWorkers:
         self._everywhere = Ranking()
         self._by_host: dict[str, Ranking] = {}
         self._by_room = Ranking()
+        self._have_room = False  # whether any of them was ever listed by room: encode workers are not
 
     def __len__(self) -> int:
         return len(self._known)
@@ -280,7 +281,8 @@ class StageWorkers:
         if here is not self._everywhere:
             here.put(worker, rank, number)
         room = worker.room_units
-        if room or self._by_room:
+        if room or self._have_room:
+            self._have_room = True
             self._by_room.put(worker, (-room,), number)
 
     def _split(self, host: str) -> Ranking:

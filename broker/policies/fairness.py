@@ -186,14 +186,15 @@ class FairQueue(Generic[T]):
 
     def take(self, item: T) -> None:
         """Serves an item that `next` gave: its tenant is charged for it."""
+        if item in self._put_back:
+            self.remove(item)
+            return
         tenant, cost, _, _ = self._items[item]
-        is_back = item in self._put_back
-        if not is_back:
-            # The clock moves by an equal share of the cost, since all waiting tenants are entitled to as much.
-            self._clock = max(self._clock, self._tags[tenant]) + cost / len(self._lines)
-            self._tags[tenant] += cost
+        # The clock moves by an equal share of the cost, since all waiting tenants are entitled to as much.
+        self._clock = max(self._clock, self._tags[tenant]) + cost / len(self._lines)
+        self._tags[tenant] += cost
         self.remove(item)
-        if not is_back and (line := self._lines.get(tenant)) is not None:
+        if (line := self._lines.get(tenant)) is not None:
             for needs in line.by_class:
                 self._rank(needs, tenant, line)
 
