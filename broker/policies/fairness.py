@@ -176,12 +176,12 @@ class FairQueue(Generic[T]):
         if tenant is None:
             self._chosen = None
             return None
-        heads = [
-            entry
-            for needs, heap in self._lines[tenant].by_class.items()
-            if needs not in blocked and (entry := heap.first(self._items)) is not None
-        ]
-        self._chosen = min(heads)[2]
+        head: tuple[float, int, T] | None = None
+        for needs, heap in self._lines[tenant].by_class.items():
+            if needs not in blocked and (first := heap.first(self._items)) is not None and (not head or first < head):
+                head = first
+        assert head is not None, f"{tenant} is ranked and has nothing"
+        self._chosen = head[2]
         return self._chosen
 
     def take(self, item: T) -> None:
