@@ -70,6 +70,7 @@ class Worker:
             steps=lambda: self._thread.num_steps,
             work=lambda: self._stage.work,
             held=lambda: resources.of_process() | self._thread.held,
+            gauges=lambda: self._thread.gauges,
         )
 
     async def serve(self, life: Life) -> int:

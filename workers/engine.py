@@ -28,6 +28,7 @@ from epd.multimodal.positions import positions_for
 from workers import options, parameters, quiet_threads
 from workers.adapters import Adapters
 from workers.amx import permit_amx
+from workers.gauges import Gauges
 from workers.handover import Handover
 from workers.isolation import isolate_items
 from workers.outputs import OutputPacker
@@ -93,6 +94,7 @@ class Engine:
             self.core.collective_rpc(parameters.skip_positions)
             self.core.collective_rpc(isolate_items)
         self.scheduler = self.core.scheduler
+        self.gauges = Gauges(self.scheduler)
         connector = self.scheduler.get_ec_connector()
         assert isinstance(connector, PatchCacheConnector)
         self.connector = connector

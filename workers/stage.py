@@ -70,6 +70,10 @@ class StageRunner(abc.ABC):
         """What the engine and its connector hold, by kind; 0 when nothing is in flight."""
         return of_engine(self.engine)
 
+    def gauges(self) -> dict[str, float]:
+        """What the engine tells of itself for metrics; nothing where it has no KV."""
+        return {} if self.stage is Stage.ENCODE else self.engine.gauges.read()
+
     def has_work(self) -> bool:
         """Whether the engine has anything to step for."""
         return self.engine.has_requests()

@@ -33,6 +33,9 @@ class Steps(Protocol):
     def held(self) -> dict[str, int]:
         """What is held now, by kind."""
 
+    def gauges(self) -> dict[str, float]:
+        """What it tells of itself for metrics."""
+
     def stop(self) -> None:
         """Frees the engine; runs last, in the thread."""
 
@@ -46,7 +49,9 @@ class EngineThread(threading.Thread):
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self.num_steps = 0
-        self.held: dict[str, int] = {}  # replaced, never modified: other threads read it
+        # Replaced, never modified: other threads read them.
+        self.held: dict[str, int] = {}
+        self.gauges: dict[str, float] = {}
 
     def call(self, command: Callable[..., None], *args: Any) -> None:
         """Runs `command(*args)` between two steps; wakes the thread."""
@@ -96,7 +101,7 @@ class EngineThread(threading.Thread):
                 executed = self._steps.step()
                 self.num_steps += 1
                 num_idle_steps = 0 if executed else num_idle_steps + 1
-            self.held = self._steps.held()
+            self.held, self.gauges = self._steps.held(), self._steps.gauges()
 
     def _take(self, wait_s: float | None) -> list[Command] | None:
         """The waiting commands; sleeps up to `wait_s` seconds (None: as long as it takes) for the first."""

@@ -181,7 +181,7 @@ class Membership:
 
     def heartbeat(self, peer: Peer, message: m.Heartbeat, frames: Frames, now: float) -> None:
         """HEARTBEAT: still here, and how it is."""
-        peer.held = message.held
+        peer.held, peer.gauges = message.held, message.gauges
         if isinstance(peer, Worker):
             self._liveness.heard_steps(peer, message.num_steps, now)
             if peer.cost.observe(message.work):

@@ -36,6 +36,7 @@ class Peer:
     heard_at: float
     draining: bool = False
     held: dict[str, int] = dataclasses.field(default_factory=dict)
+    gauges: dict[str, float] = dataclasses.field(default_factory=dict)
     requests: dict[str, Request] = dataclasses.field(default_factory=dict)
     changed: dict[str, Worker] | None = None
     gone: dict[str, None] = dataclasses.field(default_factory=dict)
@@ -111,6 +112,7 @@ class Worker(Peer):
             draining=self.draining,
             info=self.info,
             held=self.held,
+            gauges=self.gauges,
         )
 
 

@@ -1,7 +1,7 @@
 """Writes the generated pages of `docs/`: `python -m epd.docs`, or `make docs`; `--check` only compares.
 
-Lives in a developer's process; owns `docs/protocol.md`, `configuration.md`, `errors.md` and `vllm.md`. The facts come
-from the code; only the text between them stands in the modules here, one for each page.
+Lives in a developer's process; owns the pages that `pages` names. The facts come from the code; only the text between
+them stands in the modules here, one for each page.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from epd.docs.configuration import configuration
 from epd.docs.errors import errors
+from epd.docs.metrics import metrics
 from epd.docs.protocol import protocol
 from epd.docs.vllm import vllm
 
@@ -20,7 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def pages() -> dict[Path, str]:
     """All generated pages, by where they belong."""
-    written = {"protocol.md": protocol(), "configuration.md": configuration(), "errors.md": errors(), "vllm.md": vllm()}
+    written = {
+        "protocol.md": protocol(),
+        "configuration.md": configuration(),
+        "errors.md": errors(),
+        "metrics.md": metrics(),
+        "vllm.md": vllm(),
+    }
     return {ROOT / "docs" / name: text for name, text in written.items()}
 
 

@@ -165,7 +165,8 @@ class JournalEntry(Struct, frozen=True):
 class WorkerStatus(Struct, frozen=True):
     """One worker as the broker sees it, for `/ready`, `/metrics` and people.
 
-    A worker that is `draining` finishes what it has and gets nothing new. `held` is as in its last HEARTBEAT.
+    A worker that is `draining` finishes what it has and gets nothing new. `held` and `gauges` are as in its last
+    HEARTBEAT.
     """
 
     name: str
@@ -178,6 +179,7 @@ class WorkerStatus(Struct, frozen=True):
     draining: bool = False
     info: WorkerInfo = WorkerInfo()
     held: dict[str, int] = {}
+    gauges: dict[str, float] = {}
 
 
 class Counters(Struct, frozen=True):

@@ -61,12 +61,14 @@ class Heartbeat(Struct, frozen=True):
     """Any peer → Broker: still here. `num_steps` counts engine steps, so that a hung engine shows.
 
     `held` counts what the process holds, by kind: requests, patches, KV blocks, tasks, file descriptors. `work` is
-    what a worker's engine has done since it began to serve its stage, so that the broker learns what work costs.
+    what a worker's engine has done since it began to serve its stage, so that the broker learns what work costs;
+    `gauges` are what it tells of itself for metrics, by name (`workers.gauges`).
     """
 
     num_steps: int = 0
     held: dict[str, int] = msgspec.field(default_factory=dict)
     work: Work = Work()
+    gauges: dict[str, float] = msgspec.field(default_factory=dict)
 
 
 class HeartbeatAck(Struct, frozen=True):

@@ -69,6 +69,7 @@ class BrokerLink:
         steps: the number of engine steps, sent with each heartbeat.
         held: what this process holds, sent with each heartbeat too.
         work: what a worker's engine has done, likewise.
+        gauges: what it tells of itself for metrics, likewise.
     """
 
     def __init__(
@@ -86,9 +87,11 @@ class BrokerLink:
         held: Callable[[], dict[str, int]] = resources.of_process,
         stage: Callable[[], Stage | None] = lambda: None,
         work: Callable[[], Work] = Work,
+        gauges: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self._address, self._name, self._kind, self._stage, self._work = address, name, kind, stage, work
-        self._info, self._pools, self._steps, self._held = info, pools, steps, held
+        self._info, self._pools, self._steps = info, pools, steps
+        self._held, self._gauges = held, gauges
         self._on_message, self._on_registered, self._on_lost = on_message, on_registered, on_lost
         self._sockets = SocketFactory()
         self._socket: MessageSocket | None = None
@@ -196,7 +199,10 @@ class BrokerLink:
             if done:
                 return lost.result()
             if not self._leaving:
-                self.send(Heartbeat(num_steps=self._steps(), held=self._held(), work=self._work()))
+                heartbeat = Heartbeat(
+                    num_steps=self._steps(), held=self._held(), work=self._work(), gauges=self._gauges()
+                )
+                self.send(heartbeat)
             silent_s = time.monotonic() - self._heard_at
             if silent_s > welcome.lost_after_s:
                 return f"the broker was silent for {silent_s:.1f} s"

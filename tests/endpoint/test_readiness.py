@@ -5,7 +5,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from epd.endpoint.ops.readiness import Collector, View, describe, held_by_daemon, missing
+from epd.endpoint.ops.metrics import Collector
+from epd.endpoint.ops.readiness import View, describe, held_by_daemon, missing
 from epd.messages import Stage
 
 from .fake_broker import ALL_STAGES, status_of

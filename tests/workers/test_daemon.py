@@ -40,6 +40,9 @@ class StandIn(StageRunner):
     def held(self) -> dict[str, int]:
         return {}
 
+    def gauges(self) -> dict[str, float]:
+        return {}
+
     def leak(self, now: float) -> str:
         return self.leaking
 

@@ -38,6 +38,9 @@ class Counting:
     def held(self) -> dict[str, int]:
         return {"steps": len(self.steps)}
 
+    def gauges(self) -> dict[str, float]:
+        return {"usage": len(self.steps) / 4}
+
     def poll_s(self, num_idle_steps: int) -> float | None:
         return None
 
@@ -97,13 +100,13 @@ def test_an_engine_that_fails_ends_the_thread_with_its_error() -> None:
     assert str(exits[0]) == "boom"
 
 
-def test_what_is_held_is_published_after_each_step_and_when_idle() -> None:
+def test_what_is_held_and_told_is_published_after_each_step_and_when_idle() -> None:
     steps = Counting()
     thread, _, _ = run(steps)
     published = threading.Event()
 
     def look() -> None:
-        if thread.held == {"steps": 3}:
+        if thread.held == {"steps": 3} and thread.gauges == {"usage": 0.75}:
             published.set()
 
     thread.call(steps.give, 3)

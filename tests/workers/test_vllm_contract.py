@@ -174,3 +174,17 @@ def test_blocks_of_a_decode_request_that_is_aborted_stay_until_its_receive_ends(
 
     assert "WAITING_FOR_REMOTE_KVS" in inspect.getsource(Scheduler.finish_requests)
     assert "self._free_blocks(" in inspect.getsource(Scheduler._update_from_kv_xfer_finished)
+
+
+def test_what_an_engine_counts_for_metrics_is_recorded_where_it_is_read() -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.stats import PrefixCacheStats
+
+    record = inspect.getsource(KVCacheManager.record_prefix_cache_stats)
+    assert "if not self.log_stats" in record and "self.prefix_cache_stats.record(" in record
+    assert "self.prefix_cache_stats = PrefixCacheStats()" in inspect.getsource(KVCacheManager.make_prefix_cache_stats)
+    assert "if not self.log_stats:" in inspect.getsource(Scheduler.make_stats), "nobody resets it"
+    assert "self._preempt_request(" in inspect.getsource(Scheduler.schedule)
+    assert isinstance(KVCacheManager.usage, property)
+    assert {"queries", "hits"} <= set(vars(PrefixCacheStats()))

@@ -25,6 +25,7 @@ from epd.endpoint.engine.adapters import AdapterChecks
 from epd.endpoint.engine.flights import Flights
 from epd.endpoint.engine.questions import Questions
 from epd.endpoint.engine.resume import SAMPLER_OPTIONS
+from epd.endpoint.engine.stat_loggers import RequestTimes
 from epd.endpoint.engine.submission import PipelineError, check_request
 from epd.endpoint.http.exchange import current_exchange
 from epd.endpoint.http.failures import failure_of
@@ -73,6 +74,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         self.beliefs = Beliefs()
         self.uploads = Uploads(config.endpoint, self.beliefs, self._send)
         self.stories = Stories(config.broker.story_keep)
+        self.request_times = RequestTimes()
         # Processors of their own may keep state that nobody can rebuild.
         prefill, decode = config.engine_options("prefill"), config.engine_options("decode")
         self.flights = Flights(
@@ -246,6 +248,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         if is_taken:
             self.flights.end(output.request_id)
             self.stories.close(output.request_id, "finished", output.finish_reason, output.story)
+            self.request_times.observe(output.story)
         else:
             self.stories.complete(output.request_id, output.story)
 

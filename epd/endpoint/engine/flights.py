@@ -91,7 +91,7 @@ class Flights:
     @property
     def num_running(self) -> int:
         """Those that have given output."""
-        return sum(flight.has_output for flight in self._flights.values())
+        return sum(flight.has_output for flight in list(self._flights.values()))
 
     @property
     def num_waiting(self) -> int:

@@ -26,6 +26,7 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
 from epd.config import Config, ConfigError
+from epd.endpoint.engine import stat_loggers
 from epd.endpoint.engine.engine_client import PipelineCore
 from epd.endpoint.engine.llm import PipelineLLM
 from epd.endpoint.engine.submission import PipelineError
@@ -37,12 +38,14 @@ from epd.endpoint.http.limits import Limits
 from epd.endpoint.http.listening import runner_of
 from epd.endpoint.http.options import serve_args, vllm_config_of
 from epd.endpoint.http.unreadable import UnreadableInput, unreadable_body
+from epd.endpoint.media import connector
 from epd.endpoint.media.bounds import MediaBounds
 from epd.endpoint.media.routes import MediaRoutes
-from epd.endpoint.ops import readiness
+from epd.endpoint.ops import metrics, readiness
 from epd.endpoint.ops.models import ModelRoutes
 from epd.endpoint.ops.request_log import WATCHED_PATHS, RequestLog, quiet_refusals
 from epd.endpoint.ops.routes import OpsRoutes
+from epd.endpoint.ops.vllm_families import drop_http
 from epd.endpoint.ops.warmup import warm_up
 from epd.errors import ErrorCode
 from epd.process import activation, logs, resources
@@ -88,11 +91,13 @@ class Endpoint:
             )
             stack.callback(llm.shutdown)
             stack.callback(self._bounds.close)
+            stack.push_async_callback(connector.close)
             self._watch(llm.output_handler)
             app = await self._app(args, llm)
             await stack.enter_async_context(Lifespan(app))
             self.bridge = AsgiBridge(self._around(app, args), refusal=unreadable_body)
-            collector = readiness.Collector(self.view)
+            stat_loggers.install(llm, self.core.flights, self.core.request_times, prometheus_client.REGISTRY)
+            collector = metrics.Collector(self.view, vllm_config.model_config.served_model_name)
             prometheus_client.REGISTRY.register(collector)
             stack.callback(prometheus_client.REGISTRY.unregister, collector)
             await stack.enter_async_context(self.core.link)
@@ -177,6 +182,7 @@ class Endpoint:
         app.user_middleware.append(Middleware(Bodies, max_bytes=self._config.endpoint.max_bodies_bytes))
         app.user_middleware.append(Middleware(Limits, bounds=self._bounds, find_media=media.find))
         app.user_middleware.append(Middleware(UnreadableInput))
+        drop_http(prometheus_client.REGISTRY)
         app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
         try:
             await init_app_state(llm, app.state, args, _TASKS)

@@ -50,6 +50,11 @@ def install(bounds: MediaBounds, is_processed: Callable[[str], bool]) -> None:
         MEDIA_CONNECTOR_REGISTRY.register(name)(LimitedConnector)
 
 
+async def close() -> None:
+    """Ends the connections to hosts of media."""
+    await _connection.close()
+
+
 class LimitedConnector(MediaConnector):
     """See the module."""
 
@@ -209,6 +214,11 @@ class _Connection(HTTPConnection):
                 trust_env=True, connector=_PublicOnly(), raise_for_status=_only_whole
             )
         return self._async_client
+
+    async def close(self) -> None:
+        """Ends the connections."""
+        if self._async_client is not None:
+            await self._async_client.close()
 
 
 async def _only_whole(response: aiohttp.ClientResponse) -> None:

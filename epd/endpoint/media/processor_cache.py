@@ -41,6 +41,7 @@ from epd.endpoint.media import connector, repeats
 from epd.endpoint.media.bounds import MediaBounds
 from epd.endpoint.media.budget import current_share
 from epd.endpoint.media.decoding import settle_resampling
+from epd.endpoint.media.own_options import check_options
 from epd.endpoint.media.pictures import LazyPicture
 from epd.endpoint.media.stored_picture import StoredPicture
 from epd.errors import ErrorCode
@@ -187,6 +188,8 @@ def _bound(
         with connector.explained():
             try:
                 check_decoded(data)
+                if has_own_options:
+                    check_options(asked, bounds.config)
                 result = await way(prompt, data, *args, **options)
                 if has_own_options:
                     await bounds.process(check_shapes, result["mm_kwargs"])

@@ -1,18 +1,16 @@
-"""Whether the pipeline can answer, and its numbers for Prometheus.
+"""Whether the pipeline can answer, and what each daemon holds.
 
-Lives in the endpoint process; pure but for `prometheus_client`. What it knows is the broker's last STATUS and
+Lives in the endpoint process; pure. What it knows is the broker's last STATUS and
 whether the link is registered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from epd.messages import Counters, Stage, Status, WorkerStatus
+from epd.messages import Stage, Status, WorkerStatus
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,46 +85,3 @@ def held_by_daemon(view: View) -> dict[str, dict[str, int]]:
         held |= {worker.name: worker.held for worker in view.status.workers}
         held |= {name: counts for name, counts in view.status.peers_held.items() if name != view.name}
     return held
-
-
-class Collector:
-    """Gives Prometheus the pipeline's numbers beside vLLM's; register it with the registry vLLM uses."""
-
-    def __init__(self, view: Callable[[], View]) -> None:
-        self._view = view
-
-    def describe(self) -> list[Metric]:
-        """No names in advance: registering must not collect."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        """The metrics at this moment."""
-        view = self._view()
-        workers = GaugeMetricFamily("epd_workers", "Workers registered with the broker.", labels=["stage"])
-        for stage, count in num_workers(view.status).items():
-            workers.add_metric([stage], count)
-        yield workers
-        yield GaugeMetricFamily("epd_link_registered", "1 while the broker knows this endpoint.", view.registered)
-        yield GaugeMetricFamily("epd_ready", "1 while requests can be answered.", not missing(view))
-        yield GaugeMetricFamily("epd_requests_in_flight", "Requests submitted here.", view.num_in_flight)
-        held = GaugeMetricFamily("epd_held", "What a daemon holds, by kind.", labels=["daemon", "kind"])
-        for daemon, counts in held_by_daemon(view).items():
-            for kind, count in counts.items():
-                held.add_metric([daemon, kind], count)
-        yield held
-        if view.status is None:
-            return
-        yield GaugeMetricFamily("epd_pools", "Pools that hold embeddings.", view.status.num_pools)
-        yield from _counters(view.status.counters)
-
-
-def _counters(counters: Counters) -> Iterator[Metric]:
-    for field in counters.__struct_fields__:
-        value = getattr(counters, field)
-        text = f"The broker's {field}."
-        if field.startswith("num_"):
-            yield CounterMetricFamily(f"epd_broker_{field.removeprefix('num_')}", text, value)
-        else:
-            # "_total" is the suffix of counters
-            name = field.replace("bytes_total", "bytes_capacity")
-            yield GaugeMetricFamily(f"epd_broker_{name}", text, value)
