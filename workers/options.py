@@ -76,7 +76,7 @@ def engine_options(config: Config, stage: Stage, name: str) -> dict[str, Any]:
 
 
 def vllm_config(config: Config, stage: Stage, name: str) -> VllmConfig:
-    """vLLM's configuration of a stage.
+    """The vLLM configuration of a stage.
 
     A model with DeepStack also adds embeddings to the first layers of its language model, but not if it is made without
     a tower: so it gets one, which `MakeExecutor` drops.
