@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import broker_daemon, cache, hashing, serve, upload
+from benchmarks import broker, broker_daemon, cache, hashing, serve, upload
 from benchmarks.common import NAME_WIDTH, Figure, provenance
 
 KINDS = ("serve", "hash", "cache", "upload", "broker")
@@ -39,7 +39,9 @@ def main() -> int:
         figures += found
         ratios |= more
     if "broker" in kinds:
-        figures += broker_daemon.run()
+        found, more = broker.run()
+        figures += [*found, *broker_daemon.run()]
+        ratios |= more
     origin = provenance()
     print("  ".join(f"{key}: {value}" for key, value in origin.items()))
     for figure in figures:

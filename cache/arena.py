@@ -26,7 +26,7 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where each key has its memory now, and the keys that had to leave."""
+    """Where each key has its memory now, and which keys had to leave."""
 
     extents: dict[str, Extent]
     evicted: list[str]
@@ -43,11 +43,11 @@ _Victim = tuple[str, Extent, Rank]
 
 
 class Arena:
-    """Allocates extents in all pools, evicting what may be evicted in the order of `cache.eviction`.
+    """Allocates extents in all pools; evicts in the order of `cache.eviction` what may be evicted.
 
     Attributes:
-        capacity_bytes: bytes of all pools that can be used.
-        used_bytes: bytes allocated in all pools, those that may be evicted included.
+        capacity_bytes: usable bytes of all pools.
+        used_bytes: allocated bytes of all pools, including those that may be evicted.
     """
 
     def __init__(self, pools: Iterable[Pool] = ()) -> None:
@@ -67,7 +67,7 @@ class Arena:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of all pools that are not allocated."""
+        """Unallocated bytes of all pools."""
         return self.capacity_bytes - self.used_bytes
 
     def add(self, pool: Pool) -> None:
@@ -77,7 +77,7 @@ class Arena:
             ValueError: another pool has its `pool_id`.
         """
         if pool.pool_id in self._memories:
-            raise ValueError(f"pool {pool.pool_id} is there already")
+            raise ValueError(f"pool {pool.pool_id} exists already")
         self._memories[pool.pool_id] = _Memory(pool, Extents(pool.nbytes))
         self._measure()
 
@@ -98,15 +98,15 @@ class Arena:
         self.capacity_bytes = sum(memory.extents.capacity_bytes for memory in memories)
         self.used_bytes = sum(memory.extents.used_bytes for memory in memories)
         self._largest_bytes = max((memory.extents.capacity_bytes for memory in memories), default=0)
-        # A patch may go to any pool, so none takes less than in any of them.
+        # A patch may go to any pool, so it counts with the size that it has in each of them.
         self._min_slot_bytes = max((memory.pool.min_slot_bytes for memory in memories), default=0)
 
     def allow_eviction(self, key: str, extent: Extent, cost_s: float) -> None:
-        """From now on `key` may leave `extent` when room is needed; `cost_s` is what encoding it again takes."""
+        """From now on `key` may leave `extent` when room is needed; `cost_s` is how long encoding it again takes."""
         self._put(key, extent, self._clock.rank(cost_s / extent.nbytes))
 
     def forbid_eviction(self, key: str) -> None:
-        """From now on `key` stays; nothing happens where it could not be evicted anyway."""
+        """From now on `key` stays; nothing happens if it could not be evicted anyway."""
         if key in self._evictable:
             self._pull(key)
 
@@ -120,11 +120,11 @@ class Arena:
     ) -> Placement | None:
         """Allocates `sizes` (key -> bytes), all or nothing; evicts as little as it can, and never `keep`.
 
-        The pool named by `prefer` is used as long as anything can be evicted there; else the pool with the most free
-        bytes, and where none has room, the lowest rank of all pools leaves.
+        The pool named by `prefer` is used as long as anything can be evicted there. Otherwise it is the pool with the
+        most free bytes; if none has room, the lowest rank of all pools leaves.
 
         Returns:
-            None, with nothing changed, where they do not fit at present.
+            None, with nothing changed, if they do not fit at present.
         """
         sizes = self._slots(sizes)
         if sum(sizes.values()) > self.free_bytes + self._evictable_bytes:
@@ -147,9 +147,9 @@ class Arena:
         return Placement(placed, [key for key, _, _ in victims])
 
     def place_anew(self, sizes: Mapping[str, int]) -> Placement | None:
-        """Places `sizes` as in empty pools, whatever has to leave for it; some of `sizes` may be evictable here now.
+        """Places `sizes` as in empty pools, whatever has to leave; some of `sizes` may themselves be evictable now.
 
-        For when nothing is in the pools but what may be evicted: then it gives None only where `fits_empty` is false.
+        For pools that hold only what may be evicted: then it returns None only if `fits_empty` is false.
         """
         plan = None if self.used_bytes > self._evictable_bytes else self._plan_empty(sizes)
         if plan is None:
@@ -169,13 +169,13 @@ class Arena:
         return Placement(plan, [key for key, _, _ in moved + left])
 
     def fits_empty(self, sizes: Mapping[str, int]) -> bool:
-        """Whether `sizes` fit together into these pools when they are empty."""
+        """Whether `sizes` all fit into these pools when they are empty."""
         if sum(map(align, self._slots(sizes).values())) <= self._largest_bytes:
             return True  # one after the other, in that pool alone
         return self._plan_empty(sizes) is not None
 
     def _plan_empty(self, sizes: Mapping[str, int]) -> dict[str, Extent] | None:
-        """Where `sizes` go in these pools when they are empty: as `place` has it, else by any packing."""
+        """Where `sizes` go in these pools when they are empty: as `place` would do it, else by any packing."""
         if placement := Arena(self.pools).place(sizes):
             return placement.extents
         sizes = self._slots(sizes)
@@ -189,7 +189,7 @@ class Arena:
         return {key: extent for key, extent in extents.items() if extent is not None}
 
     def _slots(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """The bytes that `sizes` take."""
+        """The bytes of pool that `sizes` take."""
         least = self._min_slot_bytes
         return {key: max(nbytes, least) for key, nbytes in sizes.items()} if least else dict(sizes)
 
@@ -197,19 +197,24 @@ class Arena:
         preferred = self._memories.get(prefer) if prefer is not None else None
         if preferred is not None and (extent := self._find_in([preferred], nbytes, victims)):
             return extent
-        everywhere = sorted(self._memories.values(), key=lambda memory: -memory.extents.free_bytes)
+        everywhere = list(self._memories.values())
+        if len(everywhere) > 1:
+            everywhere.sort(key=lambda memory: -memory.extents.free_bytes)
         return self._find_in(everywhere, nbytes, victims)
 
     def _find_in(self, memories: list[_Memory], nbytes: int, victims: list[_Victim]) -> Extent | None:
         memories = [memory for memory in memories if memory.extents.capacity_bytes >= nbytes]
+        need = align(nbytes)
         for memory in memories:
             if extent := self._allocate(memory, nbytes):
                 return extent
         while (lowest := _lowest(memories)) is not None:
             memory, key = lowest
             victim, rank = self._pull(key)
-            self.free(victim)
             victims.append((key, victim, rank))
+            if victim.nbytes == need:  # the usual case: patches have few sizes, and one takes the place of another
+                return victim
+            self.free(victim)
             if extent := self._allocate(memory, nbytes):
                 return extent
         return None
@@ -223,14 +228,14 @@ class Arena:
         return extent
 
     def _retake(self, extent: Extent) -> bool:
-        """Takes back what was freed; false where it is in use by now."""
+        """Takes back what was freed; False if it is in use by now."""
         if not self._memories[extent.pool_id].extents.take(extent.offset, extent.nbytes):
             return False
         self.used_bytes += extent.nbytes
         return True
 
     def _spare(self, victims: list[_Victim]) -> None:
-        """Takes back, most valuable first, those `victims` whose memory was not needed after all."""
+        """Takes back the `victims` whose memory was not needed after all, the most valuable first."""
         for victim in reversed(list(victims)):
             key, extent, rank = victim
             if self._retake(extent):
@@ -261,6 +266,9 @@ class Arena:
 
 
 def _lowest(memories: list[_Memory]) -> tuple[_Memory, str] | None:
+    if len(memories) == 1:
+        first = memories[0].evictable.lowest()
+        return (memories[0], first[1]) if first else None
     found = [(lowest, memory) for memory in memories if (lowest := memory.evictable.lowest())]
     if not found:
         return None

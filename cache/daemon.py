@@ -35,7 +35,7 @@ async def main(config: Config, name: str, life: Life) -> int:
     While the broker is lost the pool stays, and registration goes on by itself.
 
     Returns:
-        The exit status: 1 where the pool cannot be made.
+        The exit status: 1 if the pool cannot be made.
     """
 
     async def registered(welcome: Welcome) -> None:
@@ -89,4 +89,4 @@ def _serve(pool: Pool, address: str, stack: contextlib.ExitStack) -> Pool:
 
 
 def _unexpected(message: Message, frames: list[bytes]) -> None:
-    log.warning("a message that is not for a cache", message=type(message).__name__)
+    log.warning("message that is not for a cache", message=type(message).__name__)

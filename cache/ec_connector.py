@@ -1,15 +1,15 @@
-"""vLLM's encoder-cache connector over the shared pools; the one module of `cache` that touches vLLM (0.32).
+"""vLLM's encoder-cache connector over the shared pools; the only module of `cache` that touches vLLM (0.32).
 
-Lives in encode, prefill and decode workers. vLLM makes two instances: one beside the scheduler, which knows which patch
-is in which slot, and one beside each model runner, which copies embeddings out of and into vLLM's encoder cache. What
-the first decides in a step travels to the second as connector metadata, so it also works where they are in different
+Lives in encode, prefill and decode workers. vLLM makes one instance beside the scheduler, which knows which patch is in
+which slot, and one beside each model runner, which copies embeddings out of and into vLLM's encoder cache. What the
+first decides in a step travels to the others as connector metadata, so it also works if they are in different
 processes.
 
 Encode workers write: the item's identifier is the id of the encode job, the slot is known before the job is scheduled,
-and the job is done once its model runner says that it is written. Prefill and decode workers read: a patch counts as
-available only after its slot was read and verified here, beside the scheduler; a slot that holds anything else is
+and the job is done once its model runner says that it has been written. Prefill and decode workers read: a patch counts
+as available only after its slot was read and verified here, beside the scheduler; a slot that holds anything else is
 reported stale and never reaches the model. Slots of another host are fetched and stored while the engine goes on. An
-item of theirs may be made of several patches, which its identifier names (`epd.multimodal.item_identifiers`): it is
+item there may consist of several patches, which its identifier names (`epd.multimodal.item_identifiers`): it is
 available when they all are, and its embeddings are theirs, one after the other.
 """
 
@@ -47,8 +47,8 @@ MODULE = __name__
 class StepPlan(ECConnectorMetadata):
     """What the model runner does in one step: slots to write by job id, and slots to read by item identifier.
 
-    The slots of an item are those of the patches that its identifier names, in their order. `fetched` has embeddings
-    that came from another host, by patch, for model runners in other processes.
+    The slots of an item are those of the patches that its identifier names, in order. `fetched` has the embeddings that
+    came from another host, by patch, for model runners in other processes.
     """
 
     writes: dict[str, Slot]
@@ -62,8 +62,8 @@ class StepPlan(ECConnectorMetadata):
 class Written:
     """What a model runner has written since it was last asked: jobs that are in their slots, and why others are not.
 
-    Those that are `storing` are on their way to a slot of another host; `unstored` are done but for a pool that could
-    not be reached, which is no fault of theirs. `num_unsettled` copies on a device are not known to have run.
+    Jobs that are `storing` are on their way to a slot on another host; `unstored` ones are done, but their pool could
+    not be reached, which is not their fault. `num_unsettled` copies on a device are not known to have run.
     """
 
     done: set[str] = dataclasses.field(default_factory=set)
@@ -83,15 +83,15 @@ def take_written(worker: Any) -> Written:
     return connector.take_report()
 
 
-# Embeddings verified beside the scheduler, for a model runner in the same process (the "uni" executor).
+# Embeddings that were verified beside the scheduler, for a model runner in the same process (the "uni" executor).
 _verified: dict[str, torch.Tensor] = {}
 
 
 class PatchCacheConnector(ECConnectorBase):
-    """See the module. The engine thread calls the methods of the first block; vLLM calls the others.
+    """The connector. The engine thread calls the methods of the first block; vLLM calls the others.
 
-    `ec_connector_extra_config`: `min_overlap_tokens` is the least run of ready tokens worth a prefill step while later
-    patches of the request are still being encoded; `owner` is written into slot headers.
+    `ec_connector_extra_config`: `min_overlap_tokens` is the shortest run of ready tokens that is worth a prefill step
+    while later patches of the request are still being encoded; `owner` is written into slot headers.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
@@ -126,16 +126,16 @@ class PatchCacheConnector(ECConnectorBase):
         self._write_slots[job] = slot
 
     def expect(self, request_id: str, patch_hashes: Iterable[str]) -> None:
-        """A request will read these patches; they are kept once they are there."""
+        """A request will read these patches; they are kept for it once they are there."""
         for patch_hash in patch_hashes:
             self._wants.setdefault(request_id, set()).add(patch_hash)
             self._readers.setdefault(patch_hash, set()).add(request_id)
 
     def patch_ready(self, patch_hash: str, slot: Slot) -> Future[memoryview] | None:
-        """Reads and verifies a slot; from now on its patch is available, or from when `look_at_unwritten` finds it so.
+        """Reads and verifies a slot; its patch is available from now on, or once `look_at_unwritten` finds it written.
 
         Returns:
-            None, but for a slot of another host: when it has been fetched, which `patch_fetched` is then to be told.
+            None; for a slot on another host a future of the fetch, after which `patch_fetched` is to be called.
 
         Raises:
             StaleSlotError: the slot holds something else.
@@ -160,11 +160,11 @@ class PatchCacheConnector(ECConnectorBase):
 
     @property
     def num_unwritten(self) -> int:
-        """Patches on a device whose writer has said that they are there, and whose copy has not run yet."""
+        """How many patches on a device were announced by their writer, but their copy has not run yet."""
         return len(self._unwritten)
 
     def look_at_unwritten(self) -> list[tuple[str, Slot, str]]:
-        """Makes those available that are written by now; returns those that never will be, with the reason."""
+        """Makes available what has been written by now; returns the patches that never will be, with the reason."""
         stale = []
         waiting, self._unwritten = self._unwritten, {}
         for patch_hash, slot in waiting.items():
@@ -175,13 +175,13 @@ class PatchCacheConnector(ECConnectorBase):
         return stale
 
     def patch_fetched(self, patch_hash: str, slot: Slot, fetch: Future[memoryview]) -> None:
-        """A fetch that `patch_ready` has begun is done; from now on its patch is available, if it is still wanted.
+        """A fetch that `patch_ready` began is done; from now on its patch is available, if it is still wanted.
 
         Raises:
-            StaleSlotError: the slot holds something else, and its patch is still wanted from there.
+            StaleSlotError: the slot holds something else, although its patch is still wanted from there.
         """
         if self._fetching.get(patch_hash) != slot:
-            return  # another slot is read by now
+            return  # by now it is read from another slot
         del self._fetching[patch_hash]
         if patch_hash in self._read_slots or patch_hash not in self._readers:
             return
@@ -195,7 +195,7 @@ class PatchCacheConnector(ECConnectorBase):
         return sorted(self._readers.get(patch_hash, ()))
 
     def forget(self, request_id: str) -> None:
-        """A request reads no patches any more."""
+        """A request no longer reads patches."""
         self._needed.pop(request_id, None)
         for patch_hash in self._wants.pop(request_id, ()):
             readers = self._readers[patch_hash]
@@ -212,7 +212,7 @@ class PatchCacheConnector(ECConnectorBase):
         self._write_slots.pop(job, None)
 
     def take_needed(self) -> dict[str, list[str]]:
-        """Requests that cannot be scheduled because of patches that nobody has announced, and those patches."""
+        """Requests that cannot be scheduled because nobody has announced their patches, and those patches."""
         needed = {
             request_id: missing
             for request_id, hashes in self._needed.items()
@@ -223,7 +223,7 @@ class PatchCacheConnector(ECConnectorBase):
 
     @property
     def num_held(self) -> int:
-        """Patches held or being fetched for requests, plus write slots of jobs that are not done."""
+        """How many patches are held or being fetched for requests, plus the write slots of unfinished jobs."""
         return sum(map(len, (self._read_slots, self._fetching, self._unwritten, self._write_slots)))
 
     # ---- called by vLLM beside the scheduler -----------------------------------------------------------------------
@@ -316,7 +316,7 @@ class PatchCacheConnector(ECConnectorBase):
             self._report.failed[mm_hash] = str(error)
 
     def not_encoded(self, job: str, reason: str) -> None:
-        """An item could not be encoded: there is nothing to write."""
+        """An item could not be encoded, so there is nothing to write."""
         self._report.failed[job] = reason
 
     def take_report(self) -> Written:
@@ -326,7 +326,7 @@ class PatchCacheConnector(ECConnectorBase):
             if (error := self._stores.pop(name).exception()) is None:
                 self._report.done.add(name)
             else:
-                # "Gone" comes of a cache that was started again, before the broker knows of it.
+                # "Gone" happens when a cache was restarted and the broker does not know yet.
                 is_away = isinstance(error, PoolError | StaleSlotError)
                 (self._report.unstored if is_away else self._report.failed)[name] = str(error)
         report, self._report = self._report, Written()

@@ -1,4 +1,4 @@
-"""What the index knows of patches: entries and their states, what is asked for, what is answered. Pure.
+"""What the index knows of patches: entries and their states, its questions and answers. Pure.
 
 Lives in the broker's decision core, behind `cache.index`.
 """
@@ -19,9 +19,9 @@ from epd.messages import Slot
 class State(enum.StrEnum):
     """Where an entry is in its life."""
 
-    ALLOCATED = "allocated"  # an encoder is to write it
+    ALLOCATED = "allocated"  # an encode worker is to write it
     READY = "ready"  # it can be read
-    LOST = "lost"  # it has no memory any more, but pins
+    LOST = "lost"  # it no longer has memory, but is still pinned
 
 
 class Outcome(enum.StrEnum):
@@ -33,11 +33,11 @@ class Outcome(enum.StrEnum):
 
 
 class FencedError(LookupError):
-    """The generation named is not the entry's current one: somebody comes late."""
+    """The generation is not the entry's current one: somebody is too late."""
 
 
 class ShapeError(ValueError):
-    """A patch is asked for with another shape than the one it has under the same hash."""
+    """A patch is asked for with a shape other than the one known under its hash."""
 
 
 _slot_bytes = lru_cache(maxsize=4096)(slot_bytes)  # patches have few shapes
@@ -46,7 +46,7 @@ _slot_bytes = lru_cache(maxsize=4096)(slot_bytes)  # patches have few shapes
 class PatchNeed(NamedTuple):
     """A patch that a request needs: `num_tokens` x `width` elements of `dtype`.
 
-    `encode_cost_s` is what encoding it takes, in seconds; it decides what is kept longer. With equal costs per byte
+    `encode_cost_s` is how long encoding it takes, in seconds; it decides what is kept longer. At equal costs per byte
     the least recently used leaves first.
     """
 
@@ -58,7 +58,7 @@ class PatchNeed(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, str]:
-        """What must be equal wherever the hash is."""
+        """What must be equal wherever the hash is the same."""
         return self.num_tokens, self.width, self.dtype
 
     @property
@@ -77,10 +77,10 @@ class Acquired(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class IndexStats:
-    """The index in numbers: gauges, but for the last four, which count from the start.
+    """The index in numbers: gauges, except the last four, which count from the start.
 
-    `used_bytes` includes everything that is allocated: pinned, quarantined and what could be evicted.
-    `num_embeddings` are the rows that can be read.
+    `used_bytes` includes everything that is allocated: pinned, quarantined and evictable. `num_embeddings` are the rows
+    that can be read.
     """
 
     total_bytes: int
@@ -100,7 +100,7 @@ class IndexStats:
 
 @dataclass(slots=True)
 class Entry:
-    """A patch that has been asked for: where it is, how it is, and who pins it, in the order they came."""
+    """A patch that has been asked for: where it is, its state, and who pins it, in order of arrival."""
 
     need: PatchNeed
     extent: Extent | None
@@ -112,7 +112,7 @@ class Entry:
 
     @property
     def slot(self) -> Slot | None:
-        """Its slot; None where it has no memory."""
+        """Its slot; None if it has no memory."""
         if self._slot is None and self.extent is not None:
             where, need = self.extent, self.need
             self._slot = Slot(
@@ -122,9 +122,9 @@ class Entry:
         return self._slot
 
     def move(self, extent: Extent | None, generation: int) -> None:
-        """It has other memory, or none; or what is in its memory is new."""
+        """Gives it other memory, or none; or its memory has new contents."""
         self.extent, self.generation, self.owner, self._slot = extent, generation, "", None
 
     def written(self, owner: str) -> None:
-        """`owner` has written it."""
+        """Notes that `owner` has written it."""
         self.state, self.owner, self._slot = State.READY, owner, None

@@ -1,4 +1,4 @@
-"""The order in which cached patches are evicted: GreedyDual-Size, which is LRU where all cost the same per byte.
+"""The order in which cached patches are evicted: GreedyDual-Size, which is LRU if all cost the same per byte.
 
 Lives in the broker's decision core; pure. A patch's priority is the clock at its last use plus what encoding it again
 costs per byte; the clock is the highest priority evicted so far, so what is not used ages. (P. Cao, S. Irani,
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Rank(NamedTuple):
-    """What is compared: the lowest goes first, and of equal priorities the least recently used."""
+    """A place in the order: the lowest goes first, and of equal priorities the least recently used."""
 
     priority: float
     order: int
@@ -31,7 +31,7 @@ class Clock:
         return Rank(self._now + cost_per_byte, self._order)
 
     def advance(self, rank: Rank) -> None:
-        """Something of this rank was evicted."""
+        """Notes that something of this rank was evicted."""
         self._now = max(self._now, rank.priority)
 
 
@@ -40,7 +40,7 @@ class EvictionQueue:
 
     def __init__(self) -> None:
         self._ranks: dict[str, Rank] = {}
-        self._heap: list[tuple[Rank, str]] = []  # may hold keys that were removed since, or have another rank
+        self._heap: list[tuple[Rank, str]] = []  # may hold keys that have been removed or have another rank by now
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -57,7 +57,7 @@ class EvictionQueue:
             heapq.heapify(self._heap)
 
     def remove(self, key: str) -> Rank | None:
-        """Removes `key` and returns its rank, or None where it is not here."""
+        """Removes `key` and returns its rank, or None if it is not here."""
         return self._ranks.pop(key, None)
 
     def lowest(self) -> tuple[Rank, str] | None:

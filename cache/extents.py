@@ -1,18 +1,18 @@
-"""Extents of one pool: which bytes of it are in use; best fit, neighbours that are free always joined.
+"""Extents of one pool: which of its bytes are in use; best fit, and free neighbours are always joined.
 
 Lives in the broker's decision core; pure. Owns no memory, only the bookkeeping of it.
 
-What holds, and is tested (`tests/cache/test_extents.py`):
+These hold, and are tested (`tests/cache/test_extents.py`):
 
 - Extents in use never overlap, and every offset is a multiple of `ALIGNMENT`.
-- When everything has been freed there is one free extent, whatever the order. So whatever fits into a new pool fits
+- When everything has been freed, in whatever order, there is one free extent. So whatever fits into a new pool fits
   again, in any order.
 - While all extents have one size, a request fails only when `capacity // size` of them are in use, whatever has been
   allocated and freed before: an allocation takes the low end of a free extent, so all offsets stay multiples of the
   size.
 
-What does not hold: with several sizes, freeing some extents and asking for the same sizes again in another order may
-fail (4 takes a hole of 6 that two of 3 left). The index then evicts more, or the request waits.
+This does not hold: with several sizes, freeing some extents and asking for the same sizes in another order may fail (4
+takes a hole of 6 that two of 3 left). The index then evicts more, or the request waits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def align(nbytes: int) -> int:
 
 
 class Extents:
-    """The extents of a pool of `nbytes` bytes; a rest smaller than `ALIGNMENT` at its end is never used.
+    """The extents of a pool of `nbytes` bytes; a remainder smaller than `ALIGNMENT` at its end is never used.
 
     Raises:
         ValueError: `nbytes` is negative.
@@ -75,14 +75,14 @@ class Extents:
         return offset
 
     def take(self, offset: int, nbytes: int) -> bool:
-        """Takes exactly these bytes; False, with nothing changed, where they are not all free.
+        """Takes exactly these bytes; False, with nothing changed, if they are not all free.
 
         Raises:
             ValueError: `nbytes` is not positive, or `offset` is not aligned.
         """
         need = _checked(nbytes)
         if offset % ALIGNMENT:
-            raise ValueError(f"offset {offset} is no multiple of {ALIGNMENT}")
+            raise ValueError(f"offset {offset} is not a multiple of {ALIGNMENT}")
         at = bisect.bisect_right(self._free_offsets, offset) - 1
         if at < 0:
             return False

@@ -9,7 +9,7 @@ An entry is named by the hash of its patch's content (pixels, model, processor s
     ALLOCATED, READY, LOST --renew--> ALLOCATED    a new generation: what was there is not trusted
     ALLOCATED, READY --drop, pool removed, renew without room--> LOST while it is pinned, then absent
 
-Every allocation and every renewal has a generation of its own; whoever names an earlier one (an encoder that comes
+Every allocation and every renewal has its own generation; whoever names an earlier one (an encode worker that is too
 late) is refused. A holder is whoever pins entries; the index only tells them apart.
 """
 
@@ -27,11 +27,11 @@ __all__ = ["Acquired", "CacheIndex", "FencedError", "IndexStats", "Outcome", "Pa
 
 
 class CacheIndex:
-    """The index; without pools at first.
+    """The index; it starts without pools.
 
     Args:
-        first_generation: the first generation given out. Pools outlive the broker, so each run of it must begin above
-            all that came before: pass `time.time_ns()`.
+        first_generation: the first generation to use. Pools outlive the broker, so each of its runs must start above
+            all earlier ones, as a clock does.
     """
 
     def __init__(self, first_generation: int = 1) -> None:
@@ -53,16 +53,16 @@ class CacheIndex:
         """Adds an empty pool.
 
         Raises:
-            ValueError: a pool with its id is there already.
+            ValueError: there is a pool with that id already.
         """
         self._arena.add(pool)
 
     def remove_pool(self, pool_id: str) -> list[str]:
-        """Forgets a pool and what is in it.
+        """Forgets a pool and everything in it.
 
         Returns:
-            The hashes of the patches that were there. Those that are pinned are LOST now: `renew` gives them another
-            slot, or their holders fail. The others are absent.
+            The hashes of the patches that were there. Pinned ones are LOST now: `renew` gives them another slot, or
+            their holders fail. The others are absent.
 
         Raises:
             KeyError: there is no such pool.
@@ -85,9 +85,9 @@ class CacheIndex:
     ) -> list[Acquired] | None:
         """Pins all of `needs` for `holder`, allocating what is absent; all or nothing.
 
-        What must leave for it is unpinned and READY, and none of `needs`, with one exception: where nothing else is in
-        the pools and the patches found ready lie in the way, these are encoded again too, as waiting would not help.
-        So `could_ever_fit` and an otherwise unused cache always give a result.
+        What has to leave for them is unpinned and READY, and none of `needs`, with one exception: if nothing else is in
+        the pools and ready patches of `needs` are in the way, these are encoded again too, as waiting would not help.
+        So if `could_ever_fit` holds, an otherwise unused cache always gives a result.
 
         Args:
             needs: the patches; a hash that comes twice is acquired once.
@@ -95,7 +95,7 @@ class CacheIndex:
             prefer_pool: use this pool as long as anything in it can be evicted.
 
         Returns:
-            Each patch once, in the order of `needs`; or None, with nothing changed, where they do not fit at present.
+            Each patch once, in the order of `needs`; or None, with nothing changed, if they do not fit at present.
 
         Raises:
             ShapeError: a hash is known with another shape, or comes twice with different ones.
@@ -112,7 +112,7 @@ class CacheIndex:
         return [self._pin(need, holder, placement.extents.get(h)) for h, need in wanted.items()]
 
     def share(self, holder: Hashable, other: Hashable) -> None:
-        """Pins for `holder` too what `other` pins, except for LOST patches: between two legs of a request."""
+        """Pins for `holder` what `other` pins, except LOST patches; for the next leg of a request."""
         for patch_hash in self._pins.get(other, ()):
             entry = self._entries[patch_hash]
             if entry.state is not State.LOST:
@@ -125,19 +125,19 @@ class CacheIndex:
     def could_ever_fit(self, needs: Sequence[PatchNeed]) -> bool:
         """Whether `needs` fit together into the pools there are when nothing else is in them.
 
-        Several pools of which many different sizes would nearly fill each may be too hard a puzzle (`cache.packing`);
-        then it is False.
+        With several pools that many different sizes would nearly fill, the puzzle may be too hard (`cache.packing`);
+        then this is False.
 
         Raises:
-            ShapeError, ValueError: as `acquire_all`.
+            ShapeError, ValueError: as for `acquire_all`.
         """
         return self._arena.fits_empty({h: need.nbytes for h, need in self._distinct(needs).items()})
 
     def commit(self, patch_hash: str, generation: int, owner: str = "") -> bool:
-        """The patch has been written by `owner`: ALLOCATED becomes READY; False where another generation is awaited."""
-        if not self.is_current(patch_hash, generation) or self.state(patch_hash) is not State.ALLOCATED:
+        """Notes that `owner` has written a patch: ALLOCATED becomes READY; False if another generation is expected."""
+        entry = self._entries.get(patch_hash)
+        if entry is None or entry.generation != generation or entry.state is not State.ALLOCATED:
             return False
-        entry = self._entries[patch_hash]
         self._leave_state(entry)
         entry.written(owner)
         self._enter_state(entry)
@@ -145,19 +145,20 @@ class CacheIndex:
         return True
 
     def is_current(self, patch_hash: str, generation: int) -> bool:
-        """Whether `generation` is the patch's current one; if not, whoever names it comes late."""
+        """Whether `generation` is the patch's current one; if not, whoever names it is too late."""
         entry = self._entries.get(patch_hash)
         return entry is not None and entry.generation == generation
 
     def renew(self, patch_hash: str, generation: int, *, quarantine: bool = False) -> Slot | None:
-        """What is in the slot of `generation` is not to be trusted: ALLOCATED again with a new one; pins are kept.
+        """Distrusts the slot of `generation`: the patch is ALLOCATED again with a new generation; its pins are kept.
 
-        For a slot found stale; with `quarantine`, for an encoder that was lost and might still write: then the memory
-        is another one, and the old one out of use until `lift_quarantine(generation)`. A LOST patch gets new memory.
+        For a stale slot; with `quarantine`, for an encode worker that was lost and might still write: then the patch
+        gets other memory, and the old memory is out of use until `lift_quarantine(generation)`. A LOST patch gets new
+        memory.
 
         Returns:
-            The slot to encode into, or None where there is no other room. The patch is LOST then (absent if nobody
-            pins it): its holders should fail, or `renew` be tried again with the same generation.
+            The slot to encode into, or None if there is no other room. Then the patch is LOST (absent if nobody pins
+            it): its holders should fail, or `renew` be tried again with the same generation.
 
         Raises:
             FencedError: `generation` is not the current one (see `is_current`).
@@ -182,13 +183,13 @@ class CacheIndex:
         return entry.slot
 
     def drop(self, patch_hash: str, generation: int, *, quarantine: bool = False) -> bool:
-        """Gives a patch up and frees its memory (with `quarantine`: at `lift_quarantine`).
+        """Gives up a patch and frees its memory (with `quarantine`: at `lift_quarantine`).
 
-        For an encode that failed or was cancelled, and for a slot found stale that cannot be encoded again. While it
-        is pinned it is LOST: its holders should fail, and the next who acquires it gets it anew.
+        For an encode that failed or was cancelled, and for a stale slot whose patch cannot be encoded again. While it
+        is pinned it is LOST: its holders should fail, and whoever acquires it next gets new memory.
 
         Returns:
-            False, with nothing changed, where `generation` is not the current one.
+            False, with nothing changed, if `generation` is not the current one.
         """
         if not self.is_current(patch_hash, generation):
             return False
@@ -198,7 +199,7 @@ class CacheIndex:
         return True
 
     def lift_quarantine(self, generation: int) -> bool:
-        """Nobody can write into the slot of `generation` any more: its memory is free. False where none was held."""
+        """Frees the memory of `generation`: nobody can write to it any more. False if none was set aside."""
         if (extent := self._quarantined.pop(generation, None)) is None:
             return False
         self._quarantined_bytes -= extent.nbytes
@@ -206,7 +207,7 @@ class CacheIndex:
         return True
 
     def release(self, holder: Hashable) -> list[str]:
-        """Unpins all that `holder` pins; nothing happens where it pins nothing.
+        """Unpins all that `holder` pins; nothing happens if it pins nothing.
 
         READY patches that nobody else pins are kept for reuse until they are evicted.
 
@@ -232,27 +233,27 @@ class CacheIndex:
         return unneeded
 
     def holders(self, patch_hash: str) -> tuple[Hashable, ...]:
-        """Who pins a patch, in the order they came."""
+        """Who pins a patch, in order of arrival."""
         entry = self._entries.get(patch_hash)
         return tuple(entry.holders) if entry else ()
 
     def slot(self, patch_hash: str) -> Slot | None:
-        """A patch's current slot; None where it is absent or LOST."""
+        """A patch's current slot; None if it is absent or LOST."""
         entry = self._entries.get(patch_hash)
         return entry.slot if entry else None
 
     def readable(self, patch_hash: str) -> Slot | None:
-        """A patch's slot where it is READY, else None."""
+        """A patch's slot if it is READY, else None."""
         entry = self._entries.get(patch_hash)
         return entry.slot if entry and entry.state is State.READY else None
 
     def state(self, patch_hash: str) -> State | None:
-        """A patch's state; None where it is absent."""
+        """A patch's state; None if it is absent."""
         entry = self._entries.get(patch_hash)
         return entry.state if entry else None
 
     def occupied(self, pool_id: str) -> list[tuple[int, int, str]]:
-        """What lies where in a pool: offset, bytes and "pinned", "ready", "allocated" or "quarantined"."""
+        """What is where in a pool: offset, bytes and "pinned", "ready", "allocated" or "quarantined"."""
         found = [
             (extent.offset, extent.nbytes, "quarantined")
             for extent in self._quarantined.values()
@@ -284,7 +285,7 @@ class CacheIndex:
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes of all pools that can be used."""
+        """Usable bytes of all pools."""
         return self._arena.capacity_bytes
 
     def _distinct(self, needs: Sequence[PatchNeed]) -> dict[str, PatchNeed]:
@@ -293,12 +294,12 @@ class CacheIndex:
             entry = self._entries.get(need.patch_hash)
             known = entry.need if entry else wanted.get(need.patch_hash)
             if known and known.shape != need.shape:
-                raise ShapeError(f"patch {need.patch_hash} is {known.shape}, and asked for as {need.shape}")
+                raise ShapeError(f"patch {need.patch_hash} is {known.shape}, but asked for as {need.shape}")
             wanted.setdefault(need.patch_hash, need)
         return wanted
 
     def _pin(self, need: PatchNeed, holder: Hashable, extent: Extent | None) -> Acquired:
-        """Pins a patch, in `extent` where it is new."""
+        """Pins a patch, in `extent` if it is new."""
         patch_hash = need.patch_hash
         if extent:
             self._num_new += 1
@@ -306,7 +307,7 @@ class CacheIndex:
             entry = self._entries.get(patch_hash)
             if entry is None:
                 entry = self._entries[patch_hash] = Entry(need, extent, next(self._generations))
-            else:  # it is LOST, and somebody still pins it
+            else:  # it is LOST, but somebody still pins it
                 self._leave_state(entry)
                 self._move(entry, extent)
                 entry.move(extent, next(self._generations))
@@ -314,7 +315,7 @@ class CacheIndex:
             self._enter_state(entry)
         else:
             entry = self._entries[patch_hash]
-            entry.need = need  # what its encoding costs may be known better by now
+            entry.need = need  # the cost of encoding it may be known better by now
             outcome = Outcome.HIT if entry.state is State.READY else Outcome.PENDING
             self._num_hits += outcome is Outcome.HIT
             self._num_coalesced += outcome is Outcome.PENDING
@@ -355,7 +356,7 @@ class CacheIndex:
             self._num_embeddings -= entry.need.num_tokens
 
     def _move(self, entry: Entry, extent: Extent | None) -> None:
-        """Gives an entry other memory, or none."""
+        """Gives an entry other memory or none."""
         if entry.holders:
             self._pinned_bytes += (extent.nbytes if extent else 0) - (entry.extent.nbytes if entry.extent else 0)
         entry.move(extent, entry.generation)
@@ -365,7 +366,7 @@ class CacheIndex:
             self._arena.allow_eviction(entry.need.patch_hash, entry.extent, entry.need.encode_cost_s)
 
     def _retire(self, entry: Entry, quarantine: bool) -> None:
-        """Frees an entry's memory, or sets it aside under its generation."""
+        """Frees an entry's memory, or quarantines it under its generation."""
         if entry.extent and quarantine:
             self._quarantined[entry.generation] = entry.extent
             self._quarantined_bytes += entry.extent.nbytes
@@ -374,7 +375,7 @@ class CacheIndex:
         self._move(entry, None)
 
     def _lose(self, patch_hash: str) -> None:
-        """Marks an entry that has no memory any more."""
+        """Marks an entry that no longer has memory."""
         entry = self._entries[patch_hash]
         self._leave_state(entry)
         entry.state = State.LOST

@@ -1,4 +1,4 @@
-"""Whether patches fit together into several pools, and which goes where.
+"""Whether patches all fit into several pools, and which goes where.
 
 Lives in the broker's decision core; pure. A pool is only a number of bytes here: extents in an empty pool, taken one
 after the other, leave no holes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-# Steps of the search before it gives up: about 10 ms. Patches of one model have few sizes, so it takes few.
+# Steps of the search before it gives up: about 10 ms. Patches of one model have few sizes, so few steps are needed.
 MAX_STEPS = 10_000
 
 
@@ -17,7 +17,7 @@ def pack(sizes: Mapping[str, int], rooms: Mapping[str, int]) -> dict[str, str] |
     """Which pool each patch goes to, such that no pool gets more than it has room for.
 
     The search is over how many patches of each size a pool gets, the largest first and as many as fit. It finds a way
-    where there is one, unless it needs more than `MAX_STEPS`.
+    if there is one, unless it needs more than `MAX_STEPS`.
 
     Args:
         sizes: bytes by patch.
@@ -53,7 +53,7 @@ class _Search:
         self._num_steps = 0
 
     def shares(self, counts: _Counts, at: int) -> list[_Counts] | None:
-        """What each pool from `at` on gets of `counts`, or None."""
+        """How much of `counts` each pool from `at` on gets, or None."""
         if not any(counts):
             return [counts] * (len(self._rooms) - at)
         if at == len(self._rooms) or (counts, at) in self._hopeless:
@@ -62,7 +62,7 @@ class _Search:
             left = tuple(count - taken for count, taken in zip(counts, share, strict=True))
             if (others := self.shares(left, at + 1)) is not None:
                 return [share, *others]
-        self._hopeless.add((counts, at))  # or the search has been given up
+        self._hopeless.add((counts, at))  # or the search was given up
         return None
 
     def _fills(self, counts: _Counts, room: int, at: int) -> Iterator[_Counts]:

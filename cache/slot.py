@@ -1,7 +1,6 @@
 """How a slot lies in memory, how it is written, and every reason for which a reader refuses it.
 
-Lives in the cache's clients (encode, prefill and decode workers) and, for sizes only, in the broker; pure: it works on
-whatever memory it is given and owns none.
+Lives in the workers and, for sizes only, in the broker; pure: it works on whatever memory it is given and owns none.
 
 A slot is a header of `HEADER_BYTES`, then `num_tokens` x `width` elements of `dtype` in row order, then padding to a
 multiple of 256 bytes. The header, little endian:
@@ -21,8 +20,8 @@ multiple of 256 bytes. The header, little endian:
 | 72 | 16 | checksum: the first 16 bytes of the data's BLAKE3 |
 | 88 | 40 | zero |
 
-The magic goes first when a write begins and comes back last, so a writer that dies in between leaves a slot that nobody
-reads. Checksum and generation together catch a writer that comes too late, see `read`.
+The magic is cleared first when a write begins and restored last, so a writer that dies in between leaves a slot that
+nobody reads. Checksum and generation together catch a writer that is too late, see `read`.
 
 Checksums are computed at 9 GB/s by one core of the build machine (AVX-512, 2026-11-20; BLAKE2b: 1.3 GB/s):
 `python -m timeit -s "from blake3 import blake3; d = bytes(64 << 20)" "blake3(d).digest(16)"` (7.5 ms).
@@ -70,7 +69,7 @@ _DTYPE_NAMES = {dtype.code: name for name, dtype in DTYPES.items()}
 
 
 class StaleSlotError(Exception):
-    """A slot does not hold what the reader was told it holds; `reason` says what is there instead."""
+    """A slot does not hold what the reader expects; `reason` says what is there instead."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -79,7 +78,7 @@ class StaleSlotError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A slot's header as found in memory; `checksum` is None where none was written."""
+    """A slot's header as found in memory; `checksum` is None if none was written."""
 
     generation: int
     num_tokens: int
@@ -94,7 +93,7 @@ def data_bytes(num_tokens: int, width: int, dtype: str) -> int:
     """Bytes of `num_tokens` x `width` elements of `dtype`.
 
     Raises:
-        ValueError: an unknown `dtype`, or a count that is not in 1..2^32-1.
+        ValueError: `dtype` is unknown, or a count is not in 1..2^32-1.
     """
     if dtype not in DTYPES:
         raise ValueError(f"embeddings of dtype {dtype!r}; the cache holds {', '.join(DTYPES)}")
@@ -107,14 +106,14 @@ def slot_bytes(num_tokens: int, width: int, dtype: str) -> int:
     """Bytes of a whole slot: header, data and padding; a multiple of 256.
 
     Raises:
-        ValueError: as `data_bytes`.
+        ValueError: as for `data_bytes`.
     """
     return align(HEADER_BYTES + data_bytes(num_tokens, width, dtype))
 
 
 def checksum(data: bytes | bytearray | memoryview) -> bytes:
     """The checksum of a slot's data: `CHECKSUM_BYTES` bytes of BLAKE3."""
-    from blake3 import blake3  # pools on GPUs have no checksums, and are tested where there is no such package
+    from blake3 import blake3  # pools on GPUs have no checksums, and are tested without this package
 
     return bytes(blake3(data).digest(CHECKSUM_BYTES))
 
@@ -144,7 +143,7 @@ def check_header(raw: bytes, slot: Slot) -> Header:
     """The header in `raw` (`HEADER_BYTES`), which must be that of `slot`.
 
     Raises:
-        StaleSlotError: it is none, or that of something else.
+        StaleSlotError: it is not a header, or that of something else.
     """
     magic, version, flags, code, owner_bytes, generation, num_tokens, width, nbytes, name, digest = _FIELDS.unpack_from(
         raw
@@ -180,10 +179,10 @@ def write(
         slot: where; its shape is what `data` must have.
         data: the elements in row order, contiguous. The checksum is taken from here, not from the pool.
         owner: the incarnation of the encode worker.
-        checksum_too: whether to compute a checksum.
+        checksum_too: whether to write a checksum.
 
     Raises:
-        ValueError: the slot lies outside the pool, or `data` or `owner` do not fit it; nothing has changed then.
+        ValueError: the slot is outside the pool, or `data` or `owner` does not fit it; then nothing has changed.
     """
     source = memoryview(data).cast("B")
     expected = data_bytes(slot.num_tokens, slot.width, slot.dtype)
@@ -202,20 +201,20 @@ def write(
 
 
 def read(memory: memoryview, slot: Slot, verify: bool = True, copy: bool = True) -> memoryview:
-    """The data of `slot`, as bytes, after checking that it is the data of that generation.
+    """The data of `slot` as bytes, checked to be that of its generation.
 
-    With `copy` the data is copied first and the copy is what is checked, so that a late writer cannot slip in between:
-    the answer is right whatever happens in the pool meanwhile. Without it the view shows the pool itself, right as
-    long as nobody writes there; the index promises that for slots that are pinned and were not renewed.
+    With `copy` the data is copied first and the copy is checked, so that a late writer cannot slip in between: the
+    result is right whatever happens in the pool meanwhile. Without it the view shows the pool itself, and is right as
+    long as nobody writes there; the index guarantees that for slots that are pinned and were not renewed.
 
     Args:
         memory: the whole pool, bytes.
         slot: what is expected, and where.
-        verify: check the checksum; a slot that has none is then refused.
-        copy: give a writable copy instead of a view of the pool.
+        verify: check the checksum; a slot without one is then refused.
+        copy: return a writable copy instead of a view of the pool.
 
     Raises:
-        StaleSlotError: the slot holds anything else.
+        StaleSlotError: the slot holds something else.
     """
     if (outside := _outside(memory, slot)) is not None:
         raise StaleSlotError(outside)
@@ -230,23 +229,23 @@ def read(memory: memoryview, slot: Slot, verify: bool = True, copy: bool = True)
         if checksum(data) != header.checksum:
             raise StaleSlotError(f"the data is not what {header.owner} wrote: its checksum differs")
     elif copy:
-        # Without a checksum, a writer that came while copying shows in the header, which it invalidated first.
+        # Without a checksum, a writer that interfered while copying shows in the header, which it invalidates first.
         check_header(bytes(memory[slot.offset : start]), slot)
     return data
 
 
 def copy_out(memory: memoryview, slot: Slot) -> bytes:
-    """A slot as it lies in memory, header and data, for a reader elsewhere, who verifies it.
+    """A slot as it is in memory, header and data, for a reader elsewhere that verifies it.
 
     Raises:
-        StaleSlotError: it holds anything else, as far as its header says.
+        StaleSlotError: it holds something else, as far as its header says.
     """
     if (outside := _outside(memory, slot)) is not None:
         raise StaleSlotError(outside)
     start = slot.offset
     header = check_header(bytes(memory[start : start + HEADER_BYTES]), slot)
     image = bytes(memory[start : start + HEADER_BYTES + header.data_bytes])
-    # A writer that came meanwhile shows in the header, which it invalidated first.
+    # A writer that interfered shows in the header, which it invalidates first.
     check_header(bytes(memory[start : start + HEADER_BYTES]), slot)
     return image
 
@@ -254,7 +253,7 @@ def copy_out(memory: memoryview, slot: Slot) -> bytes:
 def _outside(memory: memoryview, slot: Slot) -> str | None:
     needed = HEADER_BYTES + data_bytes(slot.num_tokens, slot.width, slot.dtype)
     if slot.nbytes < needed:
-        return f"{slot.nbytes} bytes for header and data, which need {needed}"
+        return f"{slot.nbytes} bytes for header and data, but they need {needed}"
     if slot.offset < 0 or slot.offset + slot.nbytes > memory.nbytes:
         return f"bytes {slot.offset}..{slot.offset + slot.nbytes} of a pool of {memory.nbytes}"
     return None

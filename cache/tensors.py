@@ -1,4 +1,4 @@
-"""Embeddings as tensors: the pools that a process has opened, and tensors into their slots and out of them.
+"""Embeddings as tensors: the pools that a process has opened, and tensors that go into and out of their slots.
 
 Lives in the workers, beside the scheduler and beside each model runner (`cache.ec_connector`); needs torch, not vLLM.
 """
@@ -17,7 +17,7 @@ from epd.messages import Pool, Slot
 
 
 class PoolTable:
-    """The pools this process has opened, by id. Each is opened once and closed when it leaves the list."""
+    """The pools that this process has opened, by id. Each is opened once, and closed when it leaves the list."""
 
     def __init__(self) -> None:
         self._views: dict[str, PoolView] = {}
@@ -25,14 +25,14 @@ class PoolTable:
         self.pools: list[Pool] = []
 
     def update(self, pools: Iterable[Pool]) -> list[str]:
-        """Opens the pools that are new and closes those that are gone; returns why some cannot be opened."""
+        """Opens new pools and closes those that are gone; returns why some cannot be opened."""
         self.pools, self._closed = list(pools), {}
         wanted = {pool.pool_id for pool in self.pools}
         for pool in self.pools:
             if pool.pool_id not in self._views:
                 try:
                     self._views[pool.pool_id] = open_view(pool)
-                except PoolError as error:  # it was just replaced, or is another host's
+                except PoolError as error:  # it was just replaced, or belongs to another host
                     self._closed[pool.pool_id] = str(error)
         for pool_id in self._views.keys() - wanted:
             self._views.pop(pool_id).close()
@@ -42,7 +42,7 @@ class PoolTable:
         """The pool of a slot.
 
         Raises:
-            StaleSlotError: that pool is not (or no longer) there, or cannot be opened here.
+            StaleSlotError: that pool does not exist (any more), or cannot be opened here.
         """
         try:
             return self._views[slot.pool_id]
@@ -51,7 +51,7 @@ class PoolTable:
             raise StaleSlotError(reason) from None
 
     def settle(self) -> int:
-        """Lets every pool note which of this process's writes have been done; returns how many have not."""
+        """Lets every pool note which of this process's writes are complete; returns how many are not."""
         return sum(view.settle() for view in self._views.values())
 
     def close(self) -> None:
@@ -62,8 +62,8 @@ class PoolTable:
 def read_tensor(pools: PoolTable, slot: Slot) -> torch.Tensor:
     """The embeddings in a slot: `(num_tokens, width)` of the slot's dtype.
 
-    From a pool in host memory a verified copy on the CPU; from one on the device a view of the pool, for which the
-    current stream waits until the writer's copy is done.
+    From a pool in host memory it is a verified copy on the CPU; from one on the device it is a view of the pool, and
+    the current stream waits until the writer's copy is done.
 
     Raises:
         StaleSlotError: the slot does not hold what `slot` says.
@@ -84,10 +84,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_tensor(pools: PoolTable, slot: Slot, embeddings: torch.Tensor, owner: str) -> Future[None] | None:
-    """Puts embeddings into a slot; on the device this is queued on the current stream, and nothing waits for it.
+    """Puts embeddings into a slot; on a device this is queued on the current stream, and nothing waits for it.
 
     Returns:
-        None, but for a slot of another host: when it is there, which nothing here waits for either.
+        None; for a slot on another host a future, done once it is stored.
 
     Raises:
         StaleSlotError: the slot's pool is gone.

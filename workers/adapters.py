@@ -1,10 +1,10 @@
-"""LoRA adapters of a stage's engine: what they are called there, and when they are read.
+"""LoRA adapters of a stage's engine: their names there, and when they are read.
 
 Lives in a worker process, in its engine thread; a part of `workers.engine`, written against vLLM 0.32 (`vllm.lora`).
 
-An endpoint numbers its adapters as it gets to know them, so the same number means another adapter at another endpoint,
-or after a restart. vLLM's engine tells adapters apart by that number, and in a batch by their name. So each engine
-counts for itself, by name and path, and gives each adapter a name of its own.
+Endpoints number adapters in the order in which they learn of them, so one number may mean different adapters at two
+endpoints, or after a restart. vLLM's engine tells adapters apart by that number, and in a batch by their name. So each
+engine counts for itself, by name and path, and gives each adapter its own name.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Loads(Protocol):
     """What an engine core has for adapters."""
 
     def list_loras(self) -> set[int]:
-        """The numbers of those that are loaded."""
+        """The numbers of the loaded adapters."""
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Reads one from its path; raises where it cannot be served."""
+        """Reads an adapter from its path; raises if it cannot be served."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Refuses adapters of the vision tower: embeddings are named, cached and shared without regard to adapters.
 
     Raises:
-        ConfigError: they are asked for.
+        ConfigError: the options ask for them.
     """
     if options.get("enable_tower_connector_lora"):
-        raise ConfigError("enable_tower_connector_lora: adapters can only be those of the language model")
+        raise ConfigError("enable_tower_connector_lora: only the language model can have adapters")
 
 
 class Adapters:
@@ -54,7 +54,7 @@ class Adapters:
     def prepare(self, request: EngineCoreRequest) -> EngineCoreRequest:
         """Gives the request's adapter this engine's name and number, and reads it if it is not loaded.
 
-        It is read here, since an adapter that cannot be read during a step ends the whole engine.
+        It is read here because an adapter that turns out to be unreadable during a step ends the whole engine.
 
         Raises:
             Exception: vLLM's own, of many kinds: the adapter cannot be read or served, or adapters are not enabled.
@@ -77,10 +77,10 @@ class Adapters:
 
 
 def spare_base_requests() -> None:
-    """Keeps adapters on CPUs off the requests that have none; may be called again.
+    """On CPUs, keeps adapters away from requests that have none; may be called more than once.
 
-    In a batch with adapters, vLLM gives the rows of the other requests the index -1; its CPU operations take that for
-    the last adapter. What adapters add goes through the functions that are replaced here.
+    In a batch with adapters, vLLM gives the rows of other requests the index -1, which its CPU operations take for the
+    last adapter. What adapters add goes through the functions that are replaced here.
     """
     for module in (lora_ops, punica_cpu):
         for name in _EXPANDS:

@@ -10,10 +10,10 @@ import torch
 
 
 def permit_amx() -> None:
-    """Asks for the registers, where the processor has them.
+    """Asks for the registers if the processor has them.
 
-    Without that the first use is an illegal instruction, unless oneDNN has asked before, which it does for large
-    matrices only: a decode worker may never have one.
+    Otherwise their first use is an illegal instruction, unless oneDNN has asked before. It does so for large matrices
+    only, and a decode worker may never have one.
     """
     if torch.cpu._is_amx_tile_supported():
         torch.cpu._init_amx()

@@ -35,7 +35,7 @@ log = structlog.get_logger()
 STAGES: dict[str, type[StageRunner]] = {
     runner.stage.value: runner for runner in (EncodeStage, PrefillStage, DecodeStage)
 }
-# Engine thread and event loop share the interpreter: with Python's 5 ms, a message can wait that long for its turn.
+# Engine thread and event loop share the interpreter: with Python's default of 5 ms, a message may wait that long.
 SWITCH_INTERVAL_S = 0.0002
 _STOP_S = 5.0
 _WATCHES = 4
@@ -101,7 +101,7 @@ class Worker:
         return self._close() or int(self._leaking.is_set())
 
     async def _drain(self) -> None:
-        """Takes no more work, and returns when what was here is done, the engine has failed, or time is up."""
+        """Takes no more work; returns when all work is done, the engine has failed, or time is up."""
         until = self._loop.time() + self._drain_s
         self._draining = True
         self._link.send(Draining())
@@ -113,10 +113,10 @@ class Worker:
         if self.failed.is_set():
             return
         if not await asyncio.to_thread(self._thread.wait_idle, max(0.0, until - self._loop.time())):
-            log.warning("not all was finished in time; it goes on elsewhere", drain_s=self._drain_s)
+            log.warning("not everything was finished in time; the rest goes on elsewhere", drain_s=self._drain_s)
 
     async def _watch(self) -> None:
-        """Ends the worker when its engine thread takes no command any more, or has lost too much memory."""
+        """Ends the worker when its engine thread no longer takes commands, or has lost too much memory."""
         hung_after_s = self._config.broker.hung_after_s
         while True:
             try:
@@ -129,7 +129,7 @@ class Worker:
             await asyncio.sleep(hung_after_s / _WATCHES)
 
     async def _in_engine(self, command: Callable[..., None], *args: Any) -> None:
-        """Returns when the engine thread has run a command, and all that were given before it."""
+        """Returns once the engine thread has run a command and all those before it."""
         done = asyncio.Event()
 
         def run() -> None:
@@ -168,7 +168,7 @@ class Worker:
             self._link.send(Draining())
 
     async def _on_lost(self, reason: str) -> None:
-        """A worker whose engine is stuck must not register again and be given work: this returns after the reset."""
+        """Resets the engine; returns only afterwards, so that a worker with a stuck engine never registers again."""
         await self._in_engine(self._stage.reset)
 
     # ---- called in any thread --------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class Worker:
         self._loop.call_soon_threadsafe(self._ready.set)
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
-        """A thread of vLLM's or NIXL's has died; an engine without it would wait for it for ever."""
+        """A thread of vLLM or NIXL has died; the engine would wait for it for ever."""
         name = args.thread.name if args.thread else "a thread"
         log.error("a thread of the engine died", thread=name, error=repr(args.exc_value))
         self._on_exit(RuntimeError(f"{name} died: {args.exc_value!r}"))

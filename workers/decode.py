@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 _ARRIVING_POLL_S = 0.0002
 _WAIT_POLL_S = 0.05
 _NUM_FAST_POLLS = 200
-# PREFILLED brings the token and is on its way when the KV is; a broker that loses it has lost more.
+# PREFILLED carries the token and is sent when the KV is; if the broker has lost it, it has lost more than that.
 _TOKEN_WAIT_S = 5.0
 
 
 class DecodeStage(ReadingStage):
-    """Registers each request for its KV at once, and decodes it when it has come.
+    """Registers each request for its KV at once, and decodes it when the KV has come.
 
-    The KV arrives without an event in this process; PREFILLED says that it is on its way, and until then the engine is
-    looked after only now and then.
+    Nothing in this process signals that KV has arrived. PREFILLED says that it is on its way; until then the engine is
+    polled only now and then.
     """
 
     stage = Stage.DECODE
@@ -46,13 +46,13 @@ class DecodeStage(ReadingStage):
     def start(self) -> None:
         """Builds the engine."""
         super().start()
-        self._requests: dict[str, int] = {}  # and how many tokens of the answer there are already
+        self._requests: dict[str, int] = {}  # and how many tokens of the answer there are
         self._arriving: set[str] = set()
-        self._lacking: dict[str, float] = {}  # since when they have their KV without their token
+        self._lacking: dict[str, float] = {}  # since when they have had their KV but not their token
         self._leaks = LeakWatch()
 
     def handle(self, message: Message, frames: Frames) -> None:
-        """Takes in DECODE, PREFILLED, READY and ABORT."""
+        """Handles DECODE, PREFILLED, READY and ABORT."""
         match message:
             case Decode() if self.is_new(message.leg_id):
                 try:
@@ -102,11 +102,11 @@ class DecodeStage(ReadingStage):
         return executed
 
     def _take(self, output: EngineCoreOutput, frames: list[bytes]) -> LegOutput | None:
-        """What there is to say of an engine output, whose opaque frames go behind `frames`."""
+        """What to report of an engine output; its opaque frames are appended to `frames`."""
         leg_id = output.request_id
         self._arriving.discard(leg_id)
         output.kv_transfer_params = None
-        if str(output.finish_reason) == "error":  # it has been refused its KV (`workers.push_connector`)
+        if str(output.finish_reason) == "error":  # its KV was refused (`workers.push_connector`)
             self._forget(leg_id)
             self._post(LegFailed(leg_id=leg_id, code=ErrorCode.WORKER_LOST, message="its KV was not pushed"), ())
             return None
@@ -127,12 +127,12 @@ class DecodeStage(ReadingStage):
         )
 
     def _give_up_waiting(self) -> None:
-        """Requests whose token does not come go on elsewhere."""
+        """Sends requests elsewhere whose token does not come."""
         now = self.clock()
         self._lacking = {one: self._lacking.get(one, now) for one in self.engine.lacking_token()}
         for request_id, since in self._lacking.items():
             if now - since > _TOKEN_WAIT_S:
-                self._fail(request_id, ErrorCode.WORKER_LOST, "its KV was pushed, and its first token did not come")
+                self._fail(request_id, ErrorCode.WORKER_LOST, "its KV was pushed, but its first token did not come")
 
     def _ask_for_patches(self) -> None:
         for request_id, patch_hashes in self.engine.connector.take_needed().items():
@@ -151,7 +151,7 @@ class DecodeStage(ReadingStage):
         self.engine.connector.forget(request_id)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
-        """KV that is on its way is looked for all the time; KV that is not, now and then."""
+        """KV that is on its way is polled for all the time, other KV only now and then."""
         if self.engine.kv_arrived():
             return 0.0
         if self._arriving and num_idle_steps < _NUM_FAST_POLLS:
@@ -160,7 +160,7 @@ class DecodeStage(ReadingStage):
         return _WAIT_POLL_S if slots_s is None else slots_s
 
     def held(self) -> dict[str, int]:
-        """As `StageRunner`, and the requests that this stage knows."""
+        """As in `StageRunner`, plus the requests that this stage knows."""
         return super().held() | {"requests": len(self._requests)}
 
     def leak(self, now: float) -> str:

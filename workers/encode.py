@@ -7,27 +7,27 @@ import time
 from epd.messages import DropEncode, Encode, Encoded, EncodedJob, EncodeFailed, EncodeJob, Message, Stage
 from workers.stage import Frames, StageRunner, ever_later
 
-# How often it is looked whether slots are written, of another host or on a device: at first, and at most.
+# How often to check whether slots are written, on another host or on a device: the first and the longest interval.
 _STORE_POLL_S = (0.0005, 0.02)
 
 
 class EncodeStage(StageRunner):
-    """Encodes each patch as an engine request of its own; vLLM batches those that wait together."""
+    """Encodes each patch as a separate engine request; vLLM batches those that wait together."""
 
     stage = Stage.ENCODE
 
     def start(self) -> None:
-        """Builds the engine, and proves what it can encode in pieces."""
+        """Builds the engine, and proves which pieces it can encode alone."""
         super().start()
         from workers.proving import prove_units, with_units
 
         self.info = with_units(self.info, prove_units(self.engine))
         self._jobs: dict[str, EncodeJob] = {}
-        self._storing: dict[str, float] = {}  # what is on its way to another host, and how long it took to encode
+        self._storing: dict[str, float] = {}  # jobs on their way to another host, and how long they took to encode
         self._num_unsettled = 0
 
     def handle(self, message: Message, frames: Frames) -> None:
-        """Takes in ENCODE and DROP_ENCODE."""
+        """Handles ENCODE and DROP_ENCODE."""
         match message:
             case Encode():
                 at = 0
@@ -36,7 +36,7 @@ class EncodeStage(StageRunner):
                     at += job.num_frames
             case DropEncode():
                 name = str(message.job_id)
-                if name not in self._storing and self._end(name):  # what is stored already is reported as done
+                if name not in self._storing and self._end(name):  # else it is reported as done
                     self.engine.abort([name])
                     self._post(EncodeFailed(job_id=message.job_id, message="dropped", dropped=True), ())
 
@@ -54,19 +54,19 @@ class EncodeStage(StageRunner):
 
     def _add(self, job: EncodeJob, frames: Frames) -> None:
         if str(job.job_id) in self._jobs:
-            return  # one that was dropped may come again, under its old id
+            return  # a dropped job may come again, under its old id
         if self.draining:
             self._hand_back(job)
             return
         try:
             name = self.engine.add_encode(job, frames)
-        except Exception as error:  # whatever the engine makes of the patch is this patch's failure only
+        except Exception as error:  # whatever the engine raises for a patch fails that patch only
             self._post(EncodeFailed(job_id=job.job_id, message=_reason(error)), ())
         else:
             self._jobs[name] = job
 
     def step(self) -> bool:
-        """Encodes what waits, as far as one batch takes it, and reports each patch that is in its slot."""
+        """Encodes waiting patches, as many as fit one batch, and reports each patch that is in its slot."""
         started = self.clock()
         outputs, executed = self.engine.step()
         written = self.engine.take_written()
@@ -100,17 +100,17 @@ class EncodeStage(StageRunner):
         return self._jobs.pop(name, None)
 
     def has_work(self) -> bool:
-        """As `StageRunner`; also while embeddings are on their way to another host, or copies have not run."""
+        """As in `StageRunner`; also while embeddings are on their way to another host, or copies have not run."""
         return super().has_work() or bool(self._storing or self._num_unsettled)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
-        """What is being written is looked after ever less often; else a step only clears what has finished."""
+        """Writes under way are polled less and less often; otherwise a step only clears what has finished."""
         if self._storing or self._num_unsettled:
             return ever_later(_STORE_POLL_S, num_idle_steps)
         return 0.0 if num_idle_steps < 3 else 0.05
 
     def held(self) -> dict[str, int]:
-        """As `StageRunner`, and the jobs that this stage knows."""
+        """As in `StageRunner`, plus the jobs that this stage knows."""
         return super().held() | {"requests": len(self._jobs)}
 
     def reset(self) -> None:
@@ -118,7 +118,7 @@ class EncodeStage(StageRunner):
         self.engine.abort(list(self._jobs))
         for job in list(self._jobs):
             self._end(job)
-        while self._storing:  # ids of jobs may come again, from the next broker
+        while self._storing:  # the next broker may use the same job ids
             time.sleep(_STORE_POLL_S[1])
             self._storing = dict.fromkeys(self.engine.take_written().storing, 0.0)
 

@@ -33,18 +33,18 @@ from workers.handover import Handover
 from workers.isolation import isolate_items
 from workers.outputs import OutputPacker
 
-# Frames arrive as bytes; vLLM reads tensors out of them and never writes there.
+# Frames arrive as bytes; vLLM reads tensors from them and never writes to them.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 _ENDLESS = 1 << 40
 
 
 class ReadyPatchCache(EncoderCacheManager):
-    """vLLM's encoder cache accounting, ruled by the patches that are ready, and keeping nothing for later.
+    """Replaces vLLM's accounting of its encoder cache: patches that are ready decide, and nothing is kept for later.
 
-    vLLM prefills up to the first item that cannot be allocated: here, the first whose embeddings have not arrived.
-    There is no budget, since the embeddings already exist, in a pool of bounded size. An item is forgotten as soon as
-    no request uses it, so that vLLM never holds a view of a slot that has been released.
+    vLLM prefills up to the first item that cannot be allocated: here, the first one whose embeddings have not arrived.
+    There is no budget, since the embeddings exist already, in a pool of bounded size. An item is forgotten as soon as
+    no request uses it, so that vLLM never holds a view of a released slot.
     """
 
     def __init__(self, connector: PatchCacheConnector, gated: bool) -> None:
@@ -60,7 +60,7 @@ class ReadyPatchCache(EncoderCacheManager):
         return bool(request.get_num_encoder_embeds(input_id) <= encoder_compute_budget)
 
     def free_encoder_input(self, request: Request, input_id: int) -> None:
-        """Frees the request's reference, and the item with the last one."""
+        """Drops the request's reference; the item goes with the last one."""
         super().free_encoder_input(request, input_id)
         patch_hash = request.mm_features[input_id].identifier
         if patch_hash in self.freeable:
@@ -128,7 +128,7 @@ class Engine:
         )
 
     def parameter_bytes(self) -> tuple[int, int]:
-        """Bytes of parameters on all devices of this engine: those of the tower and projector, and all others."""
+        """Bytes of parameters on all devices of this engine: of the tower and projector, and of everything else."""
         counts = self.core.collective_rpc(parameters.parameter_bytes)
         return sum(tower for tower, _ in counts), sum(language for _, language in counts)
 
@@ -151,7 +151,7 @@ class Engine:
         """Queues one patch; returns the id of its engine request, which is also the item's identifier.
 
         Raises:
-            ValueError: it is larger than anything that this engine takes; it would wait for ever.
+            ValueError: it is too large for this engine, and would wait for ever.
         """
         most = min(self.scheduler.max_num_encoder_input_tokens, self.vllm_config.model_config.max_model_len)
         if not 1 <= job.num_tokens <= most:
@@ -190,10 +190,10 @@ class Engine:
         """Queues a request to be prefilled.
 
         Args:
-            leg_id: what the engine knows it by: the push connector must not see an id twice.
+            leg_id: its name in the engine; the push connector must never see the same one twice.
             frames: the engine request.
-            output_token_ids: what earlier legs have sampled; follows the prompt.
-            samples: whether its one token counts; else it is thrown away.
+            output_token_ids: what earlier legs have sampled; it follows the prompt.
+            samples: whether its one token counts; otherwise it is thrown away.
             keeps_kv: whether its KV is kept for a decode worker.
 
         Returns:
@@ -224,10 +224,10 @@ class Engine:
         output_token_ids: Sequence[int] = (),
         awaits_token: bool = False,
     ) -> None:
-        """Queues a request whose KV `peer` will push; the others as for `add_prefill`.
+        """Queues a request whose KV `peer` will push; the other arguments are as for `add_prefill`.
 
-        `output_token_ids` count towards the bounds of the output. With `awaits_token` it goes on after the token that
-        `give_token` brings.
+        `output_token_ids` count towards the limits of the output. With `awaits_token` the request goes on after the
+        token that `give_token` brings.
         """
         request = self._leg(leg_id, frames, output_token_ids)
         sampling = request.sampling_params
@@ -251,15 +251,15 @@ class Engine:
             self.handover.expect(leg_id)
 
     def give_token(self, leg_id: str, token_ids: Sequence[int]) -> bool:
-        """The token that a decode request awaits, as its prefill worker has sampled it; whether it was awaited."""
+        """Gives a decode request the token that its prefill worker has sampled; returns whether it was awaited."""
         return self.handover.give(leg_id, token_ids)
 
     def lacking_token(self) -> frozenset[str]:
-        """The decode requests that have their KV and still await their token."""
+        """The decode requests that have their KV but still await their token."""
         return self.handover.lacking()
 
     def _leg(self, leg_id: str, frames: Sequence[bytes], output_token_ids: Sequence[int]) -> EngineCoreRequest:
-        """A leg's request, checked for what vLLM's model runner would end the whole engine over."""
+        """A leg's request, checked for errors over which vLLM's model runner would end the whole engine."""
         request = self._adapters.prepare(self._request_decoder.decode(frames))
         request.request_id = leg_id
         if self._positions is not None:
@@ -272,7 +272,7 @@ class Engine:
         self.core.add_request(*self.core.preprocess_add_request(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Drops requests; their blocks are freed with the next steps, once nothing writes to or reads from them."""
+        """Drops requests; the next steps free their blocks, once nothing reads or writes them."""
         request_ids = list(request_ids)
         self.handover.forget(request_ids)
         self.core.abort_requests([one for one in request_ids if one in self.scheduler.requests])
@@ -284,19 +284,19 @@ class Engine:
     # ---- stepping it -----------------------------------------------------------------------------------------------
 
     def has_requests(self) -> bool:
-        """Whether there is anything to step for, a KV push still under way included."""
+        """Whether there is anything to step for, including a KV push under way."""
         return bool(self.scheduler.has_requests())
 
     def waiting(self) -> list[str]:
-        """The requests that the scheduler has not begun, in order."""
+        """The requests that the scheduler has not started, in order."""
         return [request.request_id for request in self.scheduler.waiting]
 
     def holds(self, request_id: str) -> bool:
-        """Whether the scheduler still has this request; a finished prefill stays until its KV has been pushed."""
+        """Whether the scheduler still has this request; a finished prefill stays there until its KV has been pushed."""
         return request_id in self.scheduler.requests
 
     def step(self) -> tuple[list[EngineCoreOutput], bool]:
-        """One engine step: its outputs, and whether the model ran."""
+        """Makes one engine step; returns its outputs, and whether the model ran."""
         self.handover.match()
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
@@ -307,7 +307,7 @@ class Engine:
         return bool(self.scheduler.finished_recving_kv_req_ids)
 
     def take_written(self) -> Written:
-        """The encode jobs whose slots have been written since the last call, and the ones that could not be."""
+        """The encode jobs whose slots were written since the last call, and those that could not be written."""
         written = Written()
         for report in self.core.collective_rpc(ec_connector.take_written):
             written.done |= report.done

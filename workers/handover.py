@@ -1,11 +1,11 @@
-"""Decode requests whose first token the prefill worker samples: they wait for it, and go on after it.
+"""Decode requests whose first token the prefill worker samples: they wait for that token and go on after it.
 
 Lives in a decode worker's engine thread; a part of `workers.engine`, written against vLLM 0.32
 (`vllm.v1.core.sched.scheduler`, `vllm.v1.request`).
 
-Such a request is registered for the KV of its prompt, as any other. KV and token come on different ways. When both are
-there, and before the scheduler has given the request to a model runner, the token becomes the last one of its prompt:
-the next step computes it, and samples the one after it.
+Such a request is registered for the KV of its prompt like any other. KV and token come by different routes. When both
+are there, and before the scheduler gives the request to a model runner, the token becomes the last one of its prompt:
+the next step computes it and samples the one after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 
 
 class Handover:
-    """What is still awaited: `scheduler`'s requests by id, with their tokens once those are known."""
+    """The requests of `scheduler` that wait, by id, with their tokens once those are known."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
@@ -28,11 +28,11 @@ class Handover:
         return len(self._awaited)
 
     def expect(self, request_id: str) -> None:
-        """A request that was just added is not to sample before `give`."""
+        """Keeps a request that was just added from sampling before `give`."""
         self._awaited[request_id] = None
 
     def give(self, request_id: str, token_ids: Sequence[int]) -> bool:
-        """What the prefill worker has sampled; nothing, where this engine is to do it after all.
+        """Gives a request what the prefill worker has sampled; nothing if this engine is to sample after all.
 
         Returns whether it was awaited.
         """
@@ -43,17 +43,17 @@ class Handover:
         return True
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """These are about to be aborted."""
+        """Forgets requests that are about to be aborted."""
         for request_id in request_ids:
             self._awaited.pop(request_id, None)
             self._show(request_id)
 
     def lacking(self) -> frozenset[str]:
-        """The requests whose KV has come, and whose token has not."""
+        """The requests whose KV has come, but whose token has not."""
         return frozenset(self._arrived)
 
     def match(self) -> None:
-        """Before a step: hides KV that has come from the scheduler as long as its token has not, else hands it over."""
+        """Before a step: hides arrived KV from the scheduler until its token has come, too."""
         arrived = self._scheduler.finished_recving_kv_req_ids
         for request_id in list(self._awaited):
             request = self._scheduler.requests.get(request_id)
@@ -76,7 +76,7 @@ class Handover:
 
 
 def extend_prompt(request: Request, token_ids: Sequence[int]) -> None:
-    """Adds tokens to the prompt of a request that no model runner has seen; they count towards the output's bounds."""
+    """Adds tokens to the prompt of a request that no model runner has seen; they count towards the output's limits."""
     params = request.sampling_params
     assert params is not None and request.prompt_token_ids is not None and not request.output_token_ids
     request.prompt_token_ids = [*request.prompt_token_ids, *token_ids]

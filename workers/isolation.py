@@ -16,12 +16,12 @@ from vllm.distributed.ec_transfer import get_ec_transfer
 
 from cache.ec_connector import PatchCacheConnector
 
-# By request: which of its items are to be encoded.
+# For each request, which of its items are to be encoded.
 Inputs = dict[str, list[int]]
 
 
 def isolate_items(worker: Any) -> None:
-    """Runs beside an encode worker's model: has its items fail one by one."""
+    """Runs beside an encode worker's model: makes items fail one by one."""
     runner = worker.model_runner
     state = getattr(runner, "model_state", None)
     if state is not None:  # vLLM's V2 model runner
@@ -45,7 +45,7 @@ def isolate_items(worker: Any) -> None:
 
 
 def _one_by_one(encode: Callable[[Inputs], None], inputs: Inputs, device: torch.device) -> None:
-    """Encodes all together, and each alone where that raises; each request has one item and is called as that is."""
+    """Encodes all together, or each alone if that raises; each request has one item, and has its name."""
     if not inputs:
         return
     try:
@@ -65,7 +65,7 @@ def _one_by_one(encode: Callable[[Inputs], None], inputs: Inputs, device: torch.
 
 
 def _check_device(device: torch.device, error: Exception) -> None:
-    """Raises `error` where the device does not compute any more, as after an assertion in a kernel."""
+    """Raises `error` if the device no longer computes, as after an assertion in a kernel."""
     try:
         torch.zeros(1, device=device).add_(1).item()
     except Exception:

@@ -1,4 +1,4 @@
-"""How a stage's vLLM engine (0.32) is configured and its executor made: what the stage needs around the user's options.
+"""How a stage's vLLM engine (0.32) is configured and its executor made: the user's options and what the stage needs.
 
 Lives in a worker process; a part of `workers.engine`.
 """
@@ -23,21 +23,21 @@ from workers import parameters, push_connector
 from workers.adapters import check_options
 
 DEFAULT_CPU_KV_CACHE_BYTES = 256 << 20
-# A model has a tower for each of these that its engine may be given; prefill and decode are given none.
+# A model has a tower for each of these that its engine may receive; prefill and decode receive none.
 _MODALITIES = ("image", "video", "audio")
 
 
 def engine_options(config: Config, stage: Stage, name: str) -> dict[str, Any]:
-    """The vLLM engine options of a stage: the user's own, over what the stage needs, under what it cannot do without.
+    """The vLLM engine options of a stage: its defaults, then the user's options, then what the stage insists on.
 
     Raises:
-        ConfigError: the user asks for something that the stage decides.
+        ConfigError: the user sets something that the stage decides.
     """
     user = config.engine_options(stage.value)
     if fixed := {"ec_transfer_config", "kv_transfer_config", "mm_encoder_only"} & user.keys():
         raise ConfigError(f"the {stage} stage decides {', '.join(sorted(fixed))} itself")
     check_options(user)
-    # A progress bar is no line of a log.
+    # A progress bar does not belong in a log.
     options: dict[str, Any] = {"model": config.model, "distributed_executor_backend": "uni", "use_tqdm_on_load": False}
     if current_platform.is_cpu():
         options |= {"enforce_eager": True, "kv_cache_memory_bytes": DEFAULT_CPU_KV_CACHE_BYTES}
@@ -64,7 +64,7 @@ def engine_options(config: Config, stage: Stage, name: str) -> dict[str, Any]:
         kv = {
             "kv_connector": push_connector.CONNECTOR,
             "kv_connector_module_path": push_connector.MODULE,
-            # What a push that has failed leaves is never decoded; the broker decides what becomes of the request.
+            # After a failed push nothing is decoded; the broker decides what becomes of the request.
             "kv_load_failure_policy": "fail",
             "kv_connector_extra_config": {"kv_lease_duration": push_connector.LEASE_S},
             "kv_role": "kv_producer" if stage is Stage.PREFILL else "kv_consumer",
@@ -76,20 +76,20 @@ def engine_options(config: Config, stage: Stage, name: str) -> dict[str, Any]:
 
 
 def vllm_config(config: Config, stage: Stage, name: str) -> VllmConfig:
-    """VLLM's configuration of a stage.
+    """The vLLM configuration of a stage.
 
-    A model with DeepStack adds embeddings to the first layers of its language model too, and switches that off where it
-    is made without a tower: so it gets one, which `MakeExecutor` drops.
+    A model with DeepStack also adds embeddings to the first layers of its language model, but not if it is made without
+    a tower: so it gets one, which `MakeExecutor` drops.
 
     Raises:
-        ConfigError: as `engine_options`; what vLLM refuses; speculative decoding of a model with a recurrent state.
+        ConfigError: as for `engine_options`; vLLM refuses it; speculative decoding of a model with a recurrent state.
     """
     options = engine_options(config, stage, name)
     made = _made(options)
     if made.speculative_config is not None and has_recurrent_state(made):
         raise ConfigError(
-            f"{config.model}: it has a recurrent state, and how much of a prompt prefill may compute then depends on"
-            " speculative decoding, which prefill does not know of: switch it off"
+            f"{config.model}: it has a recurrent state, so how much of a prompt prefill may compute depends on"
+            " speculative decoding, of which prefill knows nothing: turn it off"
         )
     vision = getattr(made.model_config.hf_config, "vision_config", None)
     if stage is Stage.ENCODE or not getattr(vision, "deepstack_visual_indexes", None):
@@ -108,7 +108,7 @@ def _made(options: dict[str, Any]) -> VllmConfig:
 
 
 class MakeExecutor:
-    """Makes vLLM's executor, and drops a tower that nothing will run before memory is shared out."""
+    """Makes vLLM's executor; drops a tower that nothing will run, before memory is divided."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage

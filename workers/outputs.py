@@ -1,6 +1,6 @@
-"""Engine outputs on their way out: as opaque frames, or as none where token ids and finish reason say all there is.
+"""Engine outputs as opaque frames; as none if token ids and finish reason say everything.
 
-Lives in a worker's engine thread; pure. Most outputs are a token and nothing else, many times a second: those cost no
+Lives in a worker's engine thread; pure. Most outputs are one token and nothing else, many times a second: these need no
 frame, no copy and no decoder. Written against vLLM 0.32 (`vllm.v1.engine`); the endpoint's side is
 `epd.endpoint.engine.flights`.
 """
@@ -31,7 +31,7 @@ class OutputPacker:
         self._encoder = MsgpackEncoder()
 
     def pack(self, output: EngineCoreOutput) -> list[bytes]:
-        """An engine output as opaque frames; none where it has nothing but token ids and a finish reason."""
+        """An engine output as opaque frames; none if it has only token ids and a finish reason."""
         if is_plain(output):
             return []
         return [bytes(frame) for frame in self._encoder.encode(output)]

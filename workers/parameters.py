@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import StageMissingLayer
 
 
 def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.nn.Parameter]]:
-    """Each parameter that takes memory: "tower", "language" or "both", then its module, its name, and itself."""
+    """Each parameter that takes memory: "tower", "language" or "both", then its module, its name and the parameter."""
     towers = tuple(f"{name}." for name in model._tower_model_names)
     languages = tuple(f"{name}." for name in model._language_model_names)
     for path, module in model.named_modules():
@@ -32,10 +32,10 @@ def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
 
 
 def parameter_bytes(worker: Any) -> tuple[int, int]:
-    """Runs beside the model: bytes of tower and of language parameters; the few that are neither go with the stage.
+    """Runs beside the model: bytes of tower and of language parameters; the few that are neither count for the stage.
 
-    On CPUs vLLM packs linear weights into a format of their own and leaves an empty parameter: these count as their
-    layer's size.
+    On CPUs vLLM packs linear weights into another format and leaves an empty parameter: these count with their layer's
+    size.
     """
     counts = {"tower": 0, "language": 0, "both": 0}
     for part, module, name, parameter in _parameters(worker.get_model()):
@@ -60,9 +60,9 @@ def drop_language_model(worker: Any) -> None:
 
 
 def drop_tower(worker: Any) -> None:
-    """Runs beside a prefill or decode worker's model: frees a tower that it was made with; nothing runs it here.
+    """Runs beside a prefill or decode worker's model: frees the tower that it was made with; nothing runs it here.
 
-    What vLLM puts in a tower's place where it makes none takes the place of this one.
+    It is replaced by what vLLM puts in its place when it makes a model without a tower.
     """
     model = worker.get_model()
     for path in model._tower_model_names:
@@ -77,9 +77,9 @@ def drop_tower(worker: Any) -> None:
 
 
 def skip_positions(worker: Any) -> None:
-    """Runs beside an encode worker's model: no language model, so nothing has a position in a prompt.
+    """Runs beside an encode worker's model: without a language model, nothing has a position in a prompt.
 
-    M-RoPE models would look for an item's surroundings in the prompt, and a patch has none.
+    M-RoPE models would look for an item's surroundings in the prompt, but a patch has none.
     """
     runner = worker.model_runner
     runner.uses_mrope = False

@@ -33,8 +33,8 @@ _PATCH_POLL_S = 1.0
 class Leg(NamedTuple):
     """A leg that is being prefilled.
 
-    `num_kept` output tokens of earlier legs follow the prompt; its token counts if it `samples`, and then `is_last`
-    says that no other may follow.
+    `num_kept` output tokens of earlier legs follow the prompt. If it `samples`, its token counts, and `is_last` says
+    that no other may follow.
     """
 
     num_kept: int
@@ -43,7 +43,7 @@ class Leg(NamedTuple):
 
 
 class PrefillStage(ReadingStage):
-    """Runs each request for one token: the first of its answer where that was asked for, else it is thrown away."""
+    """Runs each request for one token: the first of its answer if that was asked for; otherwise it is thrown away."""
 
     stage = Stage.PREFILL
 
@@ -55,7 +55,7 @@ class PrefillStage(ReadingStage):
         self._leaks = LeakWatch()
 
     def handle(self, message: Message, frames: Frames) -> None:
-        """Takes in PREFILL, READY and ABORT."""
+        """Handles PREFILL, READY and ABORT."""
         match message:
             case Prefill() if self.is_new(message.leg_id):
                 try:
@@ -87,7 +87,7 @@ class PrefillStage(ReadingStage):
         self._post(told, ())
 
     def step(self) -> bool:
-        """Prefills what is ready, and notices pushes that are done."""
+        """Prefills what is ready, and notices finished pushes."""
         started = self.clock()
         self._look_at_slots()
         outputs, executed = self.engine.step()
@@ -103,7 +103,7 @@ class PrefillStage(ReadingStage):
                 text = f"prefill ended with {reason}"
                 self._post(LegFailed(leg_id=output.request_id, code=ErrorCode.ENGINE_FAILED, message=text), ())
                 continue
-            # vLLM ends every request here after one token; "stop" is what that token says.
+            # vLLM ends every request here after one token ("length"); "stop" comes from the token itself.
             ends = leg.samples and (leg.is_last or reason == "stop")
             if not ends:
                 self._pushing.add(output.request_id)
@@ -125,7 +125,7 @@ class PrefillStage(ReadingStage):
         return executed
 
     def _frames(self, output: EngineCoreOutput, leg: Leg, ends: bool) -> Frames:
-        """What goes on to the endpoint of an output: the token that was sampled, or the prompt's log-probabilities."""
+        """What the endpoint gets of an output: the token that was sampled, or the prompt's log-probabilities."""
         output.kv_transfer_params = None
         if leg.samples:
             if not ends:
@@ -141,13 +141,13 @@ class PrefillStage(ReadingStage):
         return self.engine.pack(output)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
-        """A push in flight is looked after ever less often; patches announce themselves."""
+        """Pushes under way are polled less and less often; patches announce themselves."""
         if (slots_s := super().poll_s(num_idle_steps)) is not None:
             return slots_s
         return ever_later(_PUSH_POLL_S, num_idle_steps) if self._pushing else _PATCH_POLL_S
 
     def held(self) -> dict[str, int]:
-        """As `StageRunner`, and the requests that this stage knows."""
+        """As in `StageRunner`, plus the requests that this stage knows."""
         return super().held() | {"requests": len(self._legs) + len(self._pushing)}
 
     def leak(self, now: float) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def prove_units(engine: Engine) -> list[Proof]:
-    """What each modality's items can be spread by."""
+    """The unit of each modality: what its items can be cut into."""
 
     def encode(modality: str, items: Sequence[MultiModalKwargsItem]) -> list[torch.Tensor]:
         return list(engine.core.collective_rpc(_encode, args=(modality, list(items)))[0])
@@ -32,7 +32,7 @@ def prove_units(engine: Engine) -> list[Proof]:
 
 
 def with_units(info: WorkerInfo, proofs: Sequence[Proof]) -> WorkerInfo:
-    """What the worker tells the broker, with what has been proved."""
+    """What the worker tells the broker, with the proved units."""
     return msgspec.structs.replace(
         info,
         units={proof.modality: proof.unit for proof in proofs},

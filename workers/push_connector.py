@@ -1,18 +1,18 @@
-"""vLLM's NIXL push connector (0.32), taught to let go: pushes can be called off, by either side and at any moment.
+"""vLLM's NIXL push connector (0.32), extended: pushes can be called off, by either side and at any moment.
 
-Lives in prefill and decode workers; vLLM makes one instance beside the scheduler and one beside each model runner, as
-with the connector it extends. There, blocks of a decode request that is aborted while it waits for its KV are kept
-until the KV comes, since the prefill worker may be writing to them; when it never comes (aborted there too, dead,
-failed), they are kept for ever. And a prefill worker keeps the blocks of a finished request until its lease ends, even
-if nobody wants them. Here (ADR 11):
+Lives in prefill and decode workers; vLLM makes one instance beside the scheduler and one beside each model runner.
+vLLM's own connector keeps the blocks of a decode request that is aborted while it waits for its KV until the KV comes,
+since the prefill worker may be writing to them. If it never comes (aborted there too, dead, failed), they are kept for
+ever. And a prefill worker keeps the blocks of a finished request until its lease ends, even if nobody wants them.
+Here (ADR 11):
 
-- A decode worker that gives a request up *asks*: it sends its registration again, marked `called_off`.
+- A decode worker that gives up a request *asks*: it sends its registration again, marked `called_off`.
 - A prefill worker answers a registration that it will not write for: REFUSED, from the thread that starts all writes,
-  so a refusal means that no write has been started or will be. It then lets go of the request's blocks at once.
+  so a refusal means that no write has been or will be started. It then frees the request's blocks at once.
 - REFUSED fails the receive: blocks of an aborted request are free, a request that still waits ends with an error.
-- No answer: the decode worker asks again and looks whether the prefill engine still exists (its side channel refuses,
-  or speaks for another engine); what does not exist does not write.
-- Registrations match by their whole id; vLLM also takes ids that differ in their last eight digits for the same. No id
+- Without an answer, the decode worker asks again and checks whether the prefill engine still exists; it does not if its
+  side channel refuses or speaks for another engine. What does not exist does not write.
+- Registrations match by their whole id; vLLM takes ids that differ only in their last eight digits for the same. No id
   is used for a second push: each attempt at a request has its own.
 """
 
@@ -33,8 +33,8 @@ from vllm.v1.request import Request, RequestStatus
 from workers.push_worker import PushWorker
 
 MODULE = __name__
-CONNECTOR = "NixlPushConnector"  # vLLM knows what this connector can do by its name
-# Seconds that a prefill worker keeps KV for a decode worker that does not show up; the broker's ABORT comes before.
+CONNECTOR = "NixlPushConnector"  # vLLM recognises by this name what the connector can do
+# How long a prefill worker keeps KV for a decode worker that does not show up; the broker's ABORT comes earlier.
 LEASE_S = 15
 
 
@@ -48,13 +48,13 @@ class PushScheduler(push_scheduler.NixlPushConnectorScheduler):
         self._given_up: dict[str, None] = {}
 
     def give_up(self, request_ids: Iterable[str]) -> None:
-        """Prefill: nobody wants the KV of these any more, whether they are finished, running or unknown."""
+        """Prefill: nobody wants the KV of these requests any more, whether they are finished, running or unknown."""
         if self.vllm_config.kv_transfer_config.kv_role == "kv_producer":
             self._given_up.update(dict.fromkeys(request_ids))
 
     @property
     def num_held(self) -> int:
-        """Requests that something is remembered for between two steps; 0 when idle."""
+        """How many requests something is remembered for between two steps; 0 when idle."""
         tables = (self._awaited, self._called_off, self._given_up, self._finished_request_blocks, self._reqs_need_recv)
         return sum(map(len, tables)) + len(self._push_pending_registrations) + len(self._heartbeat_req_engine)
 
@@ -65,12 +65,12 @@ class PushScheduler(push_scheduler.NixlPushConnectorScheduler):
             self._awaited[request.request_id] = registration
 
     def request_finished(self, request: Request, block_ids: BlockIds) -> tuple[bool, dict[str, Any] | None]:
-        """Calls off what a decode request waits for; gives up an unfinished prefill request."""
+        """Calls off the push that a decode request waits for; gives up an unfinished prefill request."""
         params = request.kv_transfer_params or {}
         unscheduled = bool(params.get("do_remote_prefill"))
         result: tuple[bool, dict[str, Any] | None] = super().request_finished(request, block_ids)
         if unscheduled:
-            # vLLM announces an empty receive, which would stay with the workers for ever: no registration is sent.
+            # vLLM announces an empty receive, which the workers would keep for ever: no registration is sent.
             self._reqs_need_recv.pop(request.request_id, None)
         elif registration := self._awaited.pop(request.request_id, None):
             self._called_off[request.request_id] = registration

@@ -39,7 +39,7 @@ from epd.transport.factory import SocketFactory
 logger = init_logger(__name__)
 
 _REFUSED = b"EPD_REFUSED:"
-# What a prefill worker says of a request: that it has been written, or that it will not be; and its world size.
+# What a prefill worker says of a request: that it has been written or will not be; and the worker's world size.
 _TOLD = re.compile(r"(?P<refused>EPD_REFUSED:)?(?!HB:)(?P<id>.+):(?P<size>[0-9]{1,6})", re.DOTALL)
 _ASK_EVERY_S = 1.0
 _PROBE_S = 1.0
@@ -48,7 +48,7 @@ _MAX_REMEMBERED = 8192
 
 
 class _Order(enum.Enum):
-    """What the writer thread is asked to do for a request, in place of blocks to push."""
+    """What the writer thread is asked to do for a request, instead of blocks to push."""
 
     GIVE_UP = enum.auto()
     REFUSE = enum.auto()
@@ -72,7 +72,7 @@ class _Agent(msgspec.Struct):
 
 
 class _Alarm(threading.Event):
-    """Wakes its waiter now and then: an idle worker shall hear what its peers call off."""
+    """Wakes its waiter now and then, so that an idle worker hears what its peers call off."""
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits as an event does, but not for ever."""
@@ -90,23 +90,23 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         self._refused: set[str] = set()
         self._probes: dict[Peer, concurrent.futures.Future[bool]] = {}
         self._prober = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kv-probe")
-        # Decode, writer thread: registrations that have been sent, and those that never will be.
+        # Decode, writer thread: registrations that were sent, and those that never will be.
         self._registered: dict[str, None] = {}
         self._void: dict[str, None] = {}
-        # Prefill, writer thread: requests not to be pushed, and whether that was said; those that were; registrations
-        # that writes were started for, and the one that is just being taken up.
+        # Prefill, writer thread: requests not to push, and whether that was said; those that were pushed; registrations
+        # for which writes were started, and the one that is just being handled.
         self._given_up: OrderedDict[str, bool] = OrderedDict()
         self._pushed: OrderedDict[str, bool] = OrderedDict()
         self._writing_for: dict[str, dict[str, Any]] = {}
         self._starting: dict[str, Any] = {}
-        # Prefill, engine thread: pushes that have failed in part, and requests that the writer thread has let go of.
+        # Prefill, engine thread: pushes that failed in part, and requests that the writer thread has let go of.
         self._failed_pushes: set[str] = set()
         self._unwanted: set[str] = set()
         self._let_go: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     @property
     def num_held(self) -> int:
-        """Requests that something is remembered for; 0 when idle (what was given up is a bounded memory of its own)."""
+        """How many requests something is remembered for; 0 when idle (those given up are bounded and do not count)."""
         tables: tuple[Any, ...] = (
             *(self._orphans, self._refused, self._writing_for, self._failed_pushes, self._registered, self._void),
             *(self._recving_metadata, self._recving_transfers, self._recv_failures, self._sending_transfers),
@@ -124,7 +124,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
     # ---- engine thread ---------------------------------------------------------------------------------------------
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
-        """Takes in what the scheduler side has called off or given up."""
+        """Handles what the scheduler's side has called off or given up."""
         super().start_load_kv(metadata)
         for request_id, registration in metadata.called_off.items():
             self._orphans[request_id] = (registration, 0.0)
@@ -136,7 +136,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         self._push_writer_wake.set()
 
     def get_transfer_results(self) -> Any:
-        """Chases orphans before the results are collected, and lets leases end that nobody needs."""
+        """Asks about orphans before the results are collected, and ends leases that nobody needs."""
         self._chase_orphans()
         while True:
             try:
@@ -176,7 +176,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
             self._probes[peer] = self._prober.submit(may_exist, peer)
 
     def _get_new_notifs(self) -> set[str]:
-        """Sorts out refusals; a request that one of its writers has refused has failed when all have spoken."""
+        """Sorts out refusals; a request that one of its writers has refused fails once all have answered."""
         others = []
         while True:
             try:
@@ -190,7 +190,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
             elif "\ufffd" not in text and (told or text.startswith("HB:")):
                 others.append(notification)
             else:
-                logger.warning("a notification that is none: %d bytes", len(notification))
+                logger.warning("not a notification: %d bytes", len(notification))
         for notification in others:
             self._pending_completion_notifs.put(notification)
         done: set[str] = super()._get_new_notifs()
@@ -208,7 +208,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
             self._recving_transfers.setdefault(request_id, [])
 
     def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
-        """A push that has failed is refused once nothing of it can be under way."""
+        """Finishes pushes; one that has failed is refused once nothing of it can still be under way."""
         done, failed = super()._pop_done_transfers(transfers)
         if transfers is self._sending_transfers:
             self._failed_pushes |= failed
@@ -218,7 +218,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         return done, failed
 
     def _reap_expired_send_leases(self, done_sending: set[str]) -> None:
-        """Ends leases, but only of requests that the writer thread has let go of: no block is freed under a write."""
+        """Ends leases, but only those that the writer thread has let go of, so that no block is freed under a write."""
         now = time.perf_counter()
         for request_id, expires in list(self._reqs_to_send.items()):
             if request_id in self._unwanted:
@@ -232,7 +232,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
     # ---- writer thread, decode -------------------------------------------------------------------------------------
 
     def _send_registration_to_p(self, req_id: str, reg_data: dict[str, Any]) -> None:
-        """Sends a registration, or one that is called off; the latter only if the first was sent."""
+        """Sends a registration, or calls one off; the latter only if it was sent."""
         if reg_data.get("ended"):
             self._registered.pop(req_id, None)
             self._void.pop(req_id, None)
@@ -251,13 +251,13 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
         super()._do_send_reg_notif(req_id, reg_data)
 
     def _notify(self, engine_id: str, notification: bytes) -> bool:
-        """Sends to all ranks of an engine; whether NIXL has taken it. Who asks, asks again."""
+        """Sends to all ranks of an engine; returns whether NIXL has taken it. If not, the caller asks again later."""
         with self._handshake_lock:
             agents = list((self._remote_agents.get(engine_id) or {}).values())
         for agent in agents:
             try:
                 self.nixl_wrapper.send_notif(agent, notif_msg=notification)
-            except Exception as error:  # NIXL's own, which differ by transport
+            except Exception as error:  # NIXL's own exceptions differ by transport
                 logger.debug("not sent to %s: %r", engine_id, error)
                 return False
         return bool(agents)
@@ -265,7 +265,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
     # ---- writer thread, prefill ------------------------------------------------------------------------------------
 
     def _handle_push_reg_notif(self, notif: bytes) -> None:
-        """Takes a registration, unless it is called off or for a request that was given up."""
+        """Accepts a registration, unless it is called off or its request was given up."""
         registration = _decode(notif)
         request_id = registration.get("request_id")
         if isinstance(request_id, str) and registration.get("called_off"):
@@ -276,7 +276,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
             super()._handle_push_reg_notif(notif)
 
     def _pop_matching_registration(self, request_id: str) -> dict[str, Any] | None:
-        """The registration of a request that has just been prefilled, under exactly its id."""
+        """The registration of a request that was just prefilled, under exactly its id."""
         if request_id in self._given_up:
             self._evict_finished_inbox.put(request_id)
             self._let_go.put(request_id)
@@ -317,12 +317,12 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
             self._give_up(request_id, self._writing_for.pop(request_id, registration))
 
     def _xfer_blocks_for_req(self, req_id: str, meta: Any) -> None:
-        """Really starts a write: its decode worker has been shaken hands with."""
+        """Starts the write itself: the handshake with its decode worker is done."""
         self._writing_for[req_id] = self._starting
         super()._xfer_blocks_for_req(req_id, meta)
 
     def _give_up(self, request_id: str, registration: dict[str, Any] | None) -> None:
-        """From now on this request is not pushed; a write that has been started ends by itself and tells."""
+        """From now on this request is not pushed; a write that was started ends by itself and reports."""
         if request_id in self._pushed:
             return
         _remember(self._given_up, request_id, self._given_up.get(request_id, False))
@@ -335,7 +335,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
             self._refuse(request_id, registration)
 
     def _refuse(self, request_id: str, registration: dict[str, Any]) -> None:
-        """Tells a decode worker that there is no write and will be none; what fails here is asked again."""
+        """Tells a decode worker that there is no write and will be none; if this fails, it asks again."""
         engine_id = registration["decode_engine_id"]
         host, port, tp_size = (registration[f"decode_{key}"] for key in ("host", "port", "tp_size"))
         if (handshake := self._ensure_handshake(engine_id, host, port, tp_size)) is not None:
@@ -346,7 +346,7 @@ class PushWorker(push_worker.NixlPushConnectorWorker):
 
             handshake.add_done_callback(again)
             return
-        # Once: where several prefill ranks write to one decode rank, that one counts the answers.
+        # Once: if several prefill ranks write to one decode rank, that one counts the answers.
         if not self._given_up.get(request_id):
             sent = self._notify(engine_id, _REFUSED + f"{request_id}:{self.world_size}".encode())
             _remember(self._given_up, request_id, sent)

@@ -19,8 +19,8 @@ NIXL_PROGRESS_US = 100_000
 def calm_nixl() -> None:
     """Lets NIXL's progress thread sleep until something happens; call it before the engine is built.
 
-    NIXL 1.5's Python API sets the thread's delay to 0, which makes it spin; with any other delay it waits for events of
-    the transport and looks around every `NIXL_PROGRESS_US` microseconds.
+    NIXL 1.5's Python API sets the thread's delay to 0, which makes it spin. With any other delay it waits for events of
+    the transport, and wakes every `NIXL_PROGRESS_US` microseconds.
     """
     logs.adopt("nixl")
     bindings = sys.modules[nixl_utils.NixlWrapper.__module__].nixlBind
@@ -29,11 +29,11 @@ def calm_nixl() -> None:
         return
 
     class EventDrivenConfig(config):  # type: ignore[valid-type, misc]
-        """NIXL's agent configuration, deaf to a delay of 0."""
+        """NIXL's agent configuration, which ignores a delay of 0."""
 
         @property
         def pthrDelay(self) -> int:
-            """Microseconds that the progress thread sleeps at most."""
+            """How many microseconds the progress thread sleeps at most."""
             return int(config.pthrDelay.__get__(self))
 
         @pthrDelay.setter
@@ -47,7 +47,7 @@ def share_process_group() -> None:
     """Gives an engine of a single process one process group instead of a dozen; call it before the engine is built.
 
     vLLM makes a group for each kind of parallelism, and on CPUs each has a gloo thread that wakes 100 times a second.
-    In a world of one process they are all the same group.
+    With a single process they are all the same group.
     """
     distributed = torch.distributed
     make, destroy = distributed.new_group, distributed.destroy_process_group

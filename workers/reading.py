@@ -1,4 +1,4 @@
-"""What the stages that read embeddings share: slots that are ready are read, or waited for while the engine goes on.
+"""What the stages that read embeddings share: they read slots that are ready, and the engine goes on meanwhile.
 
 Lives in a worker's engine thread.
 """
@@ -32,7 +32,7 @@ class ReadingStage(StageRunner):
                     fetch.add_done_callback(partial(self._call, self._fetched, patch))
 
     def _fetched(self, patch: PatchReady, fetch: Future[memoryview]) -> None:
-        """A patch has come from another host, or has not."""
+        """A patch has come from another host, or has failed to."""
         try:
             self.engine.connector.patch_fetched(patch.patch_hash, patch.slot, fetch)
         except StaleSlotError as error:
@@ -40,16 +40,16 @@ class ReadingStage(StageRunner):
                 self._stale(request_id, patch, str(error))
 
     def _look_at_slots(self) -> None:
-        """Patches on a device may have been written since."""
+        """Checks whether patches on a device have been written by now."""
         for patch_hash, slot, reason in self.engine.connector.look_at_unwritten():
             patch = PatchReady(patch_hash=patch_hash, slot=slot)
             for request_id in self.engine.connector.readers(patch_hash):
                 self._stale(request_id, patch, reason)
 
     def poll_s(self, num_idle_steps: int) -> float | None:
-        """Slots that are not written yet are looked at ever less often."""
+        """Slots that are not written yet are polled less and less often."""
         return ever_later(_SLOT_POLL_S, num_idle_steps) if self.engine.connector.num_unwritten else None
 
     @abc.abstractmethod
     def _stale(self, request_id: str, patch: PatchReady, reason: str) -> None:
-        """The slot of a patch that a request waits for holds anything else."""
+        """The slot of a patch that a request waits for holds something else."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def of_engine(engine: Engine) -> dict[str, int]:
     """Requests, patches (or write slots), tokens of prefill workers and KV blocks; all 0 when nothing is in flight.
 
-    Blocks that only the prefix cache remembers are free, and one block is vLLM's own for ever.
+    Blocks that only the prefix cache remembers count as free, and one block always belongs to vLLM.
     """
     num_running, num_waiting = engine.scheduler.get_request_counts()
     pool = engine.scheduler.kv_cache_manager.block_pool
@@ -30,7 +30,7 @@ def of_engine(engine: Engine) -> dict[str, int]:
 
 
 def blocks(engine: Engine, wanted: Iterable[str]) -> dict[str, int]:
-    """How many KV blocks there are, are in use, and belong to `wanted` requests, as `LeakWatch.observe` takes it."""
+    """How many KV blocks there are, are in use, and belong to `wanted` requests: arguments of `LeakWatch.observe`."""
     manager = engine.scheduler.kv_cache_manager
     pool = manager.block_pool
     there = [request_id for request_id in wanted if engine.holds(request_id)]

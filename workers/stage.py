@@ -34,7 +34,7 @@ class StageRunner(abc.ABC):
         config: the pipeline's configuration.
         name: this worker's name.
         post: sends a message to the broker; called in the engine thread.
-        call: has a command run in the engine thread, between two steps; may be called in any thread.
+        call: runs a command in the engine thread, between two steps; may be called from any thread.
         clock: seconds of any monotonic clock.
     """
 
@@ -84,7 +84,7 @@ class StageRunner(abc.ABC):
             log.warning("pool not opened", reason=reason)
 
     def is_new(self, leg_id: str) -> bool:
-        """Whether this is the first time that a leg is named here: an engine must not be given one twice."""
+        """Whether a leg is new here: the engine must never get the same one twice."""
         if leg_id in self._seen:
             return False
         self._seen[leg_id] = None
@@ -93,28 +93,28 @@ class StageRunner(abc.ABC):
         return True
 
     def did(self, busy_s: float, num_units: int) -> None:
-        """The model has run for `busy_s`, and finished so many units of this stage's work (`epd.messages.Work`)."""
-        before = self.work  # replaced, never changed: the event loop reads it
+        """Counts that the model ran for `busy_s` and did `num_units` of this stage's work (`epd.messages.Work`)."""
+        before = self.work  # replaced, never modified: the event loop reads it
         self.work = Work(busy_s=before.busy_s + busy_s, num_units=before.num_units + num_units)
 
     def leak(self, now: float) -> str:
-        """Why this worker should be replaced: its engine holds memory for nobody (`workers.leaks`); "" if it does not.
+        """Why this worker should be replaced, if its engine holds memory for nobody (`workers.leaks`); otherwise "".
 
         `now` is in seconds of any monotonic clock.
         """
         return ""
 
     def drain(self) -> None:
-        """This worker is to stop: what it has is finished, what has not been started may be handed back."""
+        """This worker is to stop: work that it has begun is finished, the rest may be handed back."""
         self.draining = True
 
     @abc.abstractmethod
     def handle(self, message: Message, frames: Frames) -> None:
-        """Takes in a message from the broker."""
+        """Handles a message from the broker."""
 
     @abc.abstractmethod
     def step(self) -> bool:
-        """Makes one engine step and reports what came of it; returns whether the model ran."""
+        """Makes one engine step and reports its results; returns whether the model ran."""
 
     @abc.abstractmethod
     def poll_s(self, num_idle_steps: int) -> float | None:
@@ -126,6 +126,6 @@ class StageRunner(abc.ABC):
 
 
 def ever_later(bounds_s: tuple[float, float], num_idle_steps: int) -> float:
-    """How long to sleep before looking again, `num_idle_steps` times in vain so far: from the first to the last."""
+    """How long to sleep before looking again after `num_idle_steps` futile looks: rises from the first to the last."""
     first, last = bounds_s
     return min(first * 1.5**num_idle_steps, last) if num_idle_steps < 32 else last

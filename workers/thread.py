@@ -16,7 +16,7 @@ Command = Callable[[], None]
 
 
 class Steps(Protocol):
-    """What the thread drives: a stage's engine side."""
+    """What the thread drives: the engine's side of a stage."""
 
     def start(self) -> None:
         """Builds the engine; runs first, in the thread."""
@@ -25,7 +25,7 @@ class Steps(Protocol):
         """Whether a step could do anything."""
 
     def step(self) -> bool:
-        """Makes one step and reports what came of it; returns whether the model ran."""
+        """Makes one step and reports its results; returns whether the model ran."""
 
     def poll_s(self, num_idle_steps: int) -> float | None:
         """How long to sleep after that many steps without the model running; None until a command comes."""
@@ -49,20 +49,20 @@ class EngineThread(threading.Thread):
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self.num_steps = 0
-        # Replaced, never changed: other threads read them.
+        # Replaced, never modified: other threads read them.
         self.held: dict[str, int] = {}
         self.gauges: dict[str, float] = {}
 
     def call(self, command: Callable[..., None], *args: Any) -> None:
-        """Has `command(*args)` run between two steps; wakes the thread."""
+        """Runs `command(*args)` between two steps; wakes the thread."""
         self._commands.put(lambda: command(*args))
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Blocks until the engine has nothing to do, or has ended; returns whether that was in time."""
+        """Blocks until the engine has nothing to do or has ended; returns whether that was in time."""
         return self._idle.wait(timeout_s)
 
     def close(self, timeout_s: float) -> bool:
-        """Ends the thread after its present step; returns whether it ended in time."""
+        """Ends the thread after its current step; returns whether it ended in time."""
         self._commands.put(None)
         self.join(timeout_s)
         return not self.is_alive()
@@ -104,7 +104,7 @@ class EngineThread(threading.Thread):
             self.held, self.gauges = self._steps.held(), self._steps.gauges()
 
     def _take(self, wait_s: float | None) -> list[Command] | None:
-        """The commands that wait; sleeps up to `wait_s` seconds (None: as long as it takes) for the first."""
+        """The waiting commands; sleeps up to `wait_s` seconds (None: as long as it takes) for the first."""
         taken: list[Command] = []
         try:
             command = self._commands.get(timeout=wait_s) if wait_s != 0.0 else self._commands.get_nowait()

@@ -1,4 +1,4 @@
-"""What `workers.engine` does to its own process, in the processes that vLLM starts where a worker has several devices.
+"""What `workers.engine` does to its own process, for the processes that vLLM starts if a worker has several devices.
 
 Lives in those processes: vLLM imports this module there (`worker_extension_cls`) before it builds anything.
 """
@@ -11,7 +11,7 @@ from workers.quiet_threads import calm_nixl
 
 
 class WorkerExtension:
-    """Adds nothing to vLLM's worker class; it is there to be imported."""
+    """Adds nothing to vLLM's worker class; it exists to be imported."""
 
 
 permit_amx()

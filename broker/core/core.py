@@ -235,8 +235,11 @@ class Core:
         """Gives waiting patches to encode workers, in one message for each worker."""
         given: dict[str, list[Job]] = {}
         for job, worker in self.patches.dispatch():
-            self._liveness.gave(worker, now)
-            given.setdefault(worker.peer_id, []).append(job)
+            jobs = given.get(worker.peer_id)
+            if jobs is None:
+                jobs = given[worker.peer_id] = []
+                self._liveness.gave(worker, now)
+            jobs.append(job)
             for holder in self.patches.holders(job.patch_hash):
                 holder.keeper.patch_given(holder, job.patch_hash, worker.name, now)
         for peer_id, jobs in given.items():

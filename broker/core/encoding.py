@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from broker.core.peers import Worker
-from broker.policies.choice import StageWorkers
+from broker.policies.choice import Candidate, StageWorkers
 from broker.policies.fairness import FairQueue
 from broker.policies.order import Order, Waiting
 from epd.messages import EncodeJob, Patch, Pool, Slot
@@ -173,10 +173,13 @@ class EncodeQueue:
             yield job, worker
 
     def _choose(self, job: Job) -> Worker | None:
-        near = None if job.near in self._stuck else self._workers.first_on(job.near)
+        def takes(worker: Candidate) -> bool:
+            return self._takes(cast(Worker, worker), job)
+
+        near = None if job.near in self._stuck else self._workers.first_on(job.near, takes)
         if job.where != ANYWHERE and self._workers.has_host(job.where):
             return cast("Worker | None", near)
-        best = self._workers.first_except(self._stuck)
+        best = self._workers.first_except(self._stuck, takes)
         is_better = near is not None and best is not None and near is not best
         if is_better and (job.unstored[0] or self._workers.is_as_good(near, best)):  # type: ignore[arg-type]
             best = near

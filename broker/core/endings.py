@@ -71,6 +71,7 @@ class Endings:
             self._timers.stop(timer)
         self._leave_queue(request.request_id)
         self._ledger.let_go(request.frames_bytes)
+        request.let_go()
         del self._requests[request.request_id]
         del request.endpoint.requests[request.request_id]
         self._stories.ended(request)

@@ -229,8 +229,8 @@ class Patches:
         """
         done: list[Done | None] = []
         for one in said:
-            job = self._of(worker, one.job_id)
-            if job is None:
+            job = self.queue.get(one.job_id)
+            if job is None or job.worker is not worker:
                 done.append(None)
                 continue
             self._take_off(worker, job)

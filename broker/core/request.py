@@ -305,6 +305,11 @@ class Request:
         """Nobody wants it any more."""
         self._move(Event.CANCEL)
 
+    def let_go(self) -> None:
+        """It has ended: nobody needs its frames, nor what watched over it."""
+        self.engine_frames, self.patch_frames, self.frames_bytes = (), {}, 0
+        self.timers.clear()
+
     def blame(self) -> None:
         """A worker was lost with it, and it may be the cause."""
         self.num_losses += 1

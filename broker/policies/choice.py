@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
 from broker.policies.costs import Cost
@@ -50,6 +50,10 @@ class Candidate(Protocol):
         """How much more."""
 
 
+# Whether a worker can take a piece of work now.
+Takes = Callable[[Candidate], bool]
+
+
 class Choice(Protocol):
     """How one of a stage's workers is chosen; each stage has an instance of its own."""
 
@@ -72,6 +76,9 @@ class LeastLoaded:
     A worker whose cost is not known yet counts as the average of the others: as free, it would be given everything; as
     costly, it would get nothing to learn from.
     """
+
+    # Whether a worker that has enough is passed by; else work waits for it, as it is the soonest to be done with it.
+    passes_by = False
 
     def __init__(self) -> None:
         self._known: dict[str, float] = {}
@@ -115,6 +122,8 @@ class LeastLoaded:
 
 class RoundRobin(LeastLoaded):
     """The worker that has gone longest without being given work."""
+
+    passes_by = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,6 +236,7 @@ class StageWorkers:
         self._everywhere = Ranking()
         self._by_host: dict[str, Ranking] = {}
         self._by_room = Ranking()
+        self._have_room = False  # whether any of them was ever listed by room: encode workers are not
 
     def __len__(self) -> int:
         return len(self._known)
@@ -271,7 +281,8 @@ class StageWorkers:
         if here is not self._everywhere:
             here.put(worker, rank, number)
         room = worker.room_units
-        if room or self._by_room:
+        if room or self._have_room:
+            self._have_room = True
             self._by_room.put(worker, (-room,), number)
 
     def _split(self, host: str) -> Ranking:
@@ -311,16 +322,21 @@ class StageWorkers:
         """Whether any of them is on a host."""
         return host in self._by_host
 
-    def first_on(self, host: str) -> Candidate | None:
-        """The one with the lowest rank on a host."""
+    def first_on(self, host: str, takes: Takes) -> Candidate | None:
+        """The one with the lowest rank on a host; if the choice passes others by, of those that can take the work."""
         here = self._by_host.get(host)
-        return here.first if here else None
+        return self._first(iter(here), takes) if here else None
 
-    def first_except(self, hosts: Sequence[str] | frozenset[str] | set[str]) -> Candidate | None:
-        """The one with the lowest rank that is on none of `hosts`."""
+    def first_except(self, hosts: Collection[str], takes: Takes) -> Candidate | None:
+        """As `first_on`, of those that are on none of `hosts`."""
         if not hosts:
-            return self._everywhere.first
-        return next((worker for worker in self._everywhere if worker.host not in hosts), None)
+            return self._first(iter(self._everywhere), takes)
+        return self._first((worker for worker in self._everywhere if worker.host not in hosts), takes)
+
+    def _first(self, ranking: Iterator[Candidate], takes: Takes) -> Candidate | None:
+        if not self.choice.passes_by:
+            return next(ranking, None)
+        return next((one for one in itertools.islice(ranking, _MAX_LOOKS) if takes(one)), None)
 
     def is_as_good(self, worker: Candidate, other: Candidate) -> bool:
         """Whether two of them have the same rank."""
@@ -328,7 +344,7 @@ class StageWorkers:
 
     def best(
         self,
-        takes: Callable[[Candidate], bool],
+        takes: Takes,
         *,
         host: str | None = None,
         keys: Sequence[str] = (),

@@ -69,14 +69,18 @@ def _is_current(entry: tuple[float, int, T], items: dict[T, _Item]) -> bool:
 
 
 class _Line(Generic[T]):
-    """A tenant's waiting items: in order of arrival, and by class. `number` says how early the tenant came."""
+    """A tenant's waiting items: in order of arrival, and by class.
 
-    __slots__ = ("by_class", "items", "number")
+    `number` says how early the tenant came, `ranked` by which tag it is ranked in each class.
+    """
+
+    __slots__ = ("by_class", "items", "number", "ranked")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.items: dict[T, None] = {}
         self.by_class: dict[str, _Heap[T]] = {}
+        self.ranked: dict[str, float] = {}
 
 
 class FairQueue(Generic[T]):
@@ -97,7 +101,6 @@ class FairQueue(Generic[T]):
         self._lines: dict[str, _Line[T]] = {}
         self._tags: dict[str, float] = {}
         self._ranks: dict[str, list[tuple[float, int, str]]] = {}  # by class: tag, number and name of tenants
-        self._ranked: dict[tuple[str, str], float] = {}  # class and tenant -> its tag there
         self._by_length: dict[int, dict[str, None]] = {}
         self._longest = 0
         self._numbers = itertools.count()
@@ -121,7 +124,8 @@ class FairQueue(Generic[T]):
         if line is None:
             line = self._lines[tenant] = _Line(number)
             self._tags[tenant] = max(self._clock, self._tags.get(tenant, 0.0))
-        self._measure(tenant, len(line.items), 1)
+        if self._knows_longest:
+            self._measure(tenant, len(line.items), 1)
         line.items[item] = None
         heap = line.by_class.get(needs)
         if heap is None:
@@ -152,13 +156,15 @@ class FairQueue(Generic[T]):
             self._front[known.needs].left(self._items)
             return
         line = self._lines[known.tenant]
-        self._measure(known.tenant, len(line.items), -1)
+        if self._knows_longest:
+            self._measure(known.tenant, len(line.items), -1)
         del line.items[item]
         heap = line.by_class[known.needs]
         heap.left(self._items)
         if not heap.num_items:
             del line.by_class[known.needs]
-        self._tidy(known.tenant, line)
+        if not line.items:
+            self._tidy(known.tenant)
 
     def next(self, blocked: Collection[str] = ()) -> T | None:
         """The item whose turn it is among those whose class is not `blocked`, left in place."""
@@ -176,24 +182,25 @@ class FairQueue(Generic[T]):
         if tenant is None:
             self._chosen = None
             return None
-        heads = [
-            entry
-            for needs, heap in self._lines[tenant].by_class.items()
-            if needs not in blocked and (entry := heap.first(self._items)) is not None
-        ]
-        self._chosen = min(heads)[2]
+        head: tuple[float, int, T] | None = None
+        for needs, heap in self._lines[tenant].by_class.items():
+            if needs not in blocked and (first := heap.first(self._items)) is not None and (not head or first < head):
+                head = first
+        assert head is not None, f"{tenant} is ranked and has nothing"
+        self._chosen = head[2]
         return self._chosen
 
     def take(self, item: T) -> None:
         """Serves an item that `next` gave: its tenant is charged for it."""
+        if item in self._put_back:
+            self.remove(item)
+            return
         tenant, cost, _, _ = self._items[item]
-        is_back = item in self._put_back
-        if not is_back:
-            # The clock moves by an equal share of the cost, since all waiting tenants are entitled to as much.
-            self._clock = max(self._clock, self._tags[tenant]) + cost / len(self._lines)
-            self._tags[tenant] += cost
+        # The clock moves by an equal share of the cost, since all waiting tenants are entitled to as much.
+        self._clock = max(self._clock, self._tags[tenant]) + cost / len(self._lines)
+        self._tags[tenant] += cost
         self.remove(item)
-        if not is_back and (line := self._lines.get(tenant)) is not None:
+        if (line := self._lines.get(tenant)) is not None:
             for needs in line.by_class:
                 self._rank(needs, tenant, line)
 
@@ -218,8 +225,8 @@ class FairQueue(Generic[T]):
     def _rank(self, needs: str, tenant: str, line: _Line[T]) -> None:
         """Ranks a tenant that has items of a class, by its current tag; its earlier entries are now out of date."""
         tag = self._tags[tenant]
-        if self._ranked.get((needs, tenant)) != tag:
-            self._ranked[needs, tenant] = tag
+        if line.ranked.get(needs) != tag:
+            line.ranked[needs] = tag
             heapq.heappush(self._ranks.setdefault(needs, []), (tag, line.number, tenant))
 
     def _next_tenant(self, blocked: Collection[str]) -> str | None:
@@ -240,13 +247,11 @@ class FairQueue(Generic[T]):
             return False
         if needs in line.by_class:
             return True
-        self._ranked.pop((needs, tenant), None)
+        line.ranked.pop(needs, None)
         return False
 
     def _measure(self, tenant: str, length: int, change: int) -> None:
         """A tenant's line has become longer or shorter by one; keeps tenants by length, so that nobody has to scan."""
-        if not self._knows_longest:
-            return
         if length:
             before = self._by_length[length]
             del before[tenant]
@@ -259,12 +264,8 @@ class FairQueue(Generic[T]):
         elif self._longest not in self._by_length:
             self._longest -= 1
 
-    def _tidy(self, tenant: str, line: _Line[T]) -> None:
+    def _tidy(self, tenant: str) -> None:
         """Forgets an empty line, and tags that the clock has passed: their tenants would start at the clock anyway."""
-        if line.items:
-            return
         del self._lines[tenant]
-        for needs in [needs for needs in self._ranks if (needs, tenant) in self._ranked]:
-            del self._ranked[needs, tenant]
         if len(self._tags) > 2 * len(self._lines) + _MIN_STALE:
             self._tags = {one: tag for one, tag in self._tags.items() if one in self._lines or tag > self._clock}

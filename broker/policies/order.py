@@ -6,12 +6,11 @@ Chosen by name in the configuration, one for requests and one for patches. Fair 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(NamedTuple):
     """What an order may look at: how much work it is (tokens), and when it must be done (the core's clock, seconds)."""
 
     cost: float

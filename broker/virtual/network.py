@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from broker.core.core import Core
@@ -57,7 +58,7 @@ class Network:
         incarnation = peer.incarnation
         if self.observe is not None:
             self.observe(self.now, incarnation, self.broker.name, message, frames)
-        self.broker.later(self.latency_s, lambda: self.broker.receive(incarnation, message, frames))
+        self.broker.later(self.latency_s, partial(self.broker.receive, incarnation, message, frames))
 
     def to_peer(self, incarnation: str, message: Message, frames: Frames) -> None:
         """The broker sends a message; it is lost where that incarnation is gone."""
@@ -65,7 +66,7 @@ class Network:
             self.observe(self.now, self.broker.name, incarnation, message, frames)
         peer = self.peers.get(incarnation)
         if peer is not None:
-            peer.later(self.latency_s, lambda: self._hand_over(peer, incarnation, message, frames))
+            peer.later(self.latency_s, partial(self._hand_over, peer, incarnation, message, frames))
 
     def _hand_over(self, peer: Peer, incarnation: str, message: Message, frames: Frames) -> None:
         if self.peers.get(incarnation) is peer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from broker.virtual.costs import FREE, CostModel
@@ -155,7 +156,7 @@ class PrefillWorker(KvWorker):
         leg = self._computed.get(leg_id)
         if leg is not None and leg_id in self._registered:
             engine_id = self._registered.pop(leg_id)
-            self.later(self._costs.push_s(leg.num_tokens), lambda: self._pushed(leg_id, leg, engine_id))
+            self.later(self._costs.push_s(leg.num_tokens), partial(self._pushed, leg_id, leg, engine_id))
 
     def _pushed(self, leg_id: str, leg: _Leg, engine_id: str) -> None:
         if self._computed.get(leg_id) is not leg:  # aborted meanwhile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from broker.virtual.clock import Clock
 
@@ -29,17 +30,15 @@ class Process:
 
     def later(self, delay_s: float, call: Callable[[], None]) -> None:
         """Calls in a while, if this life of the process has not ended by then."""
-        life = self.life
+        self.clock.after(delay_s, partial(self._run, self.life, call))
 
-        def run() -> None:
-            if life != self.life:
-                return
-            if self.hangs:
-                self._calls.append(run)
-            else:
-                call()
-
-        self.clock.after(delay_s, run)
+    def _run(self, life: int, call: Callable[[], None]) -> None:
+        if life != self.life:
+            return
+        if self.hangs:
+            self._calls.append(partial(self._run, life, call))
+        else:
+            call()
 
     def start(self) -> None:
         """Begins a life."""

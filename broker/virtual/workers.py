@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -109,7 +110,7 @@ class StageWorker(Peer, abc.ABC):
             self._is_stepping = False
             self._leave_if_done()
         else:
-            self.later(took_s, lambda: self._end(took_s))
+            self.later(took_s, partial(self._end, took_s))
 
     def _end(self, took_s: float) -> None:
         self.num_steps += 1

@@ -1,7 +1,7 @@
 """Pools by kind: memory that holds embeddings, its owners and its views.
 
-Lives in the cache daemon and in the workers; owns nothing itself. Kinds are imported when they are used, so that those
-which need an engine cost the others nothing.
+Lives in the cache daemon and in the workers; owns nothing itself. Kinds are imported when they are used, so that kinds
+that need an engine cost the others nothing.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ KINDS = tuple(_OWNERS)
 
 
 def create(kind: str, pool_id: str, nbytes: int, checksum: bool) -> PoolOwner:
-    """Makes a pool of `nbytes` bytes that this process owns; on GPUs it is on the first that the process sees.
+    """Makes a pool of `nbytes` bytes that this process owns; a GPU pool is on the first GPU that the process sees.
 
     Raises:
-        PoolKindError: there is no such kind here.
+        PoolKindError: this kind does not exist here.
         PoolError: it cannot be made.
     """
     _check_kind(kind)
@@ -65,13 +65,13 @@ def create(kind: str, pool_id: str, nbytes: int, checksum: bool) -> PoolOwner:
 
 
 def open_view(pool: Pool) -> PoolView:
-    """Opens a pool that another process owns (or this one, if it is in shared memory), of this host or another.
+    """Opens a pool of this host or another that another process owns (or this one, if it is in shared memory).
 
-    A view of a pool on a GPU takes and gives tensors where others take and give bytes: see `CudaIpcView`. One of
-    another host connects when it is used.
+    A view of a pool on a GPU takes and gives tensors instead of bytes: see `CudaIpcView`. A view of another host's pool
+    connects when it is first used.
 
     Raises:
-        PoolKindError: there is no such kind here.
+        PoolKindError: this kind does not exist here.
         PoolError: it cannot be opened.
     """
     here = this_host()
@@ -81,7 +81,7 @@ def open_view(pool: Pool) -> PoolView:
         return RemoteView(pool)
     _check_kind(pool.kind)
     if pool.host != here:
-        raise PoolError(f"pool {pool.pool_id} is on host {pool.host}, and this is {here}: set cache.address there")
+        raise PoolError(f"pool {pool.pool_id} is on host {pool.host}, but this is {here}: set cache.address there")
     return _VIEWS[pool.kind](pool)
 
 
@@ -95,4 +95,4 @@ def _check_kind(kind: str) -> None:
         return
     here = [SHARED_MEMORY, *([CUDA_IPC] if reason is None else [])]
     why = f" ({CUDA_IPC}: {reason})" if kind == CUDA_IPC else ""
-    raise PoolKindError(f"pools of kind {kind!r} are not available here; there are: {', '.join(here)}{why}")
+    raise PoolKindError(f"pools of kind {kind!r} are not available here; available: {', '.join(here)}{why}")

@@ -1,4 +1,4 @@
-"""What a pool is to its owner and to those who use it; one module beside this one for each kind of memory.
+"""What a pool is to its owner and to its users; each kind of memory has a module beside this one.
 
 Lives in the cache daemon (owners) and in the workers (views); pure.
 """
@@ -18,23 +18,23 @@ class PoolError(RuntimeError):
 
 
 class PoolKindError(PoolError):
-    """There is no such kind of pool here; the text names those that there are."""
+    """This kind of pool does not exist here; the text names those that do."""
 
 
 class PoolOwner(Protocol):
     """A pool in the process that owns its memory."""
 
     def descriptor(self) -> Pool:
-        """What others open it by."""
+        """What others need to open it."""
         ...
 
     def close(self) -> None:
-        """Gives the memory back; views that are open keep working. Closing twice is fine."""
+        """Gives the memory back; open views keep working. Closing twice is fine."""
         ...
 
 
 class PoolView(Protocol):
-    """A pool in a process that reads or writes slots of it."""
+    """A pool in a process that reads or writes its slots."""
 
     @property
     def pool(self) -> Pool:
@@ -42,19 +42,19 @@ class PoolView(Protocol):
         ...
 
     def write(self, slot: Slot, data: Any, owner: str) -> None:
-        """Writes a slot, with a checksum where the pool has them; see `cache.slot.write`.
+        """Writes a slot, with a checksum if the pool has them; see `cache.slot.write`.
 
         `data` is bytes for pools in host memory and a tensor for those on a device.
 
         Raises:
-            ValueError: `data` or `owner` do not fit the slot, or the slot not the pool.
+            ValueError: `data` or `owner` does not fit the slot, or the slot does not fit the pool.
         """
         ...
 
     def read(self, slot: Slot) -> Any:
-        """A slot's data, verified where the pool has checksums; see `cache.slot.read`.
+        """A slot's data, verified if the pool has checksums; see `cache.slot.read`.
 
-        A copy as bytes from pools in host memory, a tensor that shows the pool from those on a device.
+        From pools in host memory a copy as bytes, from those on a device a tensor that shows the pool.
 
         Raises:
             StaleSlotError: the slot holds anything else.
@@ -62,7 +62,7 @@ class PoolView(Protocol):
         ...
 
     def settle(self) -> int:
-        """Notes which of this process's writes have been done, and tells how many have not; 0 where all are at once."""
+        """Notes which of this process's writes are complete; returns how many are not (0 if writes are immediate)."""
         ...
 
     def close(self) -> None:
@@ -71,19 +71,19 @@ class PoolView(Protocol):
 
 
 class DevicePoolView(PoolView, Protocol):
-    """A view of a pool on a device, where a slot is written some time after its writer has said so."""
+    """A view of a pool on a device, where a slot may be written only some time after its writer has said so."""
 
     def check(self, slot: Slot) -> bool:
-        """Whether a slot is written, so that from now on `read` waits for nothing; asked without waiting.
+        """Whether a slot has been written, so that `read` will not have to wait; does not wait itself.
 
         Raises:
-            StaleSlotError: the slot holds anything else, or may never be written since its writer is dead.
+            StaleSlotError: the slot holds something else, or may never be written since its writer is dead.
         """
         ...
 
 
 def check_pool_id(pool_id: str) -> None:
-    """Refuses what cannot be part of a file's name.
+    """Refuses ids that cannot be part of a file name.
 
     Raises:
         PoolError: it is empty, too long, or has other characters than letters, digits, "-" and "_".

@@ -1,36 +1,37 @@
 """Pools in GPU memory: one allocation that the cache daemon owns and the workers of its host open by CUDA IPC.
 
 Lives in the cache daemon (`CudaIpcPool`, which owns the memory and the header table) and in the workers
-(`CudaIpcView`). Headers are in shared memory, see `cache.pools.cuda_ipc_headers`; nothing here waits for the GPU but
-opening and closing. A view belongs to one thread; a process may have several of one pool.
+(`CudaIpcView`). Headers are in shared memory, see `cache.pools.cuda_ipc_headers`; only opening and closing wait for the
+GPU. A view belongs to one thread; a process may have several views of one pool.
 
 **Handover.** A writer puts its copy on its stream, records an event behind it, and publishes the header, which names
-the event. A reader checks the header, and `read` lets its stream wait for that event and gives a tensor that shows the
-slot. Workers `check` first, which asks whether the event is done, and read when it is (ADR 18). Each
-writer has a ring of events and publishes their handles once. When an event comes round again while a reader has not
-waited yet, the reader waits for a later copy than it needs: before an event is recorded anew, the stream waits for its
-previous record, whatever stream that was on, so a record always covers the ones before it.
+the event. A reader checks the header; `read` lets its stream wait for that event and gives a tensor that shows the
+slot. Workers first `check` whether the event is done, and read once it is (ADR 18). Each writer has a ring of events
+and publishes their handles once. If an event is used again before a reader has waited for it, the reader waits for a
+later
+copy than it needs: before an event is recorded again, the stream waits for its previous record, on whatever stream that
+was, so a record always covers the ones before it.
 
 **Dead writers.** CUDA does not define what waiting for an event does once the process that made it has freed it or
 ended. So a writer marks slots whose copy it has seen done as settled (`settle`, and each `write`); a settled slot needs
-no event and outlives its writer. A slot that is not settled and whose writer is dead is refused. What remains: a writer
-that dies between this check and the end of its copy. `write` returns before the encoder has run, so that takes as long
-as all that is queued on the writer's stream: up to hundreds of milliseconds. A stream that waits for the event then may
-wait for ever, and with it all that waits for the whole device, as unmapping the pool does. The worker's engine hangs,
-the worker ends when that has lasted `broker.hung_after_s`, and its supervisor starts another. A reader that has seen
-`check` succeed is safe from it: nothing waits then, and the slot is settled. `tests/gpu/run.py` tells what a GPU does.
+no event and outlives its writer. A slot that is not settled and whose writer is dead is refused. One case remains: a
+writer that dies between this check and the end of its copy. `write` returns before the encoder has run, so that window
+is as long as everything queued on the writer's stream: up to hundreds of milliseconds. A stream that waits for the
+event may then wait for ever, and so may everything that waits for the whole device, such as unmapping the pool. The
+worker's engine hangs; after `broker.hung_after_s` the worker ends, and its supervisor starts another. A reader that has
+seen `check` succeed is safe: nothing waits then, and the slot is settled. `tests/gpu/run.py` shows what a GPU does.
 
 **Reuse.** A reader's view shows the pool itself, so a slot must not be written while a step that reads it may still
-run. The index keeps it pinned until PREFILLED, which the prefill worker says after the step. A copy of a slot that was
-given away anew may still be queued, where its request was called off: the writer that has these bytes now lets its
-stream wait for such copies first, unless their writer is dead. There are no checksums: they would need the data on the
-CPU.
+run. The index keeps it pinned until PREFILLED, which the prefill worker says after the step. If a request was
+called off, a copy into a slot that now belongs to another patch may still be queued: the writer that has these bytes
+now lets its stream wait for such copies first, unless their writer is dead. There are no checksums: they would need the
+data on the CPU.
 
-**Containers.** They must share `/dev/shm`, where CUDA keeps what it needs for events too, and the namespace of process
-ids: others found that handles of memory cannot be opened in another one (UCX pull request 11513).
+**Containers.** They must share `/dev/shm`, where CUDA also keeps what it needs for events, and the namespace of process
+ids: others have found that memory handles cannot be opened in another one (UCX pull request 11513).
 
-**The owner must outlive its views.** CUDA does not define what freeing memory does that another process has open. So
-the daemon's `close` first retires the table, which makes every later read a stale slot, then frees.
+**The owner must outlive its views.** CUDA does not define what happens when memory is freed that another process has
+open. So the daemon's `close` first retires the table, which makes every later read a stale slot, and then frees.
 """
 
 from __future__ import annotations
@@ -62,14 +63,14 @@ class CudaIpcPool:
     Args:
         pool_id: its id, part of the table's file name.
         nbytes: its size; rounded up to 2 MiB on the device, so that nothing else is shared with it.
-        checksum: taken for the sake of `cache.pools.create`; pools on GPUs have none.
+        checksum: ignored, there for `cache.pools.create`; pools on GPUs have none.
         device: the GPU, as this process counts them.
-        runtime: CUDA; CuPy's where it is None.
+        runtime: CUDA; CuPy's if None.
         directory: where the table goes.
 
     Raises:
         PoolKindError: there is no CUDA here.
-        PoolError: there is not so much memory, or the table cannot be made.
+        PoolError: there is not enough memory, or the table cannot be made.
     """
 
     def __init__(
@@ -111,11 +112,11 @@ class CudaIpcPool:
         )
 
     def descriptor(self) -> Pool:
-        """What others open it by; `name` is a `Location`."""
+        """What others need to open it; `name` is a `Location`."""
         return self._descriptor
 
     def close(self) -> None:
-        """Refuses all further reads, then gives the memory back. Views should be closed before, see the module."""
+        """Refuses all further reads, then gives the memory back. Views should be closed first, see the module."""
         if self._headers is not None:
             self._headers.table.retire()
             self._headers.close()
@@ -127,11 +128,11 @@ class CudaIpcPool:
 
 
 class CudaIpcView:
-    """Opens a pool that another process owns, to read and to write; in the owner's own process it cannot be opened.
+    """Opens a pool that another process owns, to read and write; the owner's own process cannot open it.
 
     Args:
         pool: the pool.
-        runtime: CUDA; CuPy's where it is None.
+        runtime: CUDA; CuPy's if None.
         events: the events of this process.
 
     Raises:
@@ -168,10 +169,10 @@ class CudaIpcView:
         return self._pool
 
     def write(self, slot: Slot, data: Any, owner: str) -> None:
-        """Puts the copy of a tensor into a slot on the tensor's current stream, and publishes its header.
+        """Queues the copy of a tensor into a slot on the tensor's current stream, and publishes the header.
 
-        Readers may have the slot once this returns. The tensor's memory must not be reused by other streams before the
-        copy has run (torch sees to that where the tensor belongs to the current stream).
+        Readers may use the slot once this returns. Other streams must not reuse the tensor's memory before the copy has
+        run (torch ensures that if the tensor belongs to the current stream).
 
         Args:
             slot: where.
@@ -179,8 +180,8 @@ class CudaIpcView:
             owner: the incarnation of the encode worker.
 
         Raises:
-            ValueError: `data` or `owner` do not fit the slot, or the slot not the pool; nothing has changed then.
-            PoolError: CUDA fails, or too many processes write to this pool; nobody reads the slot then.
+            ValueError: `data` or `owner` does not fit the slot, or the slot not the pool; then nothing has changed.
+            PoolError: CUDA fails, or too many processes write to this pool; then nobody reads the slot.
         """
         table = self._table()
         position = table.position(slot)
@@ -200,10 +201,10 @@ class CudaIpcView:
 
         Args:
             slot: what is expected, and where.
-            copy: give a tensor of its own instead, copied on that stream.
+            copy: return a separate tensor instead, copied on that stream.
 
         Raises:
-            StaleSlotError: the slot holds anything else, or may never be complete since its writer is dead.
+            StaleSlotError: the slot holds something else, or may never be complete since its writer is dead.
             PoolError: CUDA fails.
         """
         table = self._table()
@@ -215,10 +216,10 @@ class CudaIpcView:
             return tensor.clone() if copy else tensor
 
     def check(self, slot: Slot) -> bool:
-        """Whether the copy into a slot is done; if so it is settled, and `read` will not fail for its writer's death.
+        """Whether the copy into a slot is done; if so it is settled, and its writer's death cannot make `read` fail.
 
         Raises:
-            StaleSlotError, PoolError: as `read`.
+            StaleSlotError, PoolError: as for `read`.
         """
         table = self._table()
         record = table.check(slot)
@@ -231,12 +232,12 @@ class CudaIpcView:
             if event is not None and self._event_of(slot, record) is None:
                 return True
         if table.check(slot)[:-1] != record[:-1]:
-            raise StaleSlotError("written anew meanwhile")
+            raise StaleSlotError("written again meanwhile")
         table.settle(table.position(slot), slot.generation)
         return True
 
     def settle(self) -> int:
-        """Marks what this process wrote and what is done since, so that it outlives this process. Costs microseconds.
+        """Marks finished writes of this process, so that they outlive it. Costs microseconds.
 
         Returns:
             How many copies are not known to be done.
@@ -281,19 +282,19 @@ class CudaIpcView:
             return
         self._runtime.wait(event, self._device)
         if self._table().check(slot)[:-1] != record[:-1]:
-            raise StaleSlotError("written anew meanwhile")
+            raise StaleSlotError("written again meanwhile")
 
     def _event_of(self, slot: Slot, record: Record) -> int | None:
         """The event that stands for the copy into a slot; None where that is done."""
         table = self._table()
         event = self._events.find(record.event, table, self._runtime, self._device)
         if event is None and not table.check(slot).settled:  # it may have settled before it died
-            raise StaleSlotError(f"{record.owner} has died, and perhaps before it had written this")
+            raise StaleSlotError(f"{record.owner} has died, perhaps before it had written this")
         return event
 
 
 class _Segment:
-    """The header table of a pool, mapped, with a file of its own for the locks."""
+    """The mapped header table of a pool, with a separate file for the locks."""
 
     def __init__(self, segment: Pool, nbytes: int, *, make: bool = False) -> None:
         self._view = SharedMemoryView(segment)
@@ -312,7 +313,7 @@ class _Segment:
 
 @contextlib.contextmanager
 def _explained(text: str) -> Iterator[None]:
-    """Makes what CUDA raises a PoolError."""
+    """Turns what CUDA raises into a PoolError."""
     try:
         yield
     except PoolError:

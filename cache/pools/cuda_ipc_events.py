@@ -17,8 +17,8 @@ class Events:
     """The events that this process has made or opened, for all its views: there is one of these, `EVENTS`.
 
     vLLM makes two connectors in one process, so a view may read what another view wrote, and two may read one slot.
-    CUDA opens no event in the process that made it, and does not say whether it opens one twice. All stay to the end of
-    the process: destroying one that another process still waits for is undefined.
+    CUDA cannot open an event in the process that made it, and does not say whether one can be opened twice. All stay
+    until the process ends: destroying an event for which another process still waits is undefined.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,12 @@ class Events:
         self._opened: dict[EventId, int] = {}
 
     def keep(self, made: dict[EventId, int]) -> None:
-        """Events that this process has made."""
+        """Adds events that this process has made."""
         with self._lock:
             self._made.update(made)
 
     def find(self, event: EventId, table: HeaderTable, runtime: Runtime, device: int) -> int | None:
-        """The event as CUDA knows it here; None where its writer is dead, so that it must not be used.
+        """The event as CUDA knows it here; None if its writer is dead, so that it must not be used.
 
         Raises:
             RuntimeError: CUDA cannot open it.
@@ -51,9 +51,9 @@ EVENTS = Events()
 
 
 class Writer:
-    """What a view that writes has: its entry in the table, its ring of events, and the copies not known to be done.
+    """The writing side of a view: its entry in the table, its ring of events, and the copies not known to be done.
 
-    All events belong to one GPU, that of the first tensor: an event can be recorded on streams of its own GPU only.
+    All events belong to one GPU, that of the first tensor: an event can only be recorded on streams of its own GPU.
     """
 
     def __init__(self, runtime: Runtime, table: HeaderTable, events: Events, device: int) -> None:
@@ -79,21 +79,21 @@ class Writer:
         self._table.begin(position)
         self._pending.pop(position, None)
         self._wait_for_earlier(start, end)
-        first, last = self._spans[number]  # of a copy that may still run, when the event comes round so soon
+        first, last = self._spans[number]  # of a copy that may still be running when the event is used again
         self._cover(number, min(first, start) if last else start, max(last, end))
         self._runtime.copy(target, source)
         self._runtime.wait(self._ring[number], device)  # its previous record, perhaps on another stream
         self._runtime.record(self._ring[number], device)
         self._table.publish(position, slot, header, self._id(number))
         self._pending[position] = (number, slot.generation)
-        for other, (first, last) in enumerate(self._spans):  # who waits for this copy has waited for those
+        for other, (first, last) in enumerate(self._spans):  # whoever waits for this copy has waited for those
             if other != number and start <= first < last <= end:
                 self._cover(other, 0, 0)
 
     def settle(self) -> int:
         """Marks the copies that are done; returns how many are not.
 
-        A copy whose event came round again counts with the later one.
+        A copy whose event was used again counts with the later one.
         """
         while self._pending:
             position, (number, generation) = next(iter(self._pending.items()))

@@ -1,7 +1,7 @@
-"""The headers of a pool in GPU memory: a table in shared memory beside it, so that a check asks the GPU nothing.
+"""The headers of a pool in GPU memory: a table in shared memory beside it, so that a check need not ask the GPU.
 
 Lives in the cache daemon, which makes the table, and in the workers, which map it; pure but for the file locks by which
-a writer shows that it lives. Owns no memory: it works on a mapped segment, as `cache.slot` does.
+a writer shows that it is alive. Owns no memory: it works on a mapped segment, as `cache.slot` does.
 
 The segment, little endian:
 
@@ -17,20 +17,20 @@ A header is that of `cache.slot`, without a checksum, and in its zero bytes:
 |---|---|---|
 | 88 | 2 | writer: index of its entry |
 | 90 | 2 | ring: which of its events stands for the copy into this slot |
-| 96 | 8 | serial of the writer, so that an entry that has a new writer is not taken for the old one |
+| 96 | 8 | serial of the writer, so that an entry with a new writer is not taken for that of the old one |
 | 104 | 8 | settled: generation + 1 once the writer has seen that the copy is done; readers need no event then |
 | 112 | 8 | offset of the slot |
 
-No slot is smaller than a granule, so no two slots that are in use share a header. A granule is as small as gives at
-most `MAX_ENTRIES` headers (32 MiB, half of what Docker gives /dev/shm): 1 KiB for a pool of 256 MiB, 16 KiB for 4 GiB.
+No slot is smaller than a granule, so no two slots that are in use share a header. A granule is the smallest that
+gives at most `MAX_ENTRIES` headers (32 MiB, half of Docker's /dev/shm): 1 KiB for a pool of 256 MiB, 16 KiB for 4 GiB.
 The first 128 bytes of a slot on the GPU stay unused: the index counts slots as on CPUs.
 
-The span of an event is the bytes of the pool, from and to, that hold all copies it stands for and that may not have run
-yet; 0 to 0 where there are none. By these a writer finds the copies that its own must come after: slots have been freed
-and given away anew, at other offsets too, while a copy into them was still queued.
+The span of an event is the range of bytes in the pool that covers all copies it stands for that may not have run yet; 0
+to 0 if there are none. From the spans a writer finds the copies that its own must come after: slots may have been freed
+and given to other patches, at other offsets too, while a copy into them was still queued.
 
-Only writers write headers, so "settled" can be written by a writer that comes too late and whose slot is another's now:
-it then holds an old generation and counts for nothing.
+Only writers write headers, so "settled" may be written by a writer that is too late and whose slot is another's now: it
+then holds an old generation and has no effect.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ _FLOCK = struct.Struct("@hhqqi0q")  # Linux' struct flock with 64-bit offsets: t
 class Location(Struct, frozen=True):
     """What `Pool.name` holds for a pool in GPU memory, as JSON.
 
-    `memory` is the CUDA IPC handle; `device` the PCI bus id of the GPU, which is the same in every process whatever
-    CUDA_VISIBLE_DEVICES says; `headers` the path of the segment with the headers and the event handles.
+    `memory` is the CUDA IPC handle; `device` the PCI bus id of the GPU, which is the same in every process, whatever
+    CUDA_VISIBLE_DEVICES says; `headers` the path of the segment with headers and event handles.
     """
 
     memory: bytes
@@ -90,12 +90,12 @@ def decode_location(name: str) -> Location:
     """The location in `Pool.name`.
 
     Raises:
-        PoolError: it is none.
+        PoolError: it is not a location.
     """
     try:
         return msgspec.json.decode(name, type=Location)
     except msgspec.MsgspecError as error:
-        raise PoolError(f"no location of a pool in GPU memory: {error}") from None
+        raise PoolError(f"not the location of a pool in GPU memory: {error}") from None
 
 
 class EventId(NamedTuple):
@@ -115,7 +115,7 @@ class Record(NamedTuple):
 
 
 def granule_for(nbytes: int) -> int:
-    """The granule of a pool of `nbytes`: the least power of two, from `ALIGNMENT`, with at most `MAX_ENTRIES`."""
+    """The granule of a pool of `nbytes`: the smallest power of two, from `ALIGNMENT`, with at most `MAX_ENTRIES`."""
     granule = ALIGNMENT
     while -(-nbytes // granule) > MAX_ENTRIES:
         granule *= 2
@@ -130,8 +130,8 @@ def table_bytes(nbytes: int) -> int:
 class HeaderTable:
     """The segment of a pool of `nbytes` bytes, in `memory`; `fd` is the segment's file, for locks.
 
-    Locks are of the open file (OFD), so they end with the process, however it dies, and with a forked child that shares
-    `fd`: workers are spawned.
+    Locks belong to the open file (OFD), so they end with the process, however it dies, and with any forked child that
+    shares `fd`: so workers are spawned.
 
     Raises:
         PoolError: `make` is false and this is not the table of such a pool.
@@ -151,7 +151,7 @@ class HeaderTable:
             raise PoolError(f"the header table says {found}, not {control}: closed, or of another version of EPD")
 
     def retire(self) -> None:
-        """The pool is closed: from now on every slot is refused."""
+        """Closes the pool: from now on every slot is refused."""
         self._memory[: len(_TABLE_MAGIC)] = bytes(len(_TABLE_MAGIC))
 
     # ---- slots -----------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class HeaderTable:
         """Where the header of `slot` is.
 
         Raises:
-            ValueError: the slot is not one of this pool.
+            ValueError: the slot is not in this pool.
         """
         needed = HEADER_BYTES + data_bytes(slot.num_tokens, slot.width, slot.dtype)
         if slot.nbytes < needed:
@@ -175,7 +175,7 @@ class HeaderTable:
         return _ENTRIES_AT + slot.offset // self.granule * HEADER_BYTES
 
     def begin(self, position: int) -> None:
-        """Nobody reads this slot until `publish`."""
+        """Keeps everybody from reading this slot until `publish`."""
         self._memory[position : position + len(MAGIC)] = bytes(len(MAGIC))
 
     def publish(self, position: int, slot: Slot, header: bytes, event: EventId) -> None:
@@ -186,7 +186,7 @@ class HeaderTable:
         self._memory[position : position + len(MAGIC)] = MAGIC
 
     def settle(self, position: int, generation: int) -> None:
-        """The copy of `generation` into this slot is done."""
+        """Notes that the copy of `generation` into this slot is done."""
         _SERIAL.pack_into(self._memory, position + _SETTLED_AT, _settled(generation))
 
     def check(self, slot: Slot) -> Record:
@@ -213,7 +213,7 @@ class HeaderTable:
     # ---- writers ---------------------------------------------------------------------------------------------------
 
     def claim(self) -> int:
-        """An entry for this process, its own until `fd` is closed; the same one again where it has one.
+        """An entry for this process, its own until `fd` is closed; the same one if it has one already.
 
         Raises:
             PoolError: there are `MAX_WRITERS` already, or this kernel has no such locks.
@@ -230,7 +230,7 @@ class HeaderTable:
         raise PoolError(f"{MAX_WRITERS} processes write to this pool already")
 
     def enroll(self, index: int, handles: list[bytes]) -> int:
-        """Puts the handles of a writer's events into the entry it has claimed; its serial."""
+        """Puts the handles of a writer's events into the entry that it has claimed; returns its serial."""
         if len(handles) != RING_EVENTS or any(len(handle) != EVENT_HANDLE_BYTES for handle in handles):
             raise ValueError(f"{RING_EVENTS} handles of {EVENT_HANDLE_BYTES} bytes are needed")
         at, serial = _writer_at(index), secrets.randbits(63) | 1
@@ -240,22 +240,22 @@ class HeaderTable:
         return serial
 
     def event_handle(self, event: EventId) -> bytes | None:
-        """The handle of an event; None where its writer is dead, so that the event must not be used."""
+        """The handle of an event; None if its writer is dead, so that the event must not be used."""
         at = _writer_at(event.writer)
         start = at + _HANDLES_AT + event.ring * EVENT_HANDLE_BYTES
         handle = bytes(self._memory[start : start + EVENT_HANDLE_BYTES])
         probe = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, event.writer))
         alive = _FLOCK.unpack(probe)[0] != fcntl.F_UNLCK
-        # The serial is read last: a new writer takes it away before it writes handles.
+        # The serial is read last: a new writer clears it before it writes handles.
         return handle if alive and _SERIAL.unpack_from(self._memory, at) == (event.serial,) else None
 
     def cover(self, writer: int, ring: int, start: int, end: int) -> None:
         """Sets the span of an event of this process's own entry."""
         at = _writer_at(writer) + _SPANS_AT + ring * _SPAN.size
-        self._memory[at : at + _SPAN.size] = _SPAN.pack(start, end)  # at once, so that nobody reads half of it
+        self._memory[at : at + _SPAN.size] = _SPAN.pack(start, end)  # in one piece, so that nobody reads half of it
 
     def unfinished(self, start: int, end: int) -> list[EventId]:
-        """The events whose spans have bytes between `start` and `end`, of all writers, dead ones too."""
+        """The events of all writers, dead ones too, whose spans overlap `start` to `end`."""
         found = []
         for writer in range(MAX_WRITERS):
             at = _writer_at(writer)

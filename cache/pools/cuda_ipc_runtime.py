@@ -1,11 +1,11 @@
 """What pools in GPU memory need of CUDA: a small protocol, and that protocol through CuPy and torch.
 
-Lives in the cache daemon, which needs CuPy alone, and in the workers, which have torch as well. Imports both only when
-used. Owns the mappings of other processes' memory: one closes when the last tensor that shows it is gone.
+Lives in the cache daemon, which needs CuPy alone, and in the workers, which have torch as well. Both are imported only
+when used. Owns the mappings of other processes' memory: each closes when the last tensor that shows it is gone.
 
-`CupyRuntime` was written against CuPy 14.2 (`cupy.cuda.runtime`). CuPy carries a CUDA runtime of its own; both it and
-torch use the device's primary context, so addresses, streams and events of one are good in the other. All IPC goes
-through CuPy's, as CUDA asks for the same runtime (and driver) on both sides.
+`CupyRuntime` was written against CuPy 14.2 (`cupy.cuda.runtime`). CuPy carries its own CUDA runtime; both it and
+torch use the device's primary context, so addresses, streams and events of one are valid in the other. All IPC goes
+through CuPy's, as CUDA demands the same runtime (and driver) on both sides.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_READY = 600  # cudaErrorNotReady
 class Runtime(Protocol):
     """CUDA as `cache.pools.cuda_ipc` uses it. Devices are ordinals of this process; failures are RuntimeErrors.
 
-    Work is put on the calling thread's current torch stream of a device, and no method waits for the GPU unless it says
+    Work goes to the calling thread's current torch stream of a device, and no method waits for the GPU unless it says
     so. Tests have an implementation without a GPU.
     """
 
@@ -49,7 +49,7 @@ class Runtime(Protocol):
         ...
 
     def open_memory(self, device: int, handle: bytes, nbytes: int) -> Any:
-        """Maps another process's memory: a uint8 tensor of `nbytes`; unmapped when no tensor shows it any more."""
+        """Maps another process's memory as a uint8 tensor of `nbytes`; unmapped when no tensor shows it any more."""
         ...
 
     def create_event(self, device: int) -> int:
@@ -65,11 +65,11 @@ class Runtime(Protocol):
         ...
 
     def record(self, event: int, device: int) -> None:
-        """The event stands for all that is on the current stream now."""
+        """Makes the event stand for all that is on the current stream now."""
         ...
 
     def wait(self, event: int, device: int) -> None:
-        """What comes on the current stream from now on runs after the event's most recent record."""
+        """Makes everything later on the current stream run after the event's most recent record."""
         ...
 
     def is_done(self, event: int) -> bool:
@@ -90,14 +90,14 @@ class Runtime(Protocol):
 
 
 def why_unavailable() -> str | None:
-    """Why there can be no pools in GPU memory here; None where there can be."""
+    """Why there can be no pools in GPU memory here; None if there can."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed (pip install cupy-cuda13x)"
     try:
         from cupy.cuda import runtime
 
         return None if runtime.getDeviceCount() > 0 else "there is no CUDA device"
-    except Exception as error:  # a CuPy that does not fit its numpy raises this and that
+    except Exception as error:  # a CuPy that does not fit its numpy raises all kinds
         return f"{type(error).__name__}: {error}"
 
 
@@ -105,7 +105,7 @@ class CupyRuntime:
     """`Runtime` on the GPUs of this machine.
 
     Raises:
-        PoolKindError: there are none, or CuPy is not installed.
+        PoolKindError: there is no GPU, or CuPy is not installed.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class CupyRuntime:
         return int(self._cuda.deviceGetByPCIBusId(bus_id))
 
     def allocate(self, device: int, nbytes: int) -> int:
-        """As in `Runtime`. Managed memory and stream-ordered memory (cudaMallocAsync) have no such IPC handles."""
+        """As in `Runtime`. Managed and stream-ordered memory (cudaMallocAsync) have no such IPC handles."""
         with self._on(device):
             return int(self._cuda.malloc(nbytes))
 
@@ -208,7 +208,7 @@ class CupyRuntime:
 
     @contextmanager
     def _on(self, device: int) -> Iterator[None]:
-        """Makes a device current for this thread, then the previous one again: torch sees the same current device."""
+        """Makes a device current for this thread, and afterwards the previous one, so that torch notices nothing."""
         previous = self._cuda.getDevice()
         if previous != device:
             self._cuda.setDevice(device)

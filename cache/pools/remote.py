@@ -1,7 +1,7 @@
-"""Pools of other hosts: their slots are fetched from and stored by the cache daemon that owns them, over TCP.
+"""Pools of other hosts: the cache daemon that owns them fetches and stores their slots, over TCP.
 
-Lives in workers of other hosts; `cache.pools.server` is the other side and describes the messages. A view has a thread
-of its own, which owns its socket: a slot is under way while the engine goes on, and many are at a time.
+Lives in workers on other hosts; `cache.pools.server` is the other side and describes the messages. A view has its own
+thread, which owns its socket: slots travel while the engine goes on, many at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cache.slot import StaleSlotError
 from epd.messages import Pool, Slot
 from epd.transport.factory import SocketFactory
 
-# From the last sign of life of a host that owes an answer.
+# Counted from the last sign of life of a host that owes an answer.
 TIMEOUT_S = 2.0
 _CLOSE_S = 5.0
 
@@ -34,7 +34,7 @@ _answers = msgspec.msgpack.Decoder(Answer)
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Question:
-    """A slot to fetch, or to store `data` in; `done` gets the slot's data, or None for what is stored."""
+    """A slot to fetch, or to store `data` in; `done` gets the slot's data, or None when it is stored."""
 
     slot: Slot
     data: Any = None
@@ -43,18 +43,18 @@ class _Question:
     asked_at: float = 0.0
 
     def fail(self, error: Exception) -> None:
-        """Ends it; to who fetches, a host that does not answer is one whose slots cannot be trusted."""
+        """Ends the question; for a fetch, the slots of a host that does not answer are stale."""
         if self.data is None and not isinstance(error, StaleSlotError):
             error = StaleSlotError(str(error))
         self.done.set_exception(error)
 
 
 class RemoteView:
-    """A pool of another host, to read and to write. Its methods may be called by any thread.
+    """A pool of another host, to read and write. Any thread may call its methods.
 
     Args:
         pool: the pool; it has an `address`.
-        timeout_s: for how long a host that owes an answer may be silent.
+        timeout_s: how long a host that owes an answer may be silent.
     """
 
     def __init__(self, pool: Pool, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -71,24 +71,24 @@ class RemoteView:
         return self._pool
 
     def store(self, slot: Slot, data: bytes | bytearray | memoryview, owner: str) -> Future[None]:
-        """Stores a slot, as `cache.slot.write`; readers may have it once the result is there. Never blocks.
+        """Stores a slot, as `cache.slot.write` does; readers may use it once the future is done. Never blocks.
 
-        `data` must not change before. The result raises:
-            ValueError: `data` or `owner` do not fit the slot, or the slot not the pool.
+        `data` must not change until then. The future raises:
+            ValueError: `data` or `owner` does not fit the slot, or the slot does not fit the pool.
             StaleSlotError: the pool is gone.
-            PoolError: its host does not answer; the slot may have been written all the same.
+            PoolError: its host does not answer; the slot may have been written nevertheless.
         """
         return self._ask(_Question(slot, data, owner))
 
     def fetch(self, slot: Slot) -> Future[memoryview]:
-        """A slot's data, copied and verified, as `cache.slot.read`. Never blocks.
+        """Fetches a slot's data, copied and verified, as `cache.slot.read` does. Never blocks.
 
-        The result raises StaleSlotError: the slot holds anything else, or its host does not answer.
+        The future raises StaleSlotError: the slot holds something else, or its host does not answer.
         """
         return self._ask(_Question(slot))
 
     def write(self, slot: Slot, data: bytes | bytearray | memoryview, owner: str) -> None:
-        """Stores a slot and waits until it is there; raises what `store` does."""
+        """Stores a slot and waits until it is stored; raises what `store` does."""
         self.store(slot, data, owner).result()
 
     def read(self, slot: Slot) -> memoryview:
@@ -96,7 +96,7 @@ class RemoteView:
         return self.fetch(slot).result()
 
     def settle(self) -> int:
-        """Nothing to note: `store` tells when a write is done."""
+        """Nothing to note: the future of `store` says when a write is done."""
         return 0
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class _Exchange:
         self._sockets = SocketFactory()
         self._socket: zmq.Socket[bytes] | None = None
         self._numbers = itertools.count(1)
-        self._open: dict[int, _Question] = {}  # in the order they were asked, which is that of the answers
+        self._open: dict[int, _Question] = {}  # in the order of asking, which is that of the answers
         self._heard_at = 0.0
 
     def wait(self, wake: int) -> bool:
@@ -173,14 +173,14 @@ class _Exchange:
                     self._pool.address, max_sent=MAX_SLOTS_WAITING, max_received=MAX_SLOTS_WAITING, linger_ms=0
                 )
             self._socket.send_multipart([header, question.data] if stores else [header], zmq.NOBLOCK)
-        except zmq.ZMQError as error:  # too much is under way, or there is no such address
+        except zmq.ZMQError as error:  # too many questions are open, or there is no such address
             question.fail(PoolError(f"host {self._pool.host} ({self._pool.address}) cannot be asked: {error}"))
             return
         question.asked_at = time.monotonic()
         self._open[number] = question
 
     def collect(self) -> None:
-        """Takes the answers that are there, and gives up what a silent host owes."""
+        """Takes the answers that have come, and gives up those that a silent host owes."""
         while self._socket is not None:
             try:
                 header, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -192,8 +192,8 @@ class _Exchange:
             self._give_up(f"has not answered in {self._timeout_s:g} s")
 
     def close(self) -> None:
-        """Fails what is still asked, and closes the socket."""
-        self._give_up("is not asked any more")
+        """Fails all open questions, and closes the socket."""
+        self._give_up("is no longer asked")
         self._sockets.close()
 
     def _silent_at(self) -> float:
@@ -204,7 +204,7 @@ class _Exchange:
         try:
             answer = _answers.decode(header)
         except msgspec.MsgspecError as error:
-            self._give_up(f"sent no answer: {error}")
+            self._give_up(f"sent no valid answer: {error}")
             return
         question = self._open.pop(answer.number, None)
         if question is None:
@@ -226,7 +226,7 @@ class _Exchange:
         return slots.read(image, msgspec.structs.replace(slot, offset=0, nbytes=len(image)), self._pool.checksum, False)
 
     def _give_up(self, why: str) -> None:
-        """Ends all that is open; the next question starts over, on a new socket."""
+        """Ends all open questions; the next one starts over, on a new socket."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -3,8 +3,8 @@
 Lives in the cache daemon, on its event loop; owns the listening socket. Only pools in host memory can be served so.
 
 One question is a header (MessagePack) and, to store, the data; the answer is a header and, to fetch, the slot as it
-lies in memory, header and data. A reader verifies what has arrived as it would a slot of its own host: a checksum made
-where it was written, or where it was stored, is checked where it is read. There is no authentication, as on the
+lies in memory, header and data. A reader verifies what arrives like a slot of its own host: a checksum that was made
+where the slot was written or stored is checked where it is read. There is no authentication, as on the
 broker's address: keep both private.
 """
 
@@ -25,7 +25,7 @@ from epd.transport.sockets import MessageSocket
 
 log = structlog.get_logger()
 
-# Of one worker: each may have the data of a slot.
+# For one worker: each may carry the data of a slot.
 MAX_SLOTS_WAITING = 1000
 _COMPLAIN_EVERY_S = 1.0
 
@@ -40,7 +40,7 @@ class Ask(Struct, frozen=True):
 
 
 class Answer(Struct, frozen=True):
-    """What came of it: done, or the reason why not; `stale` where the slot holds something else."""
+    """The result: done, or the reason why not; `stale` if the slot holds something else."""
 
     number: int
     error: str = ""
@@ -59,13 +59,13 @@ class SlotServer:
         memory: all of it, writable.
 
     Raises:
-        PoolError: it cannot listen there, or nobody can reach it there.
+        PoolError: it cannot listen there, or nobody could reach it there.
     """
 
     def __init__(self, address: str, pool: Pool, memory: memoryview) -> None:
         self._pool, self._memory = pool, memory
         if address.removeprefix("tcp://").startswith(("*:", "0.0.0.0:", "[::]:")):
-            raise PoolError(f"cache.address {address}: name one address of this host, at which others reach it")
+            raise PoolError(f"cache.address {address}: name one address of this host at which others can reach it")
         self._sockets = SocketFactory()
         try:
             sock = self._sockets.bind_router(address, max_waiting=MAX_SLOTS_WAITING)
@@ -107,5 +107,5 @@ class SlotServer:
             answer = Answer(number=ask.number, error=str(error))
         try:
             self._socket.send([peer, msgspec.msgpack.encode(answer), *frames])
-        except zmq.ZMQError as error:  # who has asked is gone, or takes nothing more
+        except zmq.ZMQError as error:  # the asker is gone, or takes nothing more
             log.debug("not answered", reason=str(error))

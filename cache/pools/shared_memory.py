@@ -26,10 +26,10 @@ PREFIX = "epd-"
 
 
 class SharedMemoryPool:
-    """Owns a segment of `nbytes` bytes; all its memory is there once this returns.
+    """Owns a segment of `nbytes` bytes; all its memory is allocated once this returns.
 
     Raises:
-        PoolError: there is not so much room, or the segment cannot be made.
+        PoolError: there is not enough room, or the segment cannot be made.
     """
 
     def __init__(self, pool_id: str, nbytes: int, checksum: bool = True, *, directory: Path = DIRECTORY) -> None:
@@ -47,22 +47,23 @@ class SharedMemoryPool:
         )
         self._fd: int | None = _create_locked(self._path)
         try:
-            # Pages are given now: a sparse file would kill whoever touches it first on a full file system (SIGBUS).
+            # Pages are allocated now: on a full file system, a sparse file would kill whoever touches it first
+            # (SIGBUS).
             os.posix_fallocate(self._fd, 0, nbytes)
         except OSError as error:
             self.close()
             raise PoolError(
                 f"no room for a pool of {nbytes} bytes in {directory}, which has {_free_bytes(directory)} free "
-                f"({error.strerror}): lower cache.pool_bytes, or give it more room "
+                f"({error.strerror}): lower cache.pool_bytes, or make more room "
                 f"(docker run --shm-size, mount -o remount,size=... {directory})"
             ) from None
 
     def descriptor(self) -> Pool:
-        """What others open it by; `name` is the path of the segment."""
+        """What others need to open it; `name` is the path of the segment."""
         return self._descriptor
 
     def close(self) -> None:
-        """Unlinks the segment; its memory goes with the last view."""
+        """Unlinks the segment; its memory is freed with the last view."""
         if self._fd is None:
             return
         self._path.unlink(missing_ok=True)
@@ -71,10 +72,10 @@ class SharedMemoryPool:
 
 
 class SharedMemoryView:
-    """Maps a segment that another process owns, to read and to write.
+    """Maps a segment that another process owns, to read and write.
 
     Raises:
-        PoolError: it is not there, is another's, or has another size.
+        PoolError: it does not exist, belongs to another user, or has another size.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -103,7 +104,7 @@ class SharedMemoryView:
         """Writes a slot; see `cache.slot.write`.
 
         Raises:
-            ValueError: `data` or `owner` do not fit the slot, or the slot not the pool.
+            ValueError: `data` or `owner` does not fit the slot, or the slot does not fit the pool.
         """
         slots.write(self.memory, slot, data, owner, self._pool.checksum)
 
@@ -111,7 +112,7 @@ class SharedMemoryView:
         """A slot's data; see `cache.slot.read`.
 
         Raises:
-            StaleSlotError: the slot holds anything else.
+            StaleSlotError: the slot holds something else.
         """
         return slots.read(self.memory, slot, self._pool.checksum, copy)
 
@@ -120,7 +121,7 @@ class SharedMemoryView:
         return 0
 
     def close(self) -> None:
-        """Unmaps the segment, or leaves that to the last slot that was read without a copy and is still in use."""
+        """Unmaps the segment; slots that were read without a copy and are still in use delay that."""
         self.memory.release()
         with contextlib.suppress(BufferError):
             self._map.close()
@@ -133,7 +134,7 @@ def sweep_stale(directory: Path = DIRECTORY) -> list[str]:
         try:
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
-            continue  # another user's, or gone meanwhile
+            continue  # another user's, or gone by now
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
@@ -143,14 +144,14 @@ def sweep_stale(directory: Path = DIRECTORY) -> list[str]:
                 path.unlink()
                 removed.append(path.name)
         except OSError:
-            continue  # its owner lives
+            continue  # its owner is alive
         finally:
             os.close(fd)
     return removed
 
 
 def _create_locked(path: Path) -> int:
-    """Makes the file and locks it. A sweep that comes in between removes it: then it is made again."""
+    """Makes the file and locks it. If a sweep removes it in between, it is made again."""
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)

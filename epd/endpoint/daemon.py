@@ -1,6 +1,6 @@
 """The endpoint daemon: starts, listens, drains, stops.
 
-Lives in the endpoint process; owns its life. vLLM is imported when it starts, not when this module is.
+Lives in the endpoint process; owns its life. vLLM is imported when the daemon starts, not when this module is imported.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _write_port(port: int) -> None:
 
 
 def _set_vllm_environment(config: Config) -> None:
-    """VLLM's own bounds on media that it fetches itself; what the user has set stays."""
+    """Sets vLLM's own limits on media that it fetches itself; what the user has set stays."""
     endpoint = config.endpoint
     os.environ.setdefault("VLLM_MAX_IMAGE_PIXELS", str(endpoint.max_pixels))
     os.environ.setdefault("VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB", str(max(endpoint.max_body_bytes >> 20, 1)))

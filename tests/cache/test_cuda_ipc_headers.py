@@ -75,7 +75,7 @@ def test_a_location_survives_its_text_and_anything_else_is_refused():
     location = Location(memory=os.urandom(64), device="0000:1b:00.0", headers="/dev/shm/epd-x", headers_nbytes=7)
     assert headers.decode_location(location.encode()) == location
     for name in ("", "{}", "/dev/shm/epd-x", location.encode()[:-1], location.encode()[:-1] + ',"more":1}'):
-        with pytest.raises(PoolError, match="no location"):
+        with pytest.raises(PoolError, match="not the location"):
             headers.decode_location(name)
 
 

@@ -108,7 +108,7 @@ print(why_unavailable())
 def test_without_a_gpu_the_kind_is_refused_with_the_reason():
     named = Pool(pool_id="g3", kind="cuda_ipc", name="{}", nbytes=MIB, host="h")
     for call in (lambda: pools.create("cuda_ipc", "g3", MIB, False), lambda: pools.open_view(named)):
-        with pytest.raises(pools.PoolKindError, match=r"there are: shared_memory \(cuda_ipc: "):
+        with pytest.raises(pools.PoolKindError, match=r"available: shared_memory \(cuda_ipc: "):
             call()
-    with pytest.raises(pools.PoolKindError, match=r"'tape' are not available here; there are: shared_memory$"):
+    with pytest.raises(pools.PoolKindError, match=r"'tape' are not available here; available: shared_memory$"):
         pools.create("tape", "g3", MIB, False)

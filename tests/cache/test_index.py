@@ -363,5 +363,5 @@ def test_an_impossible_patch_is_refused_before_anything_changes():
 
 def test_a_pool_cannot_be_added_twice():
     index = index_of(1)
-    with pytest.raises(ValueError, match="p0 is there already"):
+    with pytest.raises(ValueError, match="p0 exists already"):
         index.add_pool(pool(1, "p0"))

@@ -171,7 +171,7 @@ def test_a_view_of_something_else_is_refused(pool, shm):
 def test_an_unknown_kind_is_refused_and_the_known_ones_are_named():
     unknown = Pool(pool_id="c3", kind="cuda_ipc", name="x", nbytes=MIB, host="h")
     for call in (lambda: pools.create("cuda_ipc", "c3", MIB, True), lambda: pools.open_view(unknown)):
-        with pytest.raises(pools.PoolKindError, match="'cuda_ipc' are not available here; there are: shared_memory"):
+        with pytest.raises(pools.PoolKindError, match="'cuda_ipc' are not available here; available: shared_memory"):
             call()
 
 

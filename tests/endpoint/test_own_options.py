@@ -71,6 +71,32 @@ async def test_any_options_are_answered_without_a_server_error(served, options):
     assert status < 500, text
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"size": {"longest_edge": 100_000}}, {"max_image_size": {"longest_edge": 10**9}}, {"size": 10**6},
+     {"size": {"height": 10, "width": 1e30}}, {"max_pixels": 10**12}, {"images_kwargs": {"size": [5, 10**6]}},
+     {"max_dynamic_patch": 10_000}, {"num_crops": 10_000}, {"max_slice_nums": 10**6}, {"num_frames": 10**6}],
+    ids=str,
+)  # fmt: skip
+async def test_sizes_that_would_take_all_memory_are_refused(served, options):
+    status, text = await ask(served, options)
+    assert status == 400 and "at most" in text, text
+    assert not served.broker.submits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [None, {}, {"max_pixels": 12_845_056, "min_pixels": 3136}, {"sampling_rate": 48_000}, {"x": [1e400]}, {"fps": 2},
+     {"size": {"longest_edge": 2048}, "do_resize": True}, {"max_length": 480_000}, {"num_crops": 16}],
+    ids=str,
+)  # fmt: skip
+async def test_usual_options_pass(options):
+    from epd.config import EndpointConfig
+    from epd.endpoint.media.own_options import check_options
+
+    check_options(options, EndpointConfig())
+
+
 async def test_what_the_encoder_fails_on_all_the_same_is_the_requests_fault(served):
     async def fails(broker, submit, _frames):
         await broker.send(

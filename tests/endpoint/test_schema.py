@@ -160,8 +160,8 @@ def test_the_schema_has_no_other_operations(schema):
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_no_input_is_answered_by_a_server_error(url, schema, method, path, mode):
-    if path not in schema or method.upper() not in {each.upper() for each in schema[path]}:
-        pytest.skip("not among the routes of this model")
+    if path not in set(schema) or method.upper() not in {each.upper() for each in schema[path]}:
+        pytest.skip("the schema does not tell of it; bodies of ours are sent there below")
 
     @fuzz
     @given(case=schema[path][method.upper()].as_strategy(generation_mode=mode))

@@ -226,7 +226,7 @@ async def test_a_worker_that_has_lost_too_much_memory_drains_and_ends_with_statu
     [stage] = StandIn.made
     stage.busy.set()
     side.worker._thread.call(lambda: None)
-    stage.leaking = "30 of 100 KV blocks are held for nobody since 60 s"
+    stage.leaking = "30 of 100 KV blocks have belonged to nobody for 60 s"
     await side.until(lambda: side.peer and side.peer.draining)
     assert not ended.done(), "it has something on its hands"
     stage.busy.clear()

@@ -19,7 +19,7 @@ def test_many_blocks_held_for_nobody_for_long_are_a_leak_and_the_reason_has_the_
     watch = LeakWatch(fraction=0.25, patience_s=60)
     assert look(watch, 0, in_use=40, wanted=10) == ""
     assert look(watch, 59, in_use=40, wanted=10) == ""
-    assert look(watch, 60, in_use=40, wanted=10) == "30 of 100 KV blocks are held for nobody since 60 s"
+    assert look(watch, 60, in_use=40, wanted=10) == "30 of 100 KV blocks have belonged to nobody for 60 s"
 
 
 def test_few_blocks_may_be_missing_for_ever() -> None:

@@ -1,4 +1,4 @@
-"""LoRA adapters at the endpoint: looked at before they are offered; the engines load them by path.
+"""LoRA adapters at the endpoint: checked before they are offered; the engines load them by path.
 
 Lives in the endpoint process. A part of the engine client, written against vLLM 0.32 (`vllm.lora`,
 `vllm.entrypoints.openai.models.serving`).
@@ -20,7 +20,7 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt"
 
 
 class AdapterChecks:
-    """What vLLM's server asks its engine core when an adapter is to be offered, where there is no engine.
+    """What vLLM's server asks its engine core when an adapter is to be offered; here there is no engine.
 
     The configuration of the adapter is checked here; its weights are read by each prefill and decode worker when the
     first request for it comes, and a request whose adapter cannot be read fails there by itself.
@@ -43,7 +43,7 @@ class AdapterChecks:
         return True
 
     async def remove_lora_async(self, _lora_id: int) -> bool:
-        """True: workers drop adapters that nobody asks for when they need the room."""
+        """True: workers drop adapters that nobody uses when they need the room."""
         return True
 
 
@@ -59,7 +59,7 @@ def check_options(config: VllmConfig) -> None:
     """Refuses adapters of the vision tower: embeddings are named, cached and shared without regard to adapters.
 
     Raises:
-        ConfigError: they are asked for.
+        ConfigError: the options ask for them.
     """
     if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
-        raise ConfigError("enable_tower_connector_lora: adapters can only be those of the language model")
+        raise ConfigError("enable_tower_connector_lora: only the language model can have adapters")

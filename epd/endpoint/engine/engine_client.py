@@ -60,7 +60,7 @@ _MIN_SPLIT_BYTES = 64 << 20
 
 
 class PipelineCore(AdapterChecks, EngineCoreClient):
-    """What `AsyncLLM` takes for its engine core: requests go to the broker, outputs come from there.
+    """What `AsyncLLM` takes to be its engine core: requests go to the broker, outputs come from it.
 
     Enter `link` (an async context manager) before the first request. Everything runs on one event loop.
     """
@@ -75,7 +75,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         self.uploads = Uploads(config.endpoint, self.beliefs, self._send)
         self.stories = Stories(config.broker.story_keep)
         self.request_times = RequestTimes()
-        # Processors of their own may keep state that nobody can rebuild.
+        # Custom logits processors may keep state that nobody can rebuild.
         prefill, decode = config.engine_options("prefill"), config.engine_options("decode")
         self.flights = Flights(
             config.endpoint,
@@ -83,7 +83,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
             self.beliefs,
             self.stories,
             may_resume=not decode.get("logits_processors"),
-            # Of a prompt whose state decode needs without its last token, prefill computes all but that token.
+            # If decode needs the state before a prompt's last token, prefill computes all but that token.
             prefill_samples=not self._recurrent and all(prefill.get(o) == decode.get(o) for o in SAMPLER_OPTIONS),
             names_prefixes=config.broker.prefill_choice == "affine",
         )
@@ -105,12 +105,12 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         )
 
     def attach(self, processor: OutputProcessor) -> None:
-        """Names the output processor whose requests these are; done by `PipelineLLM`."""
+        """Sets the output processor whose requests these are; `PipelineLLM` calls it."""
         self.flights.processor = processor
 
     @property
     def num_in_flight(self) -> int:
-        """Requests taken in and not ended."""
+        """How many requests were accepted and have not ended."""
         return len(self.flights)
 
     def held(self) -> dict[str, int]:
@@ -133,7 +133,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         return ("generate",)
 
     async def get_output_async(self) -> EngineCoreOutputs:
-        """Waits for output and returns all that has come."""
+        """Waits for output and returns everything that has come."""
         outputs = self.flights.outputs
         batch = [await outputs.get()]
         while not outputs.empty():
@@ -143,11 +143,11 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         return EngineCoreOutputs(outputs=[each for each in batch if each is not None], scheduler_stats=stats)
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Submits one request, or has it wait for the broker.
+        """Submits one request, or lets it wait for the broker.
 
         Raises:
             PipelineError: the pipeline cannot take it now; HTTP 503.
-            VLLMValidationError: it asks for what the pipeline does not do; HTTP 400.
+            VLLMValidationError: it asks for something that the pipeline does not do; HTTP 400.
         """
         if request.abort_immediately:
             return
@@ -158,7 +158,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
             self._check(request)
             parts = await self._split(request)
             if not self.flights.processor.has_request(request.request_id):
-                raise PipelineError(failure_of(ErrorCode.ENGINE_FAILED, "a part of the request has failed"))
+                raise PipelineError(failure_of(ErrorCode.ENGINE_FAILED, "another part of the request has failed"))
             self.flights.submit(request, parts, exchange)
         except BaseException as error:
             self._forget(request.request_id)
@@ -169,14 +169,14 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
             raise
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """Cancels those that are in flight."""
+        """Cancels those of the requests that are in flight."""
         task = asyncio.current_task()
         reason = "stop" if task is not None and task is self.output_task else "disconnect"
         for request_id in request_ids:
             self.flights.cancel(request_id, reason)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Does nothing: the link is closed by whoever entered it."""
+        """Does nothing: whoever entered the link closes it."""
 
     def dp_engines_running(self) -> bool:
         """Whether anything is in flight."""
@@ -209,13 +209,13 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
     async def _not_here(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("this is done in each worker, not through the endpoint")
 
-    # What `AsyncLLM` calls for RL and development and the base class lacks; HTTP 501.
+    # What `AsyncLLM` calls for RL and development but the base class lacks; HTTP 501.
     pause_scheduler_async = resume_scheduler_async = compute_weight_checksums_async = _not_here
 
     # --- the broker's side
 
     def on_message(self, message: Message, frames: list[bytes]) -> None:
-        """Takes one message of the broker."""
+        """Handles one message of the broker."""
         match message:
             case Outputs():
                 at = 0
@@ -229,7 +229,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
                 self.uploads.on_uploaded(message)
             case Status():
                 self.status = updated(self.status, message)
-                # While the last encode worker is being replaced, what it has left in the cache can still be read.
+                # While the last encode worker is being replaced, what it left in the cache can still be read.
                 units = agreed_units(self.status.workers)
                 self.splitter.units = self.splitter.units if units is None else units
                 self.status_changed.set()
@@ -241,7 +241,7 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
                 log.warning("unexpected message from the broker", kind=type(message).__name__)
 
     def _on_output(self, output: RequestOutput, frames: list[bytes]) -> None:
-        """Takes what a request's engines have given."""
+        """Handles outputs of requests' engines."""
         is_taken = self.flights.on_output(output, frames)
         if not output.finish_reason:
             return
@@ -253,30 +253,30 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
             self.stories.complete(output.request_id, output.story)
 
     async def on_registered(self, _welcome: Welcome) -> None:
-        """The broker knows nothing of this incarnation yet: it gets what is in flight, and the uploads that live."""
+        """Sends the broker, which knows nothing of this incarnation, all requests in flight and all live uploads."""
         self.flights.on_registered()
         self.uploads.send_all()
 
     async def on_lost(self, reason: str) -> None:
-        """The registration has ended; all that the broker knew is gone."""
+        """The registration has ended; everything that the broker knew is gone."""
         self.status = None
         self.beliefs.clear()
         self.uploads.on_lost()
         self.flights.on_lost(reason)
 
     def cancel(self, client_id: str, owner: str) -> int | None:
-        """Cancels what is in flight of a client's request; returns of how many, None where the owner has none."""
+        """Cancels what is in flight of a client's request; returns how many, or None if there is none."""
         found = [each.request_id for each in self.stories.find(client_id, owner)]
         return self.flights.cancel_all(found) if found else None
 
     async def story(self, request_id: str) -> Story | None:
-        """The broker's story of a request so far, or None where it does not answer in time."""
+        """The broker's story of a request so far, or None if it does not answer in time."""
         if not self.link.registered:
             return None
         return await self._stories_asked.ask(request_id, lambda: self._send(GetStory(request_id=request_id)))
 
     async def cache_state(self) -> CacheState | None:
-        """How the pools are filled, or None where the broker does not answer in time."""
+        """How the pools are filled, or None if the broker does not answer in time."""
         if not self.link.registered:
             return None
         return await self._cache_asked.ask("", lambda: self._send(GetCache()))
@@ -297,18 +297,18 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
         parts = self.splitter.quick(request.mm_features, salt)
         if parts is None:
             parts = await self.splitter.slow(request.mm_features, salt)
-            # While that ran the client may have left or the broker may have been lost.
+            # Meanwhile the client may have left or the broker may have been lost.
             self._check(request)
         return parts
 
     def _forget(self, request_id: str) -> None:
-        """Removes what vLLM keeps of a request that was never submitted (it does so itself only for n > 1)."""
+        """Removes what vLLM keeps of a request that was never submitted (vLLM itself does so only for n > 1)."""
         state = self.flights.processor.request_states.get(request_id)
         if state is None or state.parent_req is None:
             self.flights.processor.abort_requests([request_id], internal=True)
 
     def _send(self, message: Message, frames: Sequence[Any] = ()) -> bool:
-        """Sends, unless too much waits already."""
+        """Sends, unless too much is waiting already."""
         try:
             self.link.send(message, frames)
         except LinkOverloadedError:
@@ -317,6 +317,6 @@ class PipelineCore(AdapterChecks, EngineCoreClient):
 
 
 def _split_bytes(config: VllmConfig) -> int:
-    """How much of cut items is kept; their frames are mostly the memory of vLLM's processor cache."""
+    """How many bytes of cut items are kept; their frames mostly share memory with vLLM's processor cache."""
     multimodal = config.model_config.multimodal_config
     return max(_MIN_SPLIT_BYTES, int((multimodal.mm_processor_cache_gb if multimodal else 0) * (1 << 30)))

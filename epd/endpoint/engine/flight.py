@@ -1,4 +1,4 @@
-"""One request between SUBMIT and its last output: what its workers send, put back into the shape of one engine.
+"""One request between SUBMIT and its last output: makes what its workers send look like the output of one engine.
 
 Lives in the endpoint process; pure. A part of the engine client, written against vLLM 0.32 (`vllm.v1.engine`).
 """
@@ -22,34 +22,34 @@ _TOKEN_BYTES = 8
 
 
 class IncompleteOutputError(RuntimeError):
-    """A request has ended and something it asked for never came."""
+    """A request has ended, but something that it asked for never came."""
 
 
 class Flight:
-    """A request that was taken in and has not ended.
+    """A request that was accepted and has not ended.
 
     Args:
         request: vLLM's, without pixels.
         parts: its patches with all frames.
-        exchange: the HTTP exchange it belongs to, for its failure.
+        exchange: its HTTP exchange, to note a failure.
         may_resume: whether requests may go on elsewhere at all.
         prefill_samples: whether prefill workers may sample first tokens at all.
 
     Attributes:
         request_id: vLLM's internal id, the pipeline's `request_id`.
-        parts: as given; None once the frames were let go of, so that it cannot be sent again.
+        parts: as given; None once the frames were released, so that it cannot be sent again.
         patches: the hashes of its patches.
-        num_bytes: what is held to send it again, about.
-        token_ids: the output so far, as the decode workers gave it.
+        num_bytes: roughly how much is held to send it again.
+        token_ids: the output so far, as the workers gave it.
         begun: whether decode workers have given output since it was sent.
         has_output: whether any output was passed on.
-        resumable: whether going on from prompt and tokens gives what an undisturbed run would have given.
-        prefill_samples: whether the prefill worker is to sample the first token: the decode worker then goes on.
-        sent: whether the present broker has it.
+        resumable: whether going on from prompt and tokens gives the same as an undisturbed run.
+        prefill_samples: whether the prefill worker is to sample the first token, after which the decode worker goes on.
+        sent: whether the current broker has it.
         attempts: how often it was sent.
         num_restarts: how often the same broker needed it again.
-        unread_bytes: output that its client has not taken.
-        timers: fail it at its deadline, or when no broker has come; cancelled when it ends.
+        unread_bytes: output that its client has not read.
+        timers: fail it at its deadline, or if no broker comes; cancelled when it ends.
         part: how far it has come, for its exchange.
     """
 
@@ -70,7 +70,7 @@ class Flight:
         num_prompt_tokens = len(request.prompt_token_ids)
         self.num_bytes = sum(map(len, parts.frames)) + num_prompt_tokens * _TOKEN_BYTES
         self.resumable = may_resume and resumable(request.sampling_params)
-        # Log-probabilities of the prompt come in an output of their own.
+        # Log-probabilities of the prompt come in a separate output.
         self.prefill_samples = prefill_samples and self.resumable and not wants_prompt_logprobs(request)
         self.part = Part(
             request_id=self.request_id,
@@ -90,9 +90,9 @@ class Flight:
         self._held: list[EngineCoreOutput] = []
 
     def start_over(self) -> bool:
-        """Makes it ready to be sent again; false where that is not possible.
+        """Makes it ready to be sent again; false if that is not possible.
 
-        What was passed on stays; what was not is forgotten, and will come again.
+        Output that was passed on stays; the rest is forgotten, and will come again.
         """
         if self.parts is None or (self.has_output and not self.resumable):
             return False
@@ -108,13 +108,13 @@ class Flight:
             timer.cancel()
 
     def left_s(self, deadline_s: float) -> float:
-        """How much of a deadline is left."""
+        """How many seconds of a deadline are left."""
         return deadline_s - (time.monotonic() - self._submitted_at)
 
     def partial(self, output: EngineCoreOutput) -> list[EngineCoreOutput]:
-        """An output of the prefill worker that has no tokens; returns what can be processed now."""
+        """Takes an output of the prefill worker without tokens; returns what can be processed now."""
         if self.has_output:
-            return []  # the prompt was computed once more, to go on
+            return []  # the prompt was computed again, to go on
         if output.new_prompt_logprobs_tensors is not None:
             self._parts.append(output.new_prompt_logprobs_tensors)
         if output.prompt_token_id_logprobs is not None:
@@ -122,13 +122,13 @@ class Flight:
         return self._release(self._held) if self._held else []
 
     def output(self, output: EngineCoreOutput) -> list[EngineCoreOutput]:
-        """An output of the decode worker; returns what can be processed now.
+        """Takes an output of the decode worker; returns what can be processed now.
 
         Raises:
-            IncompleteOutputError: it is the last one, and prompt log-probabilities are still missing.
+            IncompleteOutputError: it is the last one, but prompt log-probabilities are still missing.
         """
         output.request_id = self.request_id
-        output.new_prompt_logprobs_tensors = None  # of the one token that decode computes again, if any
+        output.new_prompt_logprobs_tensors = None  # belongs to the one token that decode computes again, if any
         self.token_ids += output.new_token_ids
         self.part.num_output_tokens = len(self.token_ids)
         if self._waits and not self._parts and self._row_logprobs is None:
@@ -141,7 +141,7 @@ class Flight:
     def _release(self, outputs: list[EngineCoreOutput]) -> list[EngineCoreOutput]:
         self._held, self._waits = [], False
         for output in outputs:
-            # Event times are of the worker's clock, which another host does not share; vLLM's metrics compare them
+            # Event times are from the worker's clock, which another host does not share; vLLM's metrics compare them
             # with ours. Here a request is queued and running from its submission on, wherever it goes on later.
             preempted = [event for event in output.events or () if event.type == EngineCoreEventType.PREEMPTED]
             output.events = preempted or None
@@ -153,7 +153,8 @@ class Flight:
                 for kind in (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)
             ]
             if first.prefill_stats is not None:
-                # As of one engine: a decode worker counts the KV that it was pushed, which was just computed for it.
+                # As one engine would say: a decode worker counts the KV that was pushed to it, which was just computed
+                # for it.
                 local = first.prefill_stats.num_local_cached_tokens
                 cached = local if self.part.num_cached_tokens < 0 else self.part.num_cached_tokens
                 num_tokens = self._num_rows + 1
@@ -166,9 +167,9 @@ class Flight:
 
 
 def _joined(parts: list[LogprobsTensors], num_rows: int) -> LogprobsTensors:
-    """Several chunks of prompt log-probabilities as one, in the order they came.
+    """Several chunks of prompt log-probabilities as one, in order of arrival.
 
-    A prompt that was computed twice, or with tokens of the output behind it, gives more rows than it has.
+    A prompt that was computed twice, or with output tokens behind it, gives more rows than it has tokens.
     """
     return LogprobsTensors(
         torch.cat([part.logprob_token_ids for part in parts])[:num_rows],

@@ -1,10 +1,10 @@
-"""The requests in flight: sent to the broker, sent again when it has come back, and ended, each exactly once.
+"""The requests in flight: sent to the broker, sent again when there is a new one, and ended, each exactly once.
 
 Lives in the endpoint process, on its event loop; owns the flights. A part of the engine client, written against vLLM
 0.32 (`vllm.v1.engine.output_processor`).
 
-A request outlives the broker. It and its patches' frames are held until it ends; while there is no broker it waits,
-`broker_wait_s` at most, and the next broker gets it with the tokens that it has given so far (ADR 10).
+A request outlives the broker. The request and its patches' frames are held until it ends. While there is no broker it
+waits, for at most `broker_wait_s`, and the next broker gets it with the tokens that it has so far (ADR 10).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from epd.process.bounded import Beliefs
 
 log = structlog.get_logger()
 
-# The broker ends a request at its deadline; the endpoint does so where the broker has not.
+# The broker ends a request at its deadline; if it does not, the endpoint does so this much later.
 _DEADLINE_GRACE_S = 5.0
-# A request that the same broker needs again more often than this, for its pixels or after lost tokens, is not helped.
+# If the same broker needs a request again more often, for its pixels or after lost tokens, sending it does not help.
 _MAX_RESTARTS = 3
 _ERROR_STATUSES = {status for status in HTTPStatus if status >= 400} | {code.status for code in ErrorCode}
 
@@ -46,18 +46,18 @@ class Flights:
     """All requests in flight.
 
     Args:
-        config: the bounds.
-        send: sends to the broker; false where its outbox is full.
+        config: the limits.
+        send: sends to the broker; false if its outbox is full.
         beliefs: which patches are in the broker's cache.
         stories: told of each beginning and end.
-        may_resume: whether requests with tokens may go on elsewhere at all.
+        may_resume: whether requests with tokens may be continued elsewhere at all.
         prefill_samples: whether prefill workers may sample first tokens at all.
         names_prefixes: whether the broker is told what prompts begin with.
 
     Attributes:
         processor: vLLM's output processor whose requests these are.
-        outputs: what it is to be given next; None only wakes it.
-        held_bytes: what is held to send requests again.
+        outputs: what it gets next; None only wakes it.
+        held_bytes: how much is held to send requests again.
     """
 
     processor: OutputProcessor
@@ -90,21 +90,21 @@ class Flights:
 
     @property
     def num_running(self) -> int:
-        """Those that have given output."""
+        """How many have given output."""
         return sum(flight.has_output for flight in list(self._flights.values()))
 
     @property
     def num_waiting(self) -> int:
-        """Those that wait for a broker."""
+        """How many wait for a broker."""
         return sum(not flight.sent for flight in list(self._flights.values()))
 
     # --- beginnings
 
     def check_room(self) -> None:
-        """Refuses what cannot even wait.
+        """Refuses a request that may not even wait.
 
         Raises:
-            PipelineError: there is no broker, and as many requests wait for one as may; HTTP 503.
+            PipelineError: there is no broker, and as many requests as allowed wait for one; HTTP 503.
         """
         if self._has_broker:
             return
@@ -114,10 +114,10 @@ class Flights:
             raise PipelineError(failure_of(ErrorCode.NOT_READY, "the broker cannot be reached"))
 
     def submit(self, request: EngineCoreRequest, parts: Split, exchange: Exchange | None) -> None:
-        """Takes a request in: sends it, or has it wait for a broker.
+        """Accepts a request: sends it, or lets it wait for a broker.
 
         Raises:
-            PipelineError: it cannot be sent; nothing of it stays.
+            PipelineError: it cannot be sent; nothing of it remains.
         """
         flight = Flight(without_pixels(request, parts), parts, exchange=exchange, **self._options)
         self._flights[flight.request_id] = flight
@@ -141,7 +141,7 @@ class Flights:
             raise
 
     def _send_off(self, flight: Flight) -> Failure | None:
-        """Sends a request, the first time without the pixels that should not be needed; or why it cannot be sent."""
+        """Sends a request, the first time without pixels that should not be needed; returns why it cannot be sent."""
         assert flight.parts is not None
         parts = flight.parts if flight.attempts else flight.parts.without(self._beliefs)
         owner = flight.exchange.owner if flight.exchange is not None else ""
@@ -168,14 +168,14 @@ class Flights:
     # --- the broker comes and goes
 
     def on_registered(self) -> None:
-        """There is a broker, which knows nothing: it gets all that is in flight."""
+        """Sends everything in flight to the new broker, which knows nothing."""
         self._has_broker = True
         for flight in list(self._flights.values()):
             if flight.request_id in self._flights and not flight.sent:
                 self._again(flight)
 
     def on_lost(self, reason: str) -> None:
-        """The broker is gone; what can be sent again waits for the next."""
+        """The broker is gone; requests that can be sent again wait for the next one."""
         self._has_broker = False
         for flight in list(self._flights.values()):
             if flight.request_id not in self._flights:
@@ -199,7 +199,7 @@ class Flights:
     # --- what the broker says
 
     def on_failed(self, message: Failed) -> None:
-        """A request has failed, or goes on with the pixels that it lacked."""
+        """A request has failed, or is sent again with the pixels that it lacked."""
         flight = self._flights.get(message.request_id)
         if flight is not None and message.code == ErrorCode.PIXELS_NEEDED:
             self._beliefs.forget(flight.patches)
@@ -214,7 +214,7 @@ class Flights:
         self.fail(message.request_id, failure, message.story)
 
     def on_output(self, message: RequestOutput, frames: list[bytes]) -> bool:
-        """Queues what an output gives; false where the request is unknown, has it already, or ends by it."""
+        """Queues an output; false if the request is unknown, has it already, or fails because of it."""
         request_id, is_last = message.request_id, bool(message.finish_reason)
         is_partial = not is_last and not message.token_ids
         flight = self._flights.get(request_id)
@@ -238,7 +238,7 @@ class Flights:
         return is_last or self._is_read(flight, num_bytes(message, frames))
 
     def _follows(self, flight: Flight, message: RequestOutput) -> bool:
-        """Whether these tokens are the next ones; after a gap the request goes on from the last it has."""
+        """Whether these tokens are the next ones; after a gap the request goes on from the last token it has."""
         num_tokens, num_before = len(flight.token_ids), message.num_before
         if num_before in (-1, num_tokens):
             return True
@@ -246,12 +246,12 @@ class Flights:
             log.warning("tokens are missing", request_id=flight.request_id, num_tokens=num_tokens, at=num_before)
             self._send(Cancel(request_id=flight.request_id), ())
             if not self._goes_on(flight):
-                failure = failure_of(ErrorCode.ENGINE_FAILED, "tokens were lost on their way")
+                failure = failure_of(ErrorCode.ENGINE_FAILED, "tokens were lost on the way")
                 self.fail(flight.request_id, failure)
         return False
 
     def _goes_on(self, flight: Flight) -> bool:
-        """Sends a request again that the broker does not have any more; false where that may not be."""
+        """Sends a request again that the broker no longer has; false if that is not allowed."""
         flight.num_restarts += 1
         if flight.num_restarts > _MAX_RESTARTS or not flight.start_over():
             return False
@@ -259,14 +259,14 @@ class Flights:
         return True
 
     def _on_first(self, flight: Flight) -> None:
-        """The decode workers have begun: its patches are in the cache."""
+        """Notes that the workers have given tokens, so its patches are in the cache."""
         flight.begun = True
         self._beliefs.add(flight.patches)
         if self.held_bytes > self._config.max_held_bytes:
             self._let_go(flight)
 
     def _is_read(self, flight: Flight, num_bytes: int) -> bool:
-        """Whether its client keeps up; one that does not ends here, as vLLM would collect all output for it."""
+        """Whether its client keeps up; if not, the request ends here, since vLLM would collect all output for it."""
         state = self.processor.request_states.get(flight.request_id)
         if state is None or state.queue is None or state.queue.output is None:
             flight.unread_bytes = 0
@@ -279,7 +279,7 @@ class Flights:
     # --- ends
 
     def end(self, request_id: str) -> Flight | None:
-        """Takes a request out of flight; None where it is not in flight."""
+        """Takes a request out of flight; None if it is not in flight."""
         flight = self._flights.pop(request_id, None)
         if flight is not None:
             self._let_go(flight)
@@ -288,7 +288,7 @@ class Flights:
         return flight
 
     def cancel(self, request_id: str, reason: str) -> bool:
-        """Ends a request that nobody waits for any more; false where it is not in flight."""
+        """Ends a request that nobody waits for any more; false if it is not in flight."""
         if self.end(request_id) is None:
             return False
         self._send(Cancel(request_id=request_id, reason=reason), ())
@@ -296,7 +296,7 @@ class Flights:
         return True
 
     def cancel_all(self, request_ids: Iterable[str]) -> int:
-        """Ends those of these that are in flight by `cancelled`, which their callers get; returns how many."""
+        """Ends the ones that are in flight with `cancelled`, which their callers get; returns how many."""
         ids = [request_id for request_id in request_ids if request_id in self._flights]
         for request_id in ids:
             if request_id in self._flights:
@@ -310,12 +310,12 @@ class Flights:
         self.fail(request_id, failure_of(code, message))
 
     def fail_all(self, failure: Failure) -> None:
-        """Ends all requests by `failure`."""
+        """Ends all requests with `failure`."""
         for request_id in list(self._flights):
             self.fail(request_id, failure)
 
     def fail(self, request_id: str, failure: Failure, story: list[StoryEvent] | None = None) -> None:
-        """Ends a request and its siblings by `failure`: their caller gets it, nothing of them stays."""
+        """Ends a request and its siblings with `failure`: their caller gets it, and nothing of them remains."""
         self._stories.close(request_id, "failed", str(failure), story or ())
         flight = self.end(request_id)
         if flight is None:
@@ -341,7 +341,7 @@ class Flights:
         flight.timers[name] = asyncio.get_running_loop().call_later(delay_s, call, flight.request_id)
 
     def _let_go(self, flight: Flight) -> None:
-        """It cannot be sent again from here on."""
+        """Releases what is held to send a request again."""
         if flight.parts is not None:
             flight.parts = None
             self.held_bytes -= flight.num_bytes

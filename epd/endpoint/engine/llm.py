@@ -1,6 +1,6 @@
 """vLLM's `AsyncLLM` with a `PipelineCore` where its engine core would be.
 
-Lives in the endpoint process. Puts it there by patching vLLM's module while that is made; `docs/vllm.md` lists all
+Lives in the endpoint process. Puts it there by patching vLLM's module during construction; `docs/vllm.md` lists all
 places where vLLM is patched. Written against vLLM 0.32 (`vllm.v1.engine.async_llm`).
 """
 
@@ -20,7 +20,7 @@ from epd.endpoint.media.bounds import MediaBounds
 
 
 class PipelineLLM(async_llm.AsyncLLM):
-    """vLLM's `AsyncLLM` over a `PipelineCore`. Make it on the running event loop."""
+    """vLLM's `AsyncLLM` over a `PipelineCore`. Construct it on the running event loop."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class PipelineLLM(async_llm.AsyncLLM):
 
 @contextlib.contextmanager
 def _core_instead_of_processes(core: PipelineCore) -> Iterator[None]:
-    """While inside, `AsyncLLM.__init__` gets `core` where it would start engine processes.
+    """While entered, `AsyncLLM.__init__` gets `core` instead of starting engine processes.
 
     vLLM's constructor has no argument for this. It is synchronous, and nothing else constructs engines in this process.
     """

@@ -1,4 +1,4 @@
-"""What the pipeline has given of a request, as vLLM's engine would have said it.
+"""What the pipeline has given for a request, as vLLM's engine would have said it.
 
 Lives in the endpoint process; pure. A part of the engine client, written against vLLM 0.32 (`vllm.v1.engine`); the
 workers' side is `workers.outputs`.
@@ -14,7 +14,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from epd.messages import RequestOutput
 
 _REASONS = {str(reason): reason for reason in FinishReason}
-# What a plain output takes in memory while nobody reads it, about.
+# Roughly how much memory a plain output takes until it is read.
 _PLAIN_BYTES, _TOKEN_BYTES = 64, 8
 
 
@@ -25,7 +25,7 @@ class OutputReader:
         self._decoder = MsgpackDecoder(EngineCoreOutput)
 
     def read(self, message: RequestOutput, frames: Sequence[bytes]) -> EngineCoreOutput:
-        """An engine output from its opaque frames; where there are none, from token ids and finish reason alone.
+        """An engine output from its opaque frames; without frames, from token ids and finish reason alone.
 
         Raises:
             ValueError, KeyError: it cannot be read.
@@ -38,5 +38,5 @@ class OutputReader:
 
 
 def num_bytes(message: RequestOutput, frames: Sequence[bytes]) -> int:
-    """What an output takes of memory until it is read, about."""
+    """Roughly how much memory an output takes until it is read."""
     return sum(map(len, frames)) if frames else _PLAIN_BYTES + _TOKEN_BYTES * len(message.token_ids)

@@ -1,6 +1,6 @@
 """Questions to the broker that may go unanswered: who waits for which answer, and for how long.
 
-Lives in the endpoint process; owns the futures of those who wait. Pure but for asyncio.
+Lives in the endpoint process; owns the waiters' futures. Pure but for asyncio.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ TIMEOUT_S = 2.0
 
 
 class Questions(Generic[T]):
-    """Waits for answers by key; one answer serves all that wait under its key."""
+    """Waits for answers by key; one answer serves all waiters under its key."""
 
     def __init__(self) -> None:
         self._waiters: dict[str, list[asyncio.Future[T]]] = {}
 
     async def ask(self, key: str, send: Callable[[], object]) -> T | None:
-        """Calls `send` and returns the answer to `key`, or None where none comes within `TIMEOUT_S`."""
+        """Calls `send` and returns the answer to `key`, or None if none comes within `TIMEOUT_S`."""
         waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         (waiters := self._waiters.setdefault(key, [])).append(waiter)
         try:
@@ -36,7 +36,7 @@ class Questions(Generic[T]):
                 del self._waiters[key]
 
     def answer(self, key: str, value: T) -> None:
-        """Gives `value` to all that wait under `key`."""
+        """Gives `value` to all waiters under `key`."""
         for waiter in self._waiters.pop(key, []):
             if not waiter.done():
                 waiter.set_result(value)

@@ -1,9 +1,9 @@
 """Whether a request that has given tokens can go on elsewhere as if nothing had happened.
 
 Lives in the endpoint process; pure. To go on means: prompt and tokens so far become the prompt of a new request, with
-`max_tokens` and `min_tokens` reduced by what was given. That is right where the sampler looks at the sequence as a
-whole, or only at its next position; it is wrong where it looks at the output alone, counts positions, or keeps state
-between steps. Written against vLLM 0.32 (`vllm.sampling_params`, `vllm.v1.sample`, `vllm.v1.core.sched.utils`).
+`max_tokens` and `min_tokens` reduced by what was given. That is right if the sampler looks at the sequence as a whole,
+or only at its next position; it is wrong if it looks at the output alone, counts positions, or keeps state between
+steps. Written against vLLM 0.32 (`vllm.sampling_params`, `vllm.v1.sample`, `vllm.v1.core.sched.utils`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Final
 
 from vllm.sampling_params import SamplingParams, SamplingType
 
-# What the next token's distribution does not depend on, or depends on in the same way wherever prompt and output meet.
+# Parameters on which the next token's distribution does not depend, or not on where prompt and output meet.
 # Stop strings, text and log-probabilities are made in the endpoint, which goes on; a repetition penalty counts prompt
-# and output alike (`apply_repetition_penalties`); `min_tokens` and `max_tokens` are reduced by whoever goes on.
+# and output alike (`apply_repetition_penalties`); whoever goes on reduces `min_tokens` and `max_tokens`.
 HARMLESS: Final = frozenset(
     {
         "repetition_penalty",
@@ -51,7 +51,7 @@ HARMLESS: Final = frozenset(
 # Harmless with this value only. Presence and frequency penalties and bad words look at the output alone, a grammar and
 # a thinking budget keep state, repetition detection and traces count output positions, a watermark hashes its context,
 # rows of prompt log-probabilities and of expert routing must fit the prompt, and nobody knows what plug-ins do with
-# `extra_args`. Of n > 1 each choice is a request of its own with n = 1.
+# `extra_args`. With n > 1 each choice is a separate request with n = 1.
 ONLY: Final[dict[str, tuple[object, ...]]] = {
     "n": (1,),
     "presence_penalty": (0.0,),
@@ -68,15 +68,15 @@ ONLY: Final[dict[str, tuple[object, ...]]] = {
 }
 # Engine options that change what is sampled: prefill workers sample first tokens only if these are the same for both.
 SAMPLER_OPTIONS: Final = ("logits_processors", "logprobs_mode", "max_logprobs")
-# Decided below: a seed gives a sequence of random numbers, of which some are used up; greedy sampling uses none. The
+# Decided below: a seed gives a sequence of random numbers, some of which are used up; greedy sampling uses none. The
 # rows of `prompt_logprob_token_ids` are an array and must fit the prompt.
 DECIDED: Final = frozenset({"seed", "prompt_logprob_token_ids"})
 
 
 def resumable(params: SamplingParams) -> bool:
-    """Whether going on from prompt and tokens is what an undisturbed run would have done.
+    """Whether going on from prompt and tokens gives the same as an undisturbed run.
 
-    For greedy sampling that is the same tokens, for unseeded random sampling the same distribution.
+    For greedy sampling that means the same tokens, for unseeded random sampling the same distribution.
     """
     if params.seed is not None and params.sampling_type != SamplingType.GREEDY:
         return False

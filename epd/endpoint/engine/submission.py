@@ -20,7 +20,7 @@ from epd.messages import Submit
 from epd.multimodal.splitter import Split
 from epd.transport import wire
 
-# vLLM's convolution on a CPU ends the engine where a prompt begins with a step of one token.
+# vLLM's convolution on a CPU ends the engine if a prompt begins with a step of one token.
 _MIN_RECURRENT_TOKENS = 3
 _PREFIX_TOKENS, _MAX_PREFIXES = 256, 32
 _FORBIDDEN_EXTRA_ARGS = ("kv_transfer_params", "ec_transfer_params")
@@ -30,7 +30,7 @@ class PipelineError(GracefulHTTPError):
     """A request that the pipeline refused or could not finish; carries the HTTP status for the client."""
 
     def __init__(self, failure: Failure) -> None:
-        # 499, which is no status to Python, is known to `ExplicitErrors`, which has the last word.
+        # Python does not know the status 499; `ExplicitErrors`, which has the last word, does.
         known = failure.status in HTTPStatus.__members__.values()
         status = HTTPStatus(failure.status) if known else HTTPStatus.BAD_REQUEST
         super().__init__(f"{failure.code}: {failure.message}", status)
@@ -38,7 +38,7 @@ class PipelineError(GracefulHTTPError):
 
 
 def check_request(request: EngineCoreRequest, recurrent: bool = False) -> None:
-    """Refuses what the pipeline would get wrong.
+    """Refuses requests that the pipeline would get wrong.
 
     Args:
         request: the request.
@@ -59,8 +59,8 @@ def check_request(request: EngineCoreRequest, recurrent: bool = False) -> None:
             raise VLLMValidationError(f"{name} are set by the pipeline, not by clients", parameter=name)
     if recurrent:
         _check_recurrent(request)
-    # The last token's logits are the first output's: it must be computed from a token, not from an embedding that
-    # may still be on its way.
+    # The last token's logits give the first output: they must come from a token, not from an embedding that
+    # may still be under way.
     last = len(request.prompt_token_ids) - 1
     for feature in request.mm_features or ():
         if feature.mm_position.offset <= last < feature.mm_position.offset + feature.mm_position.length:
@@ -68,17 +68,17 @@ def check_request(request: EngineCoreRequest, recurrent: bool = False) -> None:
 
 
 def _check_recurrent(request: EngineCoreRequest) -> None:
-    """Prefill leaves out the last token: its state must reach decode without it (`epd.multimodal.recurrent`)."""
+    """Refuses what does not go with a prefill that leaves out the last token (`epd.multimodal.recurrent`)."""
     if wants_prompt_logprobs(request):
-        # vLLM's connector does not leave it out then.
+        # Then vLLM's connector does not leave it out.
         raise VLLMValidationError(
-            "prompt_logprobs are not supported with this model: it has a recurrent state, which decode needs as it is"
-            " before the prompt's last token",
+            "prompt_logprobs are not supported with this model: it has a recurrent state, which decode needs"
+            " as it is before the prompt's last token",
             parameter="prompt_logprobs",
         )
     if len(request.prompt_token_ids or ()) < _MIN_RECURRENT_TOKENS:
         raise VLLMValidationError(
-            f"this model has a recurrent state, and needs a prompt of at least {_MIN_RECURRENT_TOKENS} tokens"
+            f"this model has a recurrent state and needs a prompt of at least {_MIN_RECURRENT_TOKENS} tokens"
         )
 
 

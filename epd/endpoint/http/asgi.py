@@ -31,7 +31,7 @@ Refusal = Callable[[str, str], bytes]
 
 _CHUNK_BYTES = 256 << 10
 _BODILESS = frozenset({204, 304})
-# 2.3, not 2.4: the application is to watch `receive` for the disconnect, as it then notices it between two chunks.
+# 2.3, not 2.4: the application must watch `receive` for the disconnect, so that it notices it between two chunks.
 _ASGI = {"version": "3.0", "spec_version": "2.3"}
 
 
@@ -42,8 +42,8 @@ class AsgiBridge:
         app: the application.
         root_path: where it is mounted, as in ASGI.
         grace_s: how long the application may go on after the client has gone before it is cancelled.
-        retry_after_s: the `Retry-After` given with each 429 and 503 that has none.
-        refusal: the path of a request whose body cannot be read, and why -> the JSON that says so.
+        retry_after_s: the `Retry-After` of each 429 and 503 that has none.
+        refusal: makes the JSON that says that a body cannot be read, from the request's path and the reason.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class AsgiBridge:
         self._idle.set()
 
     def close_connections(self) -> None:
-        """From now on each response is the last on its connection, and says so."""
+        """Makes each response from now on the last on its connection; the response says so."""
         self._last = True
 
     @property
@@ -77,7 +77,7 @@ class AsgiBridge:
         await self._idle.wait()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answers one request; the response is complete or its connection is closed when this returns."""
+        """Answers one request; when this returns, the response is complete or its connection is closed."""
         exchange = _Exchange(request, self._retry_after_s, lambda: self._last)
         scope = self._scope(request)
         self._num_active += 1
@@ -113,7 +113,7 @@ class AsgiBridge:
                 await exchange.fail()
 
     async def _refuse(self, scope: Scope, exchange: _Exchange) -> bool:
-        """Answers for an application that could not read the body; false where that is not so."""
+        """Answers for an application that could not read the body; false if that is not the reason."""
         if not exchange.unreadable or exchange.response is not None:
             return False
         await exchange.answer(400, self._refusal(scope["path"], exchange.unreadable))
@@ -147,7 +147,7 @@ class AsgiBridge:
 
 
 class _Exchange:
-    """The two callables that one run of the application gets, and what has become of its response."""
+    """The two callables that one run of the application gets, and the state of its response."""
 
     def __init__(self, request: web.BaseRequest, retry_after_s: int, is_last: Callable[[], bool]) -> None:
         self._request, self._retry_after_s, self._is_last = request, retry_after_s, is_last
@@ -172,7 +172,7 @@ class _Exchange:
             try:
                 chunk = await self._chunk()
             except (web.RequestPayloadError, EncodingError) as error:
-                # ASGI has no word for it: the application sees a client that has gone.
+                # ASGI has no word for that: to the application, the client has gone.
                 self._body_read, self.unreadable = True, str(error) or "the body cannot be read"
                 return {"type": "http.disconnect"}
             except (ConnectionError, aiohttp.ClientError):
@@ -183,7 +183,7 @@ class _Exchange:
         return {"type": "http.disconnect"}
 
     async def _chunk(self) -> bytes:
-        """The next piece of the body, decoded."""
+        """The next part of the body, decoded."""
         content, decoder = self._request.content, self._decoder
         if decoder is None:
             chunk = await content.read(_CHUNK_BYTES)
@@ -242,16 +242,16 @@ class _Exchange:
         return response
 
     async def answer(self, status: int, body: bytes) -> None:
-        """Answers with JSON, in place of an application of which nothing was sent."""
+        """Answers with JSON in place of an application that has sent nothing."""
         self._start, self.response, self.complete = None, None, False
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
     async def fail(self) -> None:
-        """Ends a response that the application did not: 500 where nothing was sent, else the connection is cut.
+        """Ends a response that the application did not: with 500 if nothing was sent; otherwise the connection is cut.
 
-        A cut connection is what tells the client that the body is not whole.
+        A cut connection tells the client that the body is incomplete.
         """
         if self.response is None:
             body = b'{"error":{"message":"Internal server error","type":"InternalServerError","code":500}}'
@@ -265,7 +265,7 @@ def _refusal(_path: str, message: str) -> bytes:
 
 
 class Lifespan:
-    """Runs an ASGI application's startup on entering and its shutdown on leaving, each once.
+    """Runs an ASGI application's startup on entry and its shutdown on exit, each once.
 
     An application that does not know the lifespan protocol is left alone, as the specification says.
     """

@@ -1,6 +1,7 @@
 """Who may ask: API keys, as OpenAI's clients send them (`Authorization: Bearer`) and as Anthropic's do (`x-api-key`).
 
-Lives in the endpoint process; owns nothing. Pure ASGI, in front of everything else, which sees one way only.
+Lives in the endpoint process; owns nothing. Pure ASGI, in front of everything else, which then sees only one form of
+key.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from epd.endpoint.http.asgi import App, Receive, Scope, Send
 from epd.endpoint.http.failures import failure_of, send_failure
 from epd.errors import ErrorCode
 
-# What anyone may read of a server that asks for keys.
+# What anyone may read, even if the server asks for keys.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/debug/held", "/ping", "/version", "/load"})
 _REFUSED = failure_of(ErrorCode.UNAUTHORIZED, "missing or wrong API key")
 
 
 class ApiKeys:
-    """ASGI middleware: asks for a key on every path but those that monitoring reads; vLLM guards only /v1 and its like.
+    """ASGI middleware: asks for a key on every path except those of monitoring; vLLM guards only /v1 and the like.
 
     Args:
         app: the application; it gets the key as a bearer token, whichever way it came.
-        keys: those that are taken.
+        keys: the valid ones.
     """
 
     def __init__(self, app: App, keys: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
-"""Bounds what all request bodies take of memory together: who comes when it is full is asked to come back.
+"""Bounds the memory that all request bodies take together: a request that finds it full is told to come back.
 
 Lives in the endpoint process, as an ASGI middleware around the limits of single requests. A body counts from its first
-byte to the end of its exchange, as its handler may keep it. Pure ASGI, no vLLM.
+byte to the end of its exchange, since its handler may keep it. Pure ASGI, no vLLM.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from epd.errors import ErrorCode
 
 
 class _FullError(Exception):
-    """There is no room for more of this body."""
+    """There is no room for the rest of this body."""
 
 
 class Bodies:
@@ -28,7 +28,7 @@ class Bodies:
         self.num_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the application, or answers 503 where its body would be too much."""
+        """Runs the application, or answers 503 if its body would be too much."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -58,7 +58,7 @@ class Bodies:
             if has_answered:
                 raise
             path = scope["path"].removeprefix(scope.get("root_path", ""))
-            text = f"the requests under way have {self.num_bytes} bytes already"
+            text = f"the bodies of current requests already take {self.num_bytes} bytes"
             await send_failure(send, path, failure_of(ErrorCode.OVERLOADED, text))
         finally:
             self.num_bytes -= taken

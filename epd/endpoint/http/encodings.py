@@ -1,4 +1,4 @@
-"""Bodies that come compressed: undone piece by piece, so that a small one cannot become large at once.
+"""Decompresses request bodies piece by piece, so that a small one cannot become large at once.
 
 Lives in the endpoint process; pure.
 """
@@ -29,19 +29,19 @@ class Decoder:
 
     @property
     def has_more(self) -> bool:
-        """Whether there may be output already without further input."""
+        """Whether there may be output without further input."""
         return bool(self._rest) or self._may_have_more
 
     def feed(self, data: bytes, most: int) -> bytes:
-        """What comes of further input, at most `most` bytes of it: the others by the next calls.
+        """The output of further input, at most `most` bytes; later calls return the rest.
 
         Raises:
-            EncodingError: it is not encoded so.
+            EncodingError: the input is not in this encoding.
         """
         data, self._rest = self._rest + data, b""
         if not data and self._inflate is None:
             return b""
-        if self._inflate is None or (self._inflate.eof and data):  # gzip may be of several members
+        if self._inflate is None or (self._inflate.eof and data):  # gzip may have several members
             self._inflate = zlib.decompressobj(self._kind_of(data))
         try:
             piece = self._inflate.decompress(data, most)
@@ -52,7 +52,7 @@ class Decoder:
         return piece
 
     def finish(self) -> None:
-        """There is no more input.
+        """Ends the input.
 
         Raises:
             EncodingError: the end is missing.
@@ -63,4 +63,4 @@ class Decoder:
     def _kind_of(self, data: bytes) -> int:
         if self._encoding != "deflate":
             return _GZIP
-        return _ZLIB if data[0] & 15 == 8 else _RAW  # many leave zlib's header out
+        return _ZLIB if data[0] & 15 == 8 else _RAW  # many clients omit zlib's header

@@ -1,6 +1,6 @@
-"""One HTTP request and its answer, as far as the rest of the endpoint has to do with it.
+"""One HTTP request and its answer, as the rest of the endpoint sees them.
 
-Lives in the endpoint process; plain values, and the context variable by which whatever serves a request finds its own.
+Lives in the endpoint process; plain values, and the context variable through which code finds the current exchange.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ SCOPE_KEY = "epd.exchange"
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Part:
-    """One request of the pipeline, of those that an exchange has made, as far as it has come.
+    """One of the pipeline's requests that an exchange has made, and how far it has come.
 
     Attributes:
         request_id: the pipeline's id.
         client_id: the id that the client knows.
-        num_prompt_tokens: of its prompt; `num_cached_tokens` of them were computed before, -1 while nobody has said so.
-        num_patches: of its media.
-        num_output_tokens: that have come.
-        first_at: when the first of them came, on the monotonic clock; 0 before.
+        num_prompt_tokens: tokens of its prompt, of which `num_cached_tokens` were cached (-1 while that is unknown).
+        num_patches: patches of its media.
+        num_output_tokens: how many have come.
+        first_at: when the first of them came, on the monotonic clock; 0 before that.
     """
 
     request_id: str
@@ -47,13 +47,13 @@ class Exchange:
     """One HTTP request and its answer.
 
     Attributes:
-        owner: a digest of the API key that it came with, or nothing.
+        owner: a digest of its API key, or nothing.
         name: its `X-Request-Id`.
         failure: why it fails; the first reason stays.
-        has_submitted: whether anything of it has been given to the pipeline.
-        has_own_options: whether it chose how its media are processed; the encoder may not take what comes of that.
+        has_submitted: whether anything of it was given to the pipeline.
+        has_own_options: whether it chose how its media are processed; the encoder may refuse the result.
         began_at: when it came, on the monotonic clock.
-        parts: what it has made of requests of the pipeline.
+        parts: the pipeline's requests that it has made.
     """
 
     def __init__(self, owner: str = "", name: str = "") -> None:
@@ -64,7 +64,7 @@ class Exchange:
         self.parts: list[Part] = []
 
     def note(self, failure: Failure) -> None:
-        """It fails by this, unless it does already."""
+        """Notes why it fails, unless it has failed already."""
         if failure.code == ErrorCode.ENCODE_FAILED and self.has_own_options:
             text = "the model cannot encode what the request's mm_processor_kwargs make of its media"
             told, code = f"{text}: {failure.message}", ErrorCode.INVALID_REQUEST

@@ -1,8 +1,8 @@
-"""Why a request failed, and how an HTTP client is told: a status where there is still time, else an error event.
+"""Why a request failed, and how an HTTP client is told: by a status while there is time, else by an error event.
 
-Lives in the endpoint process; owns nothing. The engine client notes the failure of a request on the HTTP exchange
-it belongs to (a context variable); `ExplicitErrors` then makes the answer say so whatever vLLM's handlers made of the
-exception. Pure ASGI, no vLLM.
+Lives in the endpoint process; owns nothing. The engine client notes the failure of a request on its HTTP exchange
+(a context variable); `ExplicitErrors` then makes the answer say so, whatever vLLM's handlers made of the exception.
+Pure ASGI, no vLLM.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ RETRY_AFTER_S = 1.0
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a request ended without an answer.
 
-    `code` is a stable word, `status` the HTTP status, `retry_after_s` > 0 where it helps. Ours are made by `failure_of`
-    of an `epd.errors.ErrorCode`; only what others have said (vLLM, the broker) is made otherwise.
+    `code` is a stable word, `status` the HTTP status, `retry_after_s` > 0 if trying again may help. Ours are made by
+    `failure_of` from an `epd.errors.ErrorCode`; only those that others report (vLLM, the broker) are made directly.
     """
 
     code: str
@@ -42,7 +42,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.code}: {self.message}"
 
     def body(self, path: str) -> dict[str, Any]:
-        """The JSON body in the shape that the clients of `path` expect: Anthropic's on /v1/messages, else OpenAI's.
+        """The JSON body in the shape that clients of `path` expect: Anthropic's on /v1/messages, else OpenAI's.
 
         As in vLLM, `code` is the HTTP status; the stable word is `type`.
         """
@@ -52,7 +52,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         return {"error": error}
 
     def event(self, path: str) -> bytes:
-        """The server-sent event that ends a stream of `path` which has begun."""
+        """The server-sent event that ends a stream of `path` that has begun."""
         if is_anthropic(path):
             return f"event: error\ndata: {json.dumps(self.body(path))}\n\n".encode()
         if path.startswith("/v1/responses"):
@@ -62,11 +62,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def failure_of(code: ErrorCode, message: str, retry_after_s: float = RETRY_AFTER_S) -> Failure:
-    """A failure with its code's own status; `retry_after_s` is told where trying again may help."""
+    """A failure with its code's status; `retry_after_s` is told if trying again may help."""
     return Failure(code=code, message=message, status=code.status, retry_after_s=retry_after_s if code.retry else 0.0)
 
 
-# Anthropic's own words for what every server says.
+# Anthropic's own words for common errors.
 _OWN_WORDS: dict[str, str] = {ErrorCode.UNAUTHORIZED: "authentication_error"}
 _WORDS_BY_STATUS = {
     401: "authentication_error",
@@ -76,7 +76,7 @@ _WORDS_BY_STATUS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-# What vLLM's handlers write when a stream fails, of the three APIs.
+# What vLLM's handlers write when a stream fails, in the three APIs.
 _ERROR_EVENTS = (b"event: error", b'data: {"error"')
 _NAME_BYTES = 8
 _OF_BODY = frozenset({b"content-type", b"content-length"})
@@ -89,7 +89,7 @@ def is_anthropic(path: str) -> bool:
 
 
 async def send_failure(send: Send, path: str, failure: Failure, kept: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    """Answers with `failure` as a whole response; `kept` are the headers of one it takes the place of."""
+    """Answers with `failure` as a whole response; `kept` are the headers of the response that it replaces."""
     body = json.dumps(failure.body(path)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name, value) for name, value in kept if name.lower() not in _OWN_HEADERS]
@@ -100,10 +100,10 @@ async def send_failure(send: Send, path: str, failure: Failure, kept: Iterable[t
 
 
 class ExplicitErrors:
-    """ASGI middleware: a failed request is answered by its status, or by an error event once a stream has begun.
+    """ASGI middleware: answers a failed request with its status, or with an error event once a stream has begun.
 
     vLLM answers every stream with 200 and puts whatever happens later into the stream. Here the start of an event
-    stream is held back until its first bytes, so that a failure before them is still a status.
+    stream is held back until its first bytes, so that a failure before them can still be a status.
 
     Args:
         app: the application.
@@ -127,14 +127,14 @@ class ExplicitErrors:
         except Exception as error:
             if not answer.can_explain():
                 raise
-            log.warning("a stream ended by an exception", path=answer.path, error=repr(error))
+            log.warning("a stream was ended by an exception", path=answer.path, error=repr(error))
             await answer.explain()
         finally:
             current_exchange.reset(token)
 
 
 def _named(scope: Scope) -> str:
-    """The request's `X-Request-Id`; one that has none is given one, which vLLM then makes its ids from."""
+    """The request's `X-Request-Id`; without one it gets one, from which vLLM then makes its ids."""
     given: bytes = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
     if not given:
         given = secrets.token_hex(_NAME_BYTES).encode()
@@ -144,7 +144,7 @@ def _named(scope: Scope) -> str:
 
 
 def in_anthropics_shape(status: int, body: bytes) -> bytes:
-    """An error's body as Anthropic's clients read it; one that has that shape is left as it is."""
+    """An error's body as Anthropic's clients read it; left as it is if it has that shape already."""
     try:
         told = json.loads(body)
     except ValueError:
@@ -159,12 +159,12 @@ def in_anthropics_shape(status: int, body: bytes) -> bytes:
 
 
 class _Answer:
-    """What has been sent of one response; `replaced` once ours stands for the application's."""
+    """What was sent of one response; `replaced` once ours takes the place of the application's."""
 
     def __init__(self, path: str, send: Send, exchange: Exchange) -> None:
         self.path, self._send, self.exchange = path, send, exchange
         self._held: Message | None = None
-        self._error: list[bytes] | None = None  # what has come of an error that is to be told in another shape
+        self._error: list[bytes] | None = None  # the parts of an error that is to be told in another shape
         self._is_stream = self._ended = self._replaced = False
 
     async def send(self, message: Message) -> None:
@@ -224,11 +224,11 @@ class _Answer:
         await send_failure(self._send, self.path, failure, start.get("headers", ()))
 
     def can_explain(self) -> bool:
-        """Whether an exception of the application leaves an event stream open."""
+        """Whether the application's exception leaves an event stream open."""
         return self._is_stream and not self._ended and not self._replaced
 
     async def explain(self) -> None:
-        """Ends the stream, or what was to become one, by the reason."""
+        """Ends the stream, or what was to become one, with the reason."""
         failure = self.exchange.failure or failure_of(ErrorCode.ENGINE_FAILED, "internal server error")
         if self._held is not None:
             await self._replace(failure, self._held)

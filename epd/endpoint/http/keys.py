@@ -1,4 +1,4 @@
-"""Whose request this is: what is told of an API key without telling the key.
+"""Whose request this is: what may be said of an API key without revealing it.
 
 Lives in the endpoint process; pure.
 """
@@ -13,7 +13,7 @@ _TENANT_CHARS = 16
 
 
 def owner_of(scope: Scope, *, has_keys: bool) -> str:
-    """A digest of the API key that a request came with; nothing where clients have no keys."""
+    """A digest of a request's API key; nothing if clients have no keys."""
     if not has_keys:
         return ""
     header: bytes = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
@@ -21,5 +21,5 @@ def owner_of(scope: Scope, *, has_keys: bool) -> str:
 
 
 def tenant_of(owner: str, cache_salt: str | None) -> str:
-    """Whose a request is, for fairness: its key's digest, shortened, or its `cache_salt`, or nobody's."""
+    """Whose request it is, for fairness: its key's digest, shortened, or its `cache_salt`, or nobody's."""
     return owner[:_TENANT_CHARS] or cache_salt or ""

@@ -1,9 +1,9 @@
 """Refuses bad input with a reason before any engine or decoder sees it.
 
 Lives in the endpoint process, as an ASGI middleware inside vLLM's own (so that a client without a key is refused
-first). Bodies are bounded, JSON must parse, and every picture, video and sound in it must be one that may be opened:
-its address allowed, its header read (`probing.py`), its size bounded. Nothing is decoded here; what turns out to be
-damaged when it is decoded is answered with 400, too.
+first). Bodies are bounded, JSON must parse, and every picture, video and sound in it must be fit to be opened: its
+address allowed, its header readable (`probing.py`), its size bounded. Nothing is decoded here; media that turn out to
+be damaged when they are decoded are answered with 400, too.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Limits:
     """ASGI middleware that reads and checks the body of every request that has one.
 
     Args:
-        app: what to call with a request that is fine.
-        bounds: of bodies and media.
+        app: what to call with a request that passes.
+        bounds: for bodies and media.
         resolve: host name -> its addresses, for tests.
-        find_media: who asks, and an id -> the kept picture that `epd-media://ID` stands for.
+        find_media: from an owner and an id to the kept picture that `epd-media://ID` stands for.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Limits:
         except RefusedError as error:
             await send_failure(send, path, error.failure)
             return
-        # What the request refers to is held by it from here on, whenever that expires.
+        # From here on the request holds what it refers to, whenever that expires.
         token = current_media.set(kept)
         try:
             with self._bounds.budget.share():
@@ -91,7 +91,7 @@ class Limits:
             current_media.reset(token)
 
     async def _check(self, scope: Scope, media: list[Medium]) -> dict[str, StoredPicture]:
-        """The kept pictures among `media`, by their ids; files are looked at in a thread, where they hold up nobody."""
+        """The kept pictures among `media`, by id; files are checked in a thread, where they hold up nobody."""
         kept: dict[str, StoredPicture] = {}
         others = []
         for kind, url in media:
@@ -108,7 +108,7 @@ class Limits:
         return kept
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None where the client went away before its end."""
+        """The whole body, or None if the client went away before its end."""
         limit = self._config.max_body_bytes
         declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > limit:
@@ -129,12 +129,12 @@ class Limits:
 
 
 def as_utf8(body: bytes) -> bytes:
-    """A JSON body in UTF-8 and without a byte order mark, whichever of JSON's encodings it came in.
+    """A JSON body as UTF-8 without a byte order mark, whichever of JSON's encodings it came in.
 
     Raises:
-        RefusedError: it is not in the encoding that it begins as.
+        RefusedError: it is not in the encoding that its first bytes show.
     """
-    if body[:1] in (b"{", b"[") and body[1:2] != b"\0":  # nearly all
+    if body[:1] in (b"{", b"[") and body[1:2] != b"\0":  # nearly all bodies
         return body
     encoding = json.detect_encoding(body)
     if encoding == "utf-8":
@@ -146,11 +146,11 @@ def as_utf8(body: bytes) -> bytes:
 
 
 def read_json(body: bytes) -> Any:
-    """A JSON body; no garbage is collected meanwhile: deep inside of a nested body, finalizers would have no stack.
+    """A JSON body; garbage is not collected meanwhile: deep inside a nested body, finalizers would have no stack left.
 
     Raises:
-        msgspec.DecodeError: it is none.
-        UnicodeError: a string in it is no UTF-8.
+        msgspec.DecodeError: it is not JSON.
+        UnicodeError: a string in it is not UTF-8.
         RecursionError: it is nested too deeply.
     """
     collects = gc.isenabled()
@@ -166,11 +166,11 @@ def media_of(path: str, body: bytes, config: EndpointConfig) -> list[Medium]:
     """The (kind, address) of each picture, video and sound of a JSON body; nothing is opened.
 
     Raises:
-        RefusedError: it is no JSON, or has too many or what is not known.
+        RefusedError: it is not JSON, or has too many media or unknown ones.
     """
     try:
         data = read_json(body)
-    except (msgspec.DecodeError, UnicodeError) as error:  # the latter for strings that are no UTF-8
+    except (msgspec.DecodeError, UnicodeError) as error:  # the latter for strings that are not UTF-8
         raise RefusedError(ErrorCode.INVALID_JSON, f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise RefusedError(ErrorCode.INVALID_JSON, "the body is nested too deeply") from None
@@ -186,7 +186,7 @@ def media_of(path: str, body: bytes, config: EndpointConfig) -> list[Medium]:
 
 
 def check_all(media: Iterable[Medium], config: EndpointConfig, resolve: Resolve) -> None:
-    """Checks the addresses of a request's media and the headers of the files that they carry; blocking.
+    """Checks the addresses of a request's media and the headers of the files that they carry; blocks.
 
     Raises:
         RefusedError: with the reason.
@@ -198,13 +198,13 @@ def check_all(media: Iterable[Medium], config: EndpointConfig, resolve: Resolve)
 
 
 def media_not_found(media_id: str) -> RefusedError:
-    """The answer for an id that is unknown, has expired or is another's."""
+    """The answer for an id that is unknown, has expired or belongs to another key."""
     text = f"no picture {media_id[:64]!r} is kept here; it may have expired: upload it again, or send it"
     return RefusedError(ErrorCode.MEDIA_NOT_FOUND, text)
 
 
 def check_upload(content: bytes, config: EndpointConfig) -> None:
-    """Checks the body of an upload, which is a picture's file.
+    """Checks the body of an upload, which must be a picture's file.
 
     Raises:
         RefusedError: with the reason.
@@ -226,7 +226,7 @@ def _is_json(scope: Scope) -> bool:
 
 
 def _check_encoding(scope: Scope) -> None:
-    """The server has undone the encodings that it knows."""
+    """Refuses encodings that the server has not undone already."""
     encoding: bytes = next((v for k, v in scope["headers"] if k == b"content-encoding"), b"").strip().lower()
     if encoding not in (b"", b"identity") and encoding.decode("latin-1") not in encodings.KNOWN:
         text = f"Content-Encoding {encoding[:64].decode('latin-1')!r} is not supported; gzip and deflate are"
@@ -238,7 +238,7 @@ def _too_large(size: int, limit: int) -> RefusedError:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body that was read, then whatever comes."""
+    """A `receive` that gives the body that was read, then whatever follows."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,7 +1,7 @@
 """The aiohttp server under the ASGI bridge: which requests it reads, and what it answers to those it cannot read.
 
-Lives in the endpoint process; owns nothing. Request lines and headers are taken as browsers and gateways send them;
-what is no HTTP, or too large, is answered in the API's own shape. Knows nothing of vLLM.
+Lives in the endpoint process; owns nothing. Request lines and headers are accepted as browsers and gateways send
+them; what is not HTTP, or too large, is answered in the API's own shape. Knows nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from epd.errors import ErrorCode
 
 log = structlog.get_logger()
 
-# Of the request line and of each header; of them in number; of all headers together.
+# For the request line and each header; for the number of headers; for all headers together.
 _MAX_FIELD_BYTES = 64 << 10
 _MAX_HEADERS = 256
 _MAX_HEADER_BYTES = 128 << 10
@@ -35,9 +35,9 @@ class _Protocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what cannot be read, or to what our code has raised; the last one on its connection."""
+        """The answer to what cannot be read, or to an exception of our code; the last one on its connection."""
         if request.writer.output_size > 0:
-            raise ConnectionError("a part of the answer is sent already")
+            raise ConnectionError("part of the answer was sent already")
         if status >= 500:
             log.error("a request could not be handled", exc_info=exc)
             return _refusal(failure_of(ErrorCode.ENGINE_FAILED, "internal server error"))
@@ -55,7 +55,7 @@ class _Server(web.Server):
 
 
 def runner_of(bridge: AsgiBridge, shutdown_timeout_s: float) -> web.ServerRunner:
-    """What runs `bridge` once it is set up and has a site; needs the running event loop."""
+    """A runner that serves `bridge` once it is set up and has a site; needs the running event loop."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         num_bytes = sum(len(name) + len(value) for name, value in request.raw_headers)
@@ -65,7 +65,7 @@ def runner_of(bridge: AsgiBridge, shutdown_timeout_s: float) -> web.ServerRunner
         expected = request.headers.get("Expect", "").lower()
         if expected == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # that was no answer yet
+            request.writer.output_size = 0  # that was not the answer yet
         elif expected:
             text = f"Expect: {expected[:64]} is not supported"
             return _refusal(failure_of(ErrorCode.EXPECTATION_FAILED, text))

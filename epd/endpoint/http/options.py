@@ -21,7 +21,7 @@ from epd.endpoint.engine.adapters import check_options
 from epd.errors import one_line
 from epd.multimodal.positions import UnsupportedModelError, positions_for
 
-# These choose how vLLM would start processes and sockets; here that is the pipeline's business.
+# These say how vLLM would start processes and sockets; here that is the pipeline's business.
 _NOT_OURS = ("headless", "api_server_count", "grpc", "uds", "data_parallel_size", "host", "port", "model")
 
 
@@ -29,7 +29,7 @@ class _Parser(FlexibleArgumentParser):
     """vLLM's parser, with errors as exceptions."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of ending the process."""
+        """Raises an exception instead of ending the process."""
         raise ConfigError(f"vLLM options: {message}")
 
 
@@ -37,7 +37,7 @@ def serve_args(config: Config) -> argparse.Namespace:
     """The arguments that `vllm serve` would have for this configuration.
 
     Raises:
-        ConfigError: an option that vLLM does not know or that is not the endpoint's to set.
+        ConfigError: vLLM does not know an option, or it is not the endpoint's to set.
     """
     if not config.model:
         raise ConfigError("model: not set")
@@ -47,7 +47,7 @@ def serve_args(config: Config) -> argparse.Namespace:
     wrong = sorted(set(_NOT_OURS) & set(options))
     if wrong:
         raise ConfigError(f"[endpoint.serve] and [engine] cannot set {', '.join(wrong)}")
-    # "lru" only counts what there is; the cache itself is `epd.endpoint.media.processor_cache`, of the user's size.
+    # "lru" only counts what is cached; the cache itself is `epd.endpoint.media.processor_cache`, of the user's size.
     options |= {"model": config.model, "mm_processor_cache_type": "lru"}
     if config.served_model_name:
         options["served_model_name"] = [config.served_model_name]
@@ -68,10 +68,10 @@ def serve_args(config: Config) -> argparse.Namespace:
 
 
 def vllm_config_of(args: argparse.Namespace) -> VllmConfig:
-    """VLLM's configuration, for a model that the pipeline can serve.
+    """The vLLM configuration for a model that the pipeline can serve.
 
     Raises:
-        ConfigError: the model, or a feature that is switched on, is not one of those.
+        ConfigError: it cannot serve the model, or a feature that is turned on.
     """
     try:
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()

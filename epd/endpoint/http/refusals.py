@@ -1,4 +1,4 @@
-"""The answer to a request that is refused before anything of it was done.
+"""The answer to a request that is refused before anything was done for it.
 
 Lives in the endpoint process; pure.
 """

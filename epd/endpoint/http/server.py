@@ -38,6 +38,7 @@ from epd.endpoint.http.limits import Limits
 from epd.endpoint.http.listening import runner_of
 from epd.endpoint.http.options import serve_args, vllm_config_of
 from epd.endpoint.http.unreadable import UnreadableInput, unreadable_body
+from epd.endpoint.media import connector
 from epd.endpoint.media.bounds import MediaBounds
 from epd.endpoint.media.routes import MediaRoutes
 from epd.endpoint.ops import metrics, readiness
@@ -57,7 +58,7 @@ _REQUEST_LOGGERS = ("vllm.entrypoints.serve.utils.request_logger", "vllm.v1.engi
 
 
 class Endpoint:
-    """The endpoint while it is entered as an async context manager: listening, and registered as soon as it can be.
+    """The endpoint as an async context manager: while entered, it listens, and is registered as soon as possible.
 
     Args:
         config: the pipeline's configuration.
@@ -90,6 +91,7 @@ class Endpoint:
             )
             stack.callback(llm.shutdown)
             stack.callback(self._bounds.close)
+            stack.push_async_callback(connector.close)
             self._watch(llm.output_handler)
             app = await self._app(args, llm)
             await stack.enter_async_context(Lifespan(app))
@@ -131,7 +133,7 @@ class Endpoint:
         return held | {"exchanges": self.bridge.num_active}
 
     async def _warm_up(self, *, has_tls: bool) -> None:
-        """Once the pipeline is complete, has a request go through every prefill and decode worker."""
+        """Once the pipeline is complete, sends a request through every prefill and decode worker."""
         if self.warming and not has_tls:
             while readiness.missing(msgspec.structs.replace(self.view(), warming=False)):
                 self.core.status_changed.clear()
@@ -144,10 +146,10 @@ class Endpoint:
         self.warming = False
 
     async def drain(self, timeout_s: float) -> None:
-        """Takes no new requests, lets those under way end; what has not after `timeout_s` fails with 503.
+        """Takes no new requests and lets current ones end; those that have not after `timeout_s` fail with 503.
 
-        Where the listening socket is somebody else's, new connections wait in it for the next endpoint, and those that
-        are idle are closed; else new requests are answered with 503.
+        If somebody else owns the listening socket, new connections wait in it for the next endpoint, and idle ones are
+        closed; otherwise new requests are answered with 503.
         """
         if self._successor:
             await self._site.stop()
@@ -181,16 +183,16 @@ class Endpoint:
         app.user_middleware.append(Middleware(Limits, bounds=self._bounds, find_media=media.find))
         app.user_middleware.append(Middleware(UnreadableInput))
         drop_http(prometheus_client.REGISTRY)
-        app.middleware_stack = app.build_middleware_stack()  # build_app has built it already
+        app.middleware_stack = app.build_middleware_stack()  # build_app has built one already
         try:
             await init_app_state(llm, app.state, args, _TASKS)
-        except ValueError as error:  # such as an adapter that cannot be served
+        except ValueError as error:  # for example an adapter that cannot be served
             raise ConfigError(str(error)) from error
         app.state.server = _Uvicorn(self.died)
         return app
 
     def _around(self, app: App, args: argparse.Namespace) -> App:
-        """What stands in front of vLLM's application, the innermost first."""
+        """The middleware in front of vLLM's application, the innermost first."""
         keys = self._config.endpoint.api_keys
         app = ExplicitErrors(app, has_keys=bool(keys))
         if keys:
@@ -215,12 +217,12 @@ class Endpoint:
         self.port = runner.addresses[0][1]
 
     def _watch(self, output_handler: asyncio.Task[None]) -> None:
-        """VLLM's output handler runs for ever; when it has ended, no request can."""
+        """Watches vLLM's output handler, which runs for ever; once it has ended, no request can end."""
         output_handler.add_done_callback(lambda _: self.died.set())
 
 
 class _Uvicorn:
-    """What vLLM's error handlers take for their server: they ask it to exit when the engine is dead."""
+    """What vLLM's error handlers take to be their server: they ask it to exit when the engine is dead."""
 
     def __init__(self, died: asyncio.Event) -> None:
         self._died = died

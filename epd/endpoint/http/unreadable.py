@@ -1,8 +1,8 @@
-"""Input that makes vLLM's handlers raise where they should refuse it: answered by 400, not as an error of the server.
+"""Input that makes vLLM's handlers raise where they should refuse it: answered with 400, not as a server error.
 
-Lives in the endpoint process, as the innermost ASGI middleware. An exception of Python's own, before anything of the
-request was submitted and any byte of the answer was sent, comes from parsing or rendering what the client sent, such
-as a tool call that is no object. It is logged with its place, so that a fault of ours does not hide here.
+Lives in the endpoint process, as the innermost ASGI middleware. One of Python's own exceptions, before anything was
+submitted and any byte of the answer was sent, comes from parsing or rendering what the client sent, such as a tool call
+that is not an object. It is logged with its place, so that a bug of ours does not hide here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from epd.errors import ErrorCode
 
 log = structlog.get_logger()
 
-# What code raises that takes one kind of value for another; not what the system or its memory is the reason of.
+# What code raises that takes one kind of value for another; not what the system or its memory causes.
 _BY_INPUT = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class UnreadableInput:
-    """ASGI middleware that answers for handlers that stumble over their input."""
+    """ASGI middleware that answers for handlers that fail on their input."""
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the application; answers 400 where it raises because of what it was sent."""
+        """Runs the application; answers 400 if it raises because of what it was sent."""
         exchange = current_exchange.get()
         if scope["type"] != "http" or exchange is None:
             await self._app(scope, receive, send)
@@ -57,7 +57,7 @@ class UnreadableInput:
 
 
 def unreadable_body(path: str, reason: str) -> bytes:
-    """The JSON of a refusal of a body that cannot be read as what its headers say that it is."""
-    text = " ".join((reason.partition("message:")[2] or reason).split())  # aiohttp puts a status before it
+    """The JSON that refuses a body that is not what its headers say."""
+    text = " ".join((reason.partition("message:")[2] or reason).split())  # aiohttp puts a status in front
     failure = failure_of(ErrorCode.INVALID_BODY, f"the body cannot be read: {text[:200]}")
     return json.dumps(failure.body(path)).encode()

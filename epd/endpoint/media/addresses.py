@@ -1,4 +1,4 @@
-"""What an address of a medium may be, and the file that it carries.
+"""What the address of a medium may be, and the file that it carries.
 
 Lives in the endpoint process, mostly in threads: names are resolved and files of allowed folders are read; owns
 nothing. Both ways of media use it: the limits of bodies, before anything of a request is opened, and vLLM's way from
@@ -26,10 +26,10 @@ Resolve = Callable[[str], list[str]]
 
 
 def check_media(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -> int:
-    """Checks one address and, where it carries a file, the file's header.
+    """Checks one address and, if it carries a file, the file's header.
 
     Returns:
-        How many bytes the medium takes when it is decoded, at most; 0 where it must be fetched to be known.
+        How many bytes the medium takes at most when decoded; 0 if it must be fetched to know that.
 
     Raises:
         RefusedError: with the reason.
@@ -41,7 +41,7 @@ def check_media(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -
 
 
 def check_file(kind: str, content: bytes, config: EndpointConfig) -> int:
-    """Checks the header of a file; returns how many bytes it takes when it is decoded, at most.
+    """Checks the header of a file; returns how many bytes it takes at most when decoded.
 
     Raises:
         RefusedError: with the reason.
@@ -50,7 +50,7 @@ def check_file(kind: str, content: bytes, config: EndpointConfig) -> int:
 
 
 def file_at(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -> bytes | None:
-    """Checks one address; the file that it carries or names, or None where it must be fetched.
+    """Checks one address; returns the file that it carries or names, or None if it must be fetched.
 
     Raises:
         RefusedError: with the reason.
@@ -67,7 +67,7 @@ def file_at(kind: str, url: str, config: EndpointConfig, resolve: Resolve) -> by
 
 
 def frames_of(url: str) -> str | None:
-    """What a `video/jpeg` data URL holds: JPEG files in base64 with commas between. None: it is none."""
+    """The contents of a `video/jpeg` data URL: JPEG files in base64, separated by commas. None for other addresses."""
     header, _, data = url.partition(",")
     scheme, _, rest = header.partition(":")
     is_frames = scheme.strip().lower() == "data" and rest.partition(";")[0].lower() == JPEG_FRAMES
@@ -75,12 +75,12 @@ def frames_of(url: str) -> str | None:
 
 
 def addresses_of(host: str) -> list[str]:
-    """The addresses that a host name stands for; blocking."""
+    """The addresses that a host name stands for; blocks."""
     return [str(found[4][0]) for found in socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)]
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the Internet's, not of this host or its networks."""
+    """Whether an IP address is on the public Internet, not of this host or its networks."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
     return ip.is_global and not ip.is_multicast and (mapped is None or mapped.is_global)

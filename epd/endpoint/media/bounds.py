@@ -22,13 +22,13 @@ Result = TypeVar("Result")
 
 
 class MediaBounds:
-    """The bounds of one endpoint.
+    """The limits of one endpoint.
 
     Args:
         config: the endpoint's.
 
     Attributes:
-        is_processed: whether a picture whose pixels are called so needs not be decoded any more.
+        is_processed: whether a picture whose pixels have this name need not be decoded any more.
     """
 
     def __init__(self, config: EndpointConfig) -> None:
@@ -42,20 +42,20 @@ class MediaBounds:
         """Opens, checks or decodes one medium in a thread.
 
         Raises:
-            RefusedError: it takes too long, or too many that did are still running.
+            RefusedError: it takes too long, or too many calls that did are still running.
         """
         return await self._run(self._opening, function, *args)
 
     async def process(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Has the model's processor look at the media of one request, one request after the other.
+        """Runs the model's processor on the media of one request; one request at a time.
 
         Raises:
-            RefusedError: as `run`.
+            RefusedError: as for `run`.
         """
         return await self._run(self._processing, function, *args)
 
     def held(self) -> dict[str, int]:
-        """What is held now, by kind: bytes of decoded media, and calls that were given up and are still running."""
+        """What is held now, by kind: bytes of decoded media, and calls that were given up but are still running."""
         num_stuck = self._opening.num_stuck + self._processing.num_stuck
         return {"decoded_media_bytes": self.budget.num_bytes, "stuck_media_threads": num_stuck}
 
@@ -75,6 +75,6 @@ class MediaBounds:
 
 
 def media_timeout(config: EndpointConfig) -> RefusedError:
-    """The answer to a request whose media take too long."""
+    """The answer to a request whose media take too much time."""
     text = f"a medium could not be fetched, decoded or processed within {config.media_timeout_s:g} s"
     return RefusedError(ErrorCode.MEDIA_TIMEOUT, text)

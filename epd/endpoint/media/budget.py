@@ -1,8 +1,8 @@
-"""Bounds what decoded media take of memory together: who comes when it is full waits for its turn.
+"""Bounds the memory that all decoded media take together: a request that finds it full waits for its turn.
 
-Lives in the endpoint process, on its event loop; owns the count. What counts is what a medium takes when it is
-decoded: three bytes a pixel, four a sample. A request may always have all its media, so that two of them never wait
-for each other: the one that began first is never kept waiting. So the bound may be exceeded by one request's share.
+Lives in the endpoint process, on its event loop; owns the count. A medium counts with what it takes when
+decoded: three bytes a pixel, four a sample. The request that began first never waits, so that two requests that each
+hold a part of their media cannot wait for each other. So one request's share may exceed the bound.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _WAIT_S = 60.0
 
 
 class Share:
-    """What one request has of the budget.
+    """One request's share of the budget.
 
     Attributes:
         num_asked: the bytes of all its media so far, decoded or not.
-        taken: the bytes of those that it holds, by what they are for.
+        taken: the bytes of the media that it holds, by their names.
     """
 
     def __init__(self) -> None:
@@ -41,19 +41,19 @@ class Budget:
     """The bytes of decoded media of all requests.
 
     Args:
-        max_bytes: of all together, but for what the oldest request needs.
-        max_request_bytes: of one request.
+        max_bytes: the limit for all together, except what the oldest request needs.
+        max_request_bytes: the limit for one request.
         wait_s: how long a request waits for its turn.
     """
 
     def __init__(self, max_bytes: int, max_request_bytes: int, wait_s: float = _WAIT_S) -> None:
         self._max_bytes, self._max_request_bytes, self._wait_s = max_bytes, max_request_bytes, wait_s
-        self._shares: dict[Share, None] = {}  # in the order of their beginnings
+        self._shares: dict[Share, None] = {}  # in the order in which they began
         self.num_bytes = 0
 
     @contextmanager
     def share(self) -> Iterator[Share]:
-        """The share of a request, which gives back all it holds at the end."""
+        """The share of a request; on exit it gives back all that it holds."""
         share = Share()
         token = current_share.set(share)
         try:
@@ -66,16 +66,16 @@ class Budget:
             self._wake()
 
     def ask(self, share: Share, num_bytes: int) -> None:
-        """A request has a medium of this size, decoded.
+        """Notes that a request has a medium of this size when decoded.
 
         Raises:
-            RefusedError: it has more than one request may have.
+            RefusedError: that is more than one request may have.
         """
         share.num_asked += num_bytes
         check_request(share.num_asked, self._max_request_bytes)
 
     async def take(self, share: Share, name: int, num_bytes: int) -> None:
-        """Waits until so much may be decoded for a request; `name` is for giving it back.
+        """Waits until that many bytes may be decoded for a request; `name` is for giving them back.
 
         Raises:
             RefusedError: it has waited for too long; HTTP 503.
@@ -88,16 +88,16 @@ class Budget:
                 async with asyncio.timeout_at(deadline):
                     await asyncio.shield(share.waiting)
             except TimeoutError:
-                text = f"the media of other requests take {self.num_bytes} bytes already"
+                text = f"the media of other requests already take {self.num_bytes} bytes"
                 raise RefusedError(ErrorCode.OVERLOADED, text) from None
         share.taken[name] = share.taken.get(name, 0) + num_bytes
         self.num_bytes += num_bytes
 
     def settle(self, share: Share, ticket: object, medium: Any) -> Any:
-        """What was taken by the name of `ticket` is what `medium` takes; returns that.
+        """Corrects what was taken under the name of `ticket` to what `medium` really takes; returns that.
 
         Raises:
-            RefusedError: it has turned out to be more than one request may have.
+            RefusedError: it turns out to be more than one request may have.
         """
         taken = share.taken.pop(id(ticket), 0)
         if (more := _size_of(medium) - taken) > 0:
@@ -109,7 +109,7 @@ class Budget:
         return medium
 
     def give_back(self, share: Share, name: int) -> int:
-        """What was taken under `name` is free again; returns how much that was."""
+        """Frees what was taken under `name`; returns how much that was."""
         num_bytes = share.taken.pop(name, 0)
         self.num_bytes -= num_bytes
         if num_bytes:
@@ -124,19 +124,19 @@ class Budget:
 
 
 def _size_of(medium: Any) -> int:
-    """The bytes of a video's frames; 0 for what tells its size before it is decoded."""
+    """The bytes of a video's frames; 0 for media that tell their size before they are decoded."""
     content = getattr(medium, "media", None) if not isinstance(medium, tuple) else None
     return int(getattr(content[0], "nbytes", 0)) if isinstance(content, tuple) else 0
 
 
 def check_request(num_bytes: int, most: int) -> None:
-    """Checks what all media of one request take when they are decoded.
+    """Checks how much all media of one request take when decoded.
 
     Raises:
         RefusedError: too much.
     """
     if num_bytes > most:
-        text = f"the media of the request take {num_bytes} bytes or more when they are decoded; at most {most} may"
+        text = f"the media of the request take {num_bytes} bytes or more when decoded; at most {most} are accepted"
         raise RefusedError(ErrorCode.MEDIA_TOO_LARGE, text)
 
 

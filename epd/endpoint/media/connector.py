@@ -1,9 +1,9 @@
-"""VLLM's way from an address to a medium, within the endpoint's bounds; every medium of every request comes through it.
+"""Replaces vLLM's way from an address to a medium: within the endpoint's limits, for every medium of every request.
 
 Lives in the endpoint process, on its event loop; what blocks runs in threads (`bounds.py`). Written against vLLM 0.32:
 `vllm.multimodal.media.connector`, `vllm.connections`.
 
-Whatever a body looked like, here each address is checked before it is opened, each file before it is decoded, and each
+Whatever a body looked like, each address is checked here before it is opened, each file before it is decoded, and each
 step has a deadline. `epd-media://ID` stands for a picture that was uploaded.
 """
 
@@ -38,11 +38,11 @@ from epd.errors import ErrorCode
 
 
 def install(bounds: MediaBounds, is_processed: Callable[[str], bool]) -> None:
-    """Has vLLM take every medium in this process by way of `LimitedConnector`, also for models that take text only.
+    """Makes vLLM load every medium in this process through `LimitedConnector`, also for models that take text only.
 
     Args:
         bounds: the endpoint's.
-        is_processed: whether a picture with pixels of this name needs not be decoded any more.
+        is_processed: whether a picture whose pixels have this name need not be decoded any more.
     """
     LimitedConnector.bounds, PictureIO.limits = bounds, bounds.config
     bounds.is_processed = is_processed
@@ -50,8 +50,13 @@ def install(bounds: MediaBounds, is_processed: Callable[[str], bool]) -> None:
         MEDIA_CONNECTOR_REGISTRY.register(name)(LimitedConnector)
 
 
+async def close() -> None:
+    """Ends the connections to hosts of media."""
+    await _connection.close()
+
+
 class LimitedConnector(MediaConnector):
-    """See the module."""
+    """A connector of vLLM that makes the checks that the module describes."""
 
     bounds: ClassVar[MediaBounds]
 
@@ -66,7 +71,7 @@ class LimitedConnector(MediaConnector):
         with explained():
             if image_url.startswith(SCHEME):
                 kept = _resolve(image_url)
-                if kept.pixels.get(io.settings) is not None:  # nothing to be decoded, nor to be counted
+                if kept.pixels.get(io.settings) is not None:  # nothing to decode or to count
                     return io.load_bytes(kept.file, kept)
                 file = kept.file
             else:
@@ -105,7 +110,7 @@ class LimitedConnector(MediaConnector):
         _refuse("media that are loaded synchronously")
 
     async def load_from_url_async(self, url: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses a way to media that is not one of those above."""
+        """Refuses any other way to media than those above."""
         _refuse("media of this kind")
 
     def fetch_image(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -129,7 +134,7 @@ class LimitedConnector(MediaConnector):
     # ---- inside
 
     async def _file(self, kind: str, url: str, timeout_s: float) -> bytes:
-        """The file at an address, once that was checked."""
+        """The file at an address, after checking it."""
         config = self.bounds.config
         content = await self.bounds.run(addresses.file_at, kind, url, config, addresses.addresses_of)
         if content is None:
@@ -154,7 +159,7 @@ class LimitedConnector(MediaConnector):
         except MediaDownloadSizeExceededError as error:
             raise RefusedError(ErrorCode.MEDIA_TOO_LARGE, str(error)) from None
         except aiohttp.ClientResponseError as error:
-            text = f"the media URL was answered by HTTP status {error.status}"
+            text = f"the media URL was answered with HTTP status {error.status}"
             raise RefusedError(ErrorCode.MEDIA_NOT_FETCHED, text) from None
         except (aiohttp.ClientError, OSError) as error:
             text = f"the media URL could not be fetched: {type(error).__name__}"
@@ -163,7 +168,7 @@ class LimitedConnector(MediaConnector):
         return content
 
     async def _take(self, num_bytes: int, decodes: bool = True) -> Callable[[Any], Any]:
-        """Waits until so much may be decoded; it is then counted for the medium that is given to the result."""
+        """Waits until that many bytes may be decoded; they count for the medium that is given to the result."""
         share, budget = current_share.get(), self.bounds.budget
         if share is None:
             return lambda medium: medium
@@ -186,7 +191,7 @@ class LimitedConnector(MediaConnector):
 
 
 class _PublicOnly(aiohttp.TCPConnector):
-    """Connects to public addresses only, whatever a name stands for by now and wherever a redirect leads."""
+    """Connects to public addresses only, whatever a name resolves to by now and wherever a redirect leads."""
 
     async def _resolve_host(self, host: str, port: int, traces: Any = None) -> list[ResolveResult]:
         found = await super()._resolve_host(host, port, traces)
@@ -198,7 +203,7 @@ class _PublicOnly(aiohttp.TCPConnector):
 
 
 class _Connection(HTTPConnection):
-    """VLLM's HTTP client, for public addresses only."""
+    """An HTTP client as vLLM's, for public addresses only."""
 
     _async_client: aiohttp.ClientSession | None
 
@@ -210,9 +215,14 @@ class _Connection(HTTPConnection):
             )
         return self._async_client
 
+    async def close(self) -> None:
+        """Ends the connections."""
+        if self._async_client is not None:
+            await self._async_client.close()
+
 
 async def _only_whole(response: aiohttp.ClientResponse) -> None:
-    """The page that comes with a redirect is no medium, nor is anything else but an answer to all that was asked."""
+    """Accepts complete answers only: a redirect's own page, for example, is not a medium."""
     if response.status != 200:
         raise aiohttp.ClientResponseError(
             response.request_info, response.history, status=response.status, message=response.reason or ""
@@ -229,7 +239,7 @@ def _refuse(what: str) -> NoReturn:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """A refusal becomes the answer of the HTTP exchange that it is in, and vLLM's kind of exception."""
+    """Makes a refusal the answer of the current HTTP exchange, and turns it into vLLM's kind of exception."""
     try:
         yield
     except RefusedError as error:
@@ -242,5 +252,5 @@ def explained() -> Iterator[None]:
 def _resolve(url: str) -> StoredPicture:
     kept = current_media.get().get(url.removeprefix(SCHEME))
     if kept is None:
-        raise VLLMValidationError("media_not_found: no picture of this id is kept here")
+        raise VLLMValidationError("media_not_found: no picture with this id is kept here")
     return kept

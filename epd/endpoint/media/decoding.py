@@ -1,8 +1,8 @@
-"""VLLM's decoders of video and audio, within the endpoint's limits while they decode.
+"""Decoders of video and audio: vLLM's, within the endpoint's limits while they decode.
 
 Lives in the endpoint process, in vLLM's threads for media; owns nothing. Written against vLLM 0.32
 (`vllm.multimodal.media`, `vllm.multimodal.video`). Frames and samples are vLLM's own, so that the model sees what it
-would see in `vllm serve`; what is added are the refusals.
+would see in `vllm serve`; only refusals are added.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from epd.multimodal import containers
 
 
 class VideoIO(VideoMediaIO):
-    """VLLM's decoder of video, which samples and decodes no more than is allowed.
+    """The video decoder of vLLM, which samples and decodes no more than is allowed.
 
     Args:
         image_io: decodes the frames of `video/jpeg`.
@@ -48,7 +48,7 @@ class VideoIO(VideoMediaIO):
         return self._limits.max_body_bytes
 
     def look(self, data: bytes) -> int:
-        """How many bytes the frames take that will be sampled, as far as that can be told; nothing is decoded.
+        """How many bytes the sampled frames will take, as far as that can be told; nothing is decoded.
 
         Raises:
             RefusedError: there is nothing or too much to decode.
@@ -58,7 +58,7 @@ class VideoIO(VideoMediaIO):
         return min(frame_bytes * num_frames, self._limits.max_decoded_bytes)
 
     def look_at_frames(self, data: str) -> int:
-        """The same of what a `video/jpeg` data URL holds."""
+        """The same for the contents of a `video/jpeg` data URL."""
         return probing.check_frames(data, self._limits)
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Any]:
@@ -73,10 +73,10 @@ class VideoIO(VideoMediaIO):
             return _with_frames(found)
 
     def load_base64(self, media_type: str, data: str) -> MediaWithBytes[Any]:
-        """The same of a data URL, which may also be of `video/jpeg`.
+        """The same for a data URL, which may also be `video/jpeg`.
 
         Raises:
-            RefusedError: as `load_bytes`.
+            RefusedError: as for `load_bytes`.
         """
         with _refusing(ErrorCode.INVALID_VIDEO, "video"):
             if media_type.lower() == probing.JPEG_FRAMES:
@@ -84,16 +84,16 @@ class VideoIO(VideoMediaIO):
             return _with_frames(super().load_base64(media_type, data))
 
     def load_file(self, filepath: Path) -> MediaWithBytes[Any]:
-        """The same of a local file.
+        """The same for a local file.
 
         Raises:
-            RefusedError: as `load_bytes`.
+            RefusedError: as for `load_bytes`.
         """
         return self.load_bytes(_read(filepath, self._limits))
 
 
 class AudioIO(AudioMediaIO):
-    """VLLM's decoder of audio, which decodes no more than is allowed.
+    """The audio decoder of vLLM, which decodes no more than is allowed.
 
     Args:
         limits: the endpoint's.
@@ -105,10 +105,10 @@ class AudioIO(AudioMediaIO):
         self._limits = limits
 
     def load_bytes(self, data: bytes) -> tuple[Any, float]:
-        """The samples, float32 of shape (samples,), and how many there are a second.
+        """The samples, float32 of shape (samples,), and how many there are per second.
 
         Raises:
-            RefusedError: it cannot be decoded, is empty or too long, or has samples that are no numbers.
+            RefusedError: it cannot be decoded, is empty or too long, or has samples that are not finite numbers.
         """
         with _refusing(ErrorCode.INVALID_AUDIO, "audio"):
             self._validate_encoded_size(len(data))
@@ -126,24 +126,24 @@ class AudioIO(AudioMediaIO):
             return samples, rate
 
     def load_file(self, filepath: Path) -> tuple[Any, float]:
-        """The same of a local file.
+        """The same for a local file.
 
         Raises:
-            RefusedError: as `load_bytes`.
+            RefusedError: as for `load_bytes`.
         """
         return self.load_bytes(_read(filepath, self._limits))
 
     def _backend(self, data: bytes) -> str | None:
-        """The decoder: what vLLM would come to, without its asking FFmpeg to guess what libsndfile cannot read."""
+        """The decoder that vLLM would choose, but without asking FFmpeg to guess what libsndfile cannot read."""
         if self.audio_backend is not None or vllm_audio.AudioDecoder is not None:
             return str(self.audio_backend or "auto")
         return "pyav" if containers.kind_of(data) in containers.BY_FFMPEG else "soundfile"
 
 
 def settle_resampling(processor: Any) -> None:
-    """Lets a processor resample audio by soxr where torchaudio, vLLM's choice for most models, is not installed.
+    """Makes processors resample audio with soxr if torchaudio, vLLM's choice for most models, is not installed.
 
-    CPU builds are without it, and vLLM would then fail on every sound that has another rate than its model's.
+    CPU builds do not have it, and vLLM would fail on every sound whose rate is not the model's.
     """
     if importlib.util.find_spec("torchaudio") is not None:
         return
@@ -153,10 +153,10 @@ def settle_resampling(processor: Any) -> None:
 
 
 def guarded(loader: Any, limits: EndpointConfig) -> Any:
-    """The same way to sample and read frames, which raises `RefusedError` before it would exceed `limits`."""
+    """A loader that samples and reads frames alike, but raises `RefusedError` before it would exceed `limits`."""
 
     class Guarded(loader):
-        """What the decoder finds is checked; headers may have told something else."""
+        """Checks what the decoder finds, since headers may have said something else."""
 
         @classmethod
         def compute_frames_index_to_sample(cls, source: Any, target: Any, **kwargs: Any) -> list[int]:
@@ -168,7 +168,7 @@ def guarded(loader: Any, limits: EndpointConfig) -> Any:
 
         @classmethod
         def read_frames(cls, cap: Any, frame_idx: list[int], *args: Any, **kwargs: Any) -> Any:
-            """The frames, decoded by OpenCV; room for all of them is taken at once."""
+            """The frames, decoded by OpenCV; memory for all of them is allocated at once."""
             import cv2
 
             width, height = (int(cap.get(each)) for each in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
@@ -194,7 +194,7 @@ def _read(path: Path, limits: EndpointConfig) -> bytes:
 
 @contextmanager
 def _refusing(code: ErrorCode, what: str) -> Iterator[None]:
-    """Whatever a decoder raises is the file's fault."""
+    """Takes whatever a decoder raises for the file's fault."""
     try:
         yield
     except (RefusedError, VLLMError):

@@ -1,7 +1,8 @@
-"""Threads for what may take too long: a call that does is given up, and another thread takes the place of its own.
+"""Threads for what may take too long: a call that does is given up, and another thread replaces its own.
 
-Lives in the endpoint process; owns the threads. A thread cannot be ended from outside, so one whose call is given up
-is left alone, takes no further calls and ends with its call, if that ever ends; how many there are is bounded. The
+Lives in the endpoint process; owns the threads. A thread cannot be ended from outside, so one whose call was given up
+is left alone, takes no further calls and ends with its call, if that ever ends; the number of such threads is bounded.
+The
 threads are daemons: none of them keeps the process from ending. Pure asyncio and threads, no vLLM.
 """
 
@@ -23,7 +24,7 @@ class OverdueError(Exception):
 
 
 class StuckError(Exception):
-    """So many calls have been given up and are still running that no further ones are begun."""
+    """So many calls were given up and are still running that no further ones are begun."""
 
 
 class _Call:
@@ -31,16 +32,16 @@ class _Call:
         self.function, self.timeout_s, self.loop = function, timeout_s, loop
         self.result: asyncio.Future[Any] = loop.create_future()
         self.timer: asyncio.TimerHandle | None = None
-        self.ended = self.given_up = False  # whichever comes first, decided under the lane's lock
+        self.ended = self.given_up = False  # whichever is first, decided under the lane's lock
 
 
 class Lane:
-    """`num_threads` threads that take calls one after the other; they are started as they are needed.
+    """`num_threads` threads that take calls one after the other; they are started as needed.
 
     Args:
-        name: of its threads.
-        num_threads: that take calls.
-        max_stuck: how many given up calls may still be running.
+        name: the name of its threads.
+        num_threads: how many take calls.
+        max_stuck: how many calls that were given up may still be running.
     """
 
     def __init__(self, name: str, num_threads: int, max_stuck: int = 16) -> None:
@@ -54,7 +55,7 @@ class Lane:
         """The result of `function(*args)`, which runs in one of the threads; waiting for its turn does not count.
 
         Raises:
-            OverdueError: it has run for `timeout_s`; it may go on, and nobody will look at its result.
+            OverdueError: it has run for `timeout_s`; it may go on, but nobody will look at its result.
             StuckError: too many are in that state; it was not begun.
         """
         if self.num_stuck >= self._max_stuck:
@@ -69,7 +70,7 @@ class Lane:
         return await call.result
 
     def close(self) -> None:
-        """Ends the threads once what waits is done."""
+        """Ends the threads once waiting calls are done."""
         for _ in range(self._num_running):
             self._calls.put(None)
 
@@ -105,7 +106,7 @@ class Lane:
                 call.ended, given_up = True, call.given_up
             _tell(call, self._ended, call, result, error)
             call = result = error = None
-            if given_up:  # another thread is in this one's place
+            if given_up:  # another thread has replaced this one
                 return
 
     # ---- on the event loop
@@ -139,7 +140,7 @@ class Lane:
 
 
 def _tell(call: _Call, callback: Callable[..., None], *args: Any) -> bool:
-    """Has the event loop call back; false where it has ended."""
+    """Makes the event loop call back; false if it has ended."""
     try:
         call.loop.call_soon_threadsafe(callback, *args)
     except RuntimeError:

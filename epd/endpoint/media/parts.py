@@ -1,6 +1,6 @@
 """Where the media are in a request's JSON: the places and the content parts that vLLM reads them from, and no others.
 
-Lives in the endpoint process; pure, no vLLM. What is known here is allowed; a content part of any other type is
+Lives in the endpoint process; pure, no vLLM. What is listed here is allowed; a content part of any other type is
 refused before anything of its request is opened. `tests/endpoint/test_parts.py` compares the tables with vLLM's
 parser (0.32: `vllm.renderers.chat_utils`).
 """
@@ -15,7 +15,8 @@ from epd.errors import ErrorCode
 
 MAX_DEPTH = 64
 
-# The types of content parts that have a medium, and which kind; the key of the address is the type, but for this one.
+# The types of content parts that have a medium, and its kind; the address is under the type's name, except for this
+# one.
 MEDIA = {
     "image_url": "image",
     "input_image": "image",
@@ -24,14 +25,14 @@ MEDIA = {
     "input_audio": "audio",
 }
 _KEYS = {"input_image": "image_url"}
-# Those without: of chats, of Responses, and of Anthropic's messages, whose pictures are in a `source`.
+# Types without: in chats, in Responses, and in Anthropic's messages, whose pictures are in a `source`.
 TEXT = frozenset({"text", "thinking", "refusal", "tool_reference"})
 _TEXT_OF_RESPONSES = frozenset({"input_text", "output_text", "reasoning_text", "summary_text"})
 _BLOCKS = frozenset({"image", "tool_use", "tool_result", "redacted_thinking", "tool_addition", "tool_removal"})
 KNOWN = frozenset(MEDIA) | TEXT | _TEXT_OF_RESPONSES | _BLOCKS
-# What vLLM's parser would take beside: tensors, and what only a program can give it.
+# What else vLLM's parser would accept: tensors, and what only a program can pass.
 REFUSED = frozenset({"image_pil", "image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"})
-# A part without a type, or with a `uuid`, is what the first of these keys in it says.
+# A part without a type, or with a `uuid`, is what the first of these keys that it has says.
 BY_KEY = (
     "image_url",
     "image_pil",
@@ -44,7 +45,7 @@ BY_KEY = (
     "video_url",
     "tool_reference",
 )
-# Fields that hold lists of addresses, and where.
+# Fields with lists of addresses, and where they are.
 FIELDS = {"/v1/systemone": {"images": "image", "audio": "audio", "videos": "video"}}
 
 
@@ -79,13 +80,13 @@ def _check_depth(tree: Any) -> None:
 
 
 def _messages(messages: Any) -> Iterator[tuple[str, str]]:
-    """Of a list of messages, of lists of them (a batch), or of the items of Responses."""
+    """The media of a list of messages, of lists of them (a batch), or of the items of Responses."""
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, list):
             yield from _messages(message)
         elif isinstance(message, dict):
             yield from _parts(message.get("content"))
-            if message.get("role") is None:  # what a tool gave, in Responses
+            if message.get("role") is None:  # a tool's output, in Responses
                 yield from _parts(message.get("output"))
 
 
@@ -100,7 +101,7 @@ def _media_of(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if kind is None or part.get("uuid") is not None:
         kind = next((key for key in BY_KEY if key in part), kind)
     if not isinstance(kind, str):
-        return  # vLLM says that it needs one
+        return  # vLLM will say that it needs one
     if kind in REFUSED or kind not in KNOWN:
         text = f"content parts of type {kind[:64]!r} are not supported; {', '.join(MEDIA)} and text are"
         raise RefusedError(ErrorCode.UNSUPPORTED, text)
@@ -117,7 +118,7 @@ def _media_of(part: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _address(kind: str, value: Any) -> str | None:
     if kind == "input_audio":
         data = value.get("data") if isinstance(value, dict) else None
-        # As vLLM puts it together.
+        # As vLLM composes it.
         return f"data:audio/{value.get('format', '')};base64,{data}" if isinstance(data, str) and data else None
     address = value.get("url") if isinstance(value, dict) else value
     return address if isinstance(address, str) else None

@@ -1,11 +1,11 @@
-"""From a picture's file to its pixels: vLLM's decoder within limits, and what the pixels are called.
+"""From a picture's file to its pixels: vLLM's decoder within limits, and the name of the pixels.
 
 Lives in the endpoint process, mostly in threads; owns which files were decoded before. Written against vLLM 0.32:
 `vllm.multimodal.media.image`, `vllm.multimodal.image`.
 
 A picture is named by a digest of its decoded pixels. A file that was decoded before is known by a digest of its bytes,
 and is decoded again only if its processed item is gone. Grey pictures of more than 8 bits are scaled to 8, as every
-viewer shows them; vLLM would clip them, to white mostly.
+viewer shows them; vLLM would clip them, mostly to white.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STRIP_BYTES = 1 << 20
 
 
 class LazyPicture(MediaWithBytes[Image.Image]):
-    """A picture whose pixels are decoded when somebody looks at them; `pixels` names them before that."""
+    """A picture whose pixels are decoded when they are first needed; `pixels` names them before that."""
 
     def __init__(
         self, io: PictureIO, file: bytes, pixels: str, kept: StoredPicture | None, media: Image.Image | None
@@ -47,21 +47,21 @@ class LazyPicture(MediaWithBytes[Image.Image]):
         return self._media
 
     def let_go(self) -> None:
-        """Forgets the pixels; they would be decoded again if they were asked for."""
+        """Forgets the pixels; they are decoded again if they are needed."""
         self._media = None
 
 
 class PictureIO(ImageMediaIO):
-    """VLLM's decoder, which remembers what each file's pixels are called."""
+    """The picture decoder of vLLM, which remembers the name of each file's pixels."""
 
     limits: ClassVar[EndpointConfig] = EndpointConfig()
-    # By the file and the decoder's settings: what its pixels are called, and how many there are.
+    # The name of a file's pixels and how many there are, by the file and the decoder's settings.
     _known: ClassVar[OrderedDict[tuple[bytes, str], tuple[str, int]]] = OrderedDict()
     _lock = threading.Lock()
 
     @property
     def settings(self) -> str:
-        """What makes the pixels of one file differ."""
+        """The settings that change a file's pixels."""
         return repr((self.image_mode, self.rgba_background_color, sorted(self.kwargs.items())))
 
     def get_max_bytes(self) -> int:
@@ -69,10 +69,10 @@ class PictureIO(ImageMediaIO):
         return self.limits.max_body_bytes
 
     def look(self, data: bytes) -> tuple[str, int]:
-        """What the pixels of a file are called, or "", and how many bytes they take; nothing is decoded.
+        """The name of a file's pixels, or "", and how many bytes they take; nothing is decoded.
 
         Raises:
-            RefusedError: it is no picture, or too large.
+            RefusedError: it is not a picture, or too large.
         """
         found = self._find(blake3(data).digest())
         return found if found is not None else ("", check_image(data, self.limits))
@@ -81,7 +81,7 @@ class PictureIO(ImageMediaIO):
         """A picture; decoded now only if it was never decoded before.
 
         Raises:
-            RefusedError: it is no picture, or too large.
+            RefusedError: it is not a picture, or too large.
             ValueError: it cannot be decoded.
         """
         settings = self.settings
@@ -101,7 +101,7 @@ class PictureIO(ImageMediaIO):
         return LazyPicture(self, data, pixels, kept, media)
 
     def decode(self, data: bytes) -> Image.Image:
-        """The picture, upright, and of the mode that is asked for.
+        """The picture, upright, in the requested mode.
 
         Raises:
             ValueError: it cannot be decoded.
@@ -132,13 +132,13 @@ class PictureIO(ImageMediaIO):
 
 
 def _as_8_bits(data: bytes) -> Image.Image | None:
-    """A grey picture of more than 8 bits, upright, as one of 8; None for all others.
+    """A grey picture of more than 8 bits as one of 8, upright; None for all others.
 
-    Integers of 32 bits and real numbers do not tell their scale: it is the smallest usual one that has them all, as in
-    the client (`epd/client/pixels.py`).
+    Integers of 32 bits and floats do not tell their scale: the smallest usual one that contains all values is taken, as
+    in the client (`epd/client/pixels.py`).
 
     Raises:
-        ValueError: it cannot be decoded, or its numbers are no brightness.
+        ValueError: it cannot be decoded, or its numbers cannot be brightness.
     """
     with open_picture(data) as opened:
         if opened.mode not in ("I", "F") and not opened.mode.startswith("I;16"):
@@ -153,7 +153,7 @@ def _as_8_bits(data: bytes) -> Image.Image | None:
     darkest, brightest = float(values.min()), float(values.max())  # NaN if any is
     white = next((scale for scale in scales if darkest >= 0 and brightest <= scale), None)
     if white is None:
-        raise ValueError(f"Failed to load image: its numbers, {darkest:g} to {brightest:g}, are no brightness")
+        raise ValueError(f"Failed to load image: its numbers, {darkest:g} to {brightest:g}, cannot be brightness")
     rows = [np.rint(strip.astype(np.float64) * (255.0 / white)).astype(np.uint8) for strip in _strips(values)]
     return Image.fromarray(np.concatenate(rows))
 
@@ -164,7 +164,7 @@ def _strips(values: np.ndarray) -> list[np.ndarray]:
 
 
 def _pixels_digest(image: Image.Image) -> str:
-    """Names decoded pixels; a strip of rows at a time, so that they are not there twice."""
+    """Names decoded pixels; takes a strip of rows at a time, so that they are not in memory twice."""
     palette = image.palette.palette if image.palette is not None else b""
     hasher = blake3(repr((image.mode, image.size, bytes(palette), image.info.get("transparency"))).encode())
     height = max(1, _STRIP_BYTES // (image.width * 4))

@@ -27,12 +27,12 @@ JPEG_FRAMES = "video/jpeg"
 MIN_RATE, MAX_RATE = 1_000, 384_000
 MAX_CHANNELS = 16
 
-# A video has no more frames, and no more pixels in all, than `max_video_s` seconds of these.
+# A video may have as many frames, and as many pixels in total, as `max_video_s` seconds of these.
 _MAX_FPS = 60
 _PIXELS_PER_S = 30 * 1920 * 1080
 BYTES_PER_PIXEL, _BYTES_PER_SAMPLE = 3, 4
 _OPEN_S = 10.0
-# Pillow decodes an icon to open it, so it may be no larger than icons are.
+# Pillow decodes an icon to open it, so it must not be larger than icons are.
 _MAX_ICON_PIXELS = 1 << 20
 
 
@@ -42,10 +42,10 @@ def open_picture(content: bytes) -> Image.Image:
 
 
 def check_image(content: bytes, config: EndpointConfig) -> int:
-    """Reads the header of an image file, never its pixels; returns how many bytes those take.
+    """Reads the header of an image file, never its pixels; returns how many bytes these take.
 
     Raises:
-        RefusedError: no known format, or a size that is nothing or too much.
+        RefusedError: the format is unknown, or the picture is empty or too large.
     """
     for width, height in containers.icon_sizes(content):
         _check_size("image", width, height, min(config.max_pixels, _MAX_ICON_PIXELS))
@@ -78,7 +78,7 @@ def check_video(content: bytes, config: EndpointConfig) -> int:
     """Reads the header of a video file and counts its packets; returns how many bytes one frame takes.
 
     Raises:
-        RefusedError: no known format, damaged, without frames, or too large or long.
+        RefusedError: the format is unknown, or the file is damaged, without frames, too large or too long.
     """
     kind = containers.kind_of(content)
     if kind not in containers.VIDEO:
@@ -100,13 +100,13 @@ def check_video(content: bytes, config: EndpointConfig) -> int:
 
 
 def check_frames(data: str, config: EndpointConfig) -> int:
-    """Checks what a `video/jpeg` data URL holds: JPEG files in base64 with commas between.
+    """Checks the contents of a `video/jpeg` data URL: JPEG files in base64, separated by commas.
 
     Returns:
-        How many bytes they take when they are decoded.
+        How many bytes they take when decoded.
 
     Raises:
-        RefusedError: too many, or one of them is no picture or too large.
+        RefusedError: there are too many, or one of them is not a picture or too large.
     """
     files = data.split(",", config.max_video_frames)
     if len(files) > config.max_video_frames:
@@ -131,7 +131,7 @@ def check_sampled(width: int, height: int, num_frames: int, config: EndpointConf
     """Checks what is to be decoded of a video.
 
     Raises:
-        RefusedError: nothing, or too much.
+        RefusedError: that is nothing, or too much.
     """
     _check_size("video", width, height, config.max_video_pixels)
     if num_frames < 1:
@@ -147,10 +147,10 @@ def check_length(num_frames: int, duration_s: float, config: EndpointConfig) -> 
     """Checks how long a video is.
 
     Raises:
-        RefusedError: too long, or nobody knows.
+        RefusedError: it is too long, or that is unknown.
     """
     if not duration_s > 0 or num_frames < 1:
-        text = "the video does not say how long it is; write it anew (ffmpeg -i IN -c copy OUT)"
+        text = "the video does not say how long it is; rewrite it (ffmpeg -i IN -c copy OUT)"
         raise RefusedError(ErrorCode.INVALID_VIDEO, text)
     limit = config.max_video_s
     if duration_s > limit or num_frames > limit * _MAX_FPS:
@@ -162,7 +162,7 @@ def check_audio(content: bytes, config: EndpointConfig) -> int:
     """Reads the header of a sound file; returns how many bytes its samples take.
 
     Raises:
-        RefusedError: no known format, damaged, without sound, or too long or large.
+        RefusedError: the format is unknown, or the file is damaged, without sound, too long or too large.
     """
     kind = containers.kind_of(content)
     if kind not in containers.AUDIO:
@@ -185,10 +185,10 @@ def check_audio(content: bytes, config: EndpointConfig) -> int:
 
 
 def check_sound(num_samples: int, rate: float, channels: int, config: EndpointConfig) -> None:
-    """Checks `num_samples` of sound for each of `channels`, `rate` of them a second.
+    """Checks `num_samples` of sound for each of `channels`, at `rate` a second.
 
     Raises:
-        RefusedError: nothing to hear, no sensible rate or number of channels, or too long or large.
+        RefusedError: it is empty, too long or too large, or its rate or number of channels makes no sense.
     """
     if not MIN_RATE <= rate <= MAX_RATE:
         text = f"the audio has {rate:g} samples a second; {MIN_RATE} to {MAX_RATE} are accepted"
@@ -230,7 +230,7 @@ def _check_film(container: Any, stream: Any, config: EndpointConfig) -> None:
 
 
 def _sound_in(content: bytes) -> tuple[int, int, int]:
-    """The (samples, samples a second, channels) that a container's header claims; one sample where it does not say."""
+    """The (samples, samples a second, channels) that a container's header claims; one sample if it does not say."""
     with _opened(content) as container:
         if not container.streams.audio:
             raise RefusedError(ErrorCode.INVALID_AUDIO, "the file has no audio in it")

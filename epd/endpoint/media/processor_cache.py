@@ -1,14 +1,14 @@
-"""Media on their way through vLLM's processor: never resized and normalised again without need.
+"""Media on their way through vLLM's processor: none is resized and normalised again without need.
 
 Lives in the endpoint process; owns vLLM's processor cache here, with the data in this process (vLLM's default cache
 keeps it in the engine's process, of which there is none). Written against vLLM 0.32: `vllm.multimodal.media`,
 `vllm.multimodal.cache`, `vllm.multimodal.processing`, `vllm.renderers.base`.
 
-What names an entry is the content alone: a digest of a picture's decoded pixels; of a video or sound, vLLM's own hash
-of the file with what was sampled of it, or of the samples. The `uuid` that clients may give to content parts is
-ignored, since anyone could name another's picture by it.
+Entries are named by content alone: a picture by a digest of its decoded pixels; a video or sound by vLLM's own hash of
+the file and what was sampled of it, or of the samples. The `uuid` that clients may give to content parts is ignored,
+since anyone could name another's picture with it.
 
-Nothing but what this process has decoded is given to the processor: processors open paths and addresses by themselves.
+The processor only ever gets what this process has decoded: processors open paths and addresses by themselves.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ from epd.endpoint.media import connector, repeats
 from epd.endpoint.media.bounds import MediaBounds
 from epd.endpoint.media.budget import current_share
 from epd.endpoint.media.decoding import settle_resampling
+from epd.endpoint.media.own_options import check_options
 from epd.endpoint.media.pictures import LazyPicture
 from epd.endpoint.media.stored_picture import StoredPicture
 from epd.errors import ErrorCode
 from epd.multimodal.item_shapes import ItemShapes
 from epd.multimodal.rules import UnsupportedItemError
 
-# Where a request's media took this much, the C library is asked to give back what it keeps.
+# If a request's media took this much, the C library is asked to return freed memory to the system.
 _TRIM_BYTES = 32 << 20
 
 
 class ProcessorCache(MultiModalProcessorOnlyCache):
-    """VLLM's processor cache with the data here; also answers for kept pictures, whatever has left the cache.
+    """The processor cache of vLLM, with the data here; also answers for kept pictures, whatever has left the cache.
 
-    Used in one thread at a time, where `begin` starts a request: a thread that was given up over an earlier one must
-    not come back to it. `find` and `has` are for any thread.
+    Used in one thread at a time, where `begin` starts a request: a thread that was given up over an earlier request
+    must not come back to it. `find` and `has` may be called in any thread.
     """
 
     def __init__(self, config: VllmConfig) -> None:
@@ -64,13 +65,13 @@ class ProcessorCache(MultiModalProcessorOnlyCache):
         self._thread = 0
 
     def has(self, key: str) -> bool:
-        """Whether the item of this hash is here, by now."""
+        """Whether the item with this hash is here by now."""
         return key in self._cache
 
     def find(self, item: object) -> tuple[str, MultiModalProcessorCacheItem] | None:
-        """The hash and the value of a kept picture, for a request without settings of its own.
+        """The hash and the value of a kept picture, for a request without its own settings.
 
-        Without them a picture's hash is what names its pixels.
+        Without such settings, a picture's hash is the name of its pixels.
         """
         if not isinstance(item, LazyPicture) or item.kept is None:
             return None
@@ -78,13 +79,13 @@ class ProcessorCache(MultiModalProcessorOnlyCache):
         return (item.pixels, value) if value is not None and item.kept.key == item.pixels else None
 
     def begin(self, kept: dict[str, StoredPicture]) -> None:
-        """A request with these kept pictures, by their hashes, asks next."""
+        """Starts a request that refers to these kept pictures, by hash."""
         self._thread = threading.get_ident()
         self._local.kept = kept
         self._local.held = {key: each.value for key, each in kept.items() if each.value is not None}
 
     def is_cached_item(self, mm_hash: str) -> bool:
-        """Whether it is here; it then stays until this request has got it."""
+        """Whether an item is here; if so, it stays until this request has got it."""
         self._check_thread()
         held = self._held()
         if mm_hash in held:
@@ -98,7 +99,7 @@ class ProcessorCache(MultiModalProcessorOnlyCache):
     def get_and_update_item(
         self, mm_item: MultiModalProcessorCacheInItem, mm_hash: str
     ) -> MultiModalProcessorCacheOutItem:
-        """The item and its prompt updates: those that are here, else the given ones, which then are here."""
+        """The item and its prompt updates: the cached ones, or else the given ones, which are then cached."""
         self._check_thread()
         value = self._held().get(mm_hash)
         if value is None:
@@ -123,7 +124,7 @@ class ProcessorCache(MultiModalProcessorOnlyCache):
 
 
 def install(renderer: BaseRenderer[Any], config: VllmConfig, bounds: MediaBounds) -> ProcessorCache | None:
-    """Makes `renderer` use all this; None for a model that takes text only."""
+    """Makes `renderer` use this cache; None for a model that takes text only."""
     if renderer.mm_processor is None:
         connector.install(bounds, lambda _: False)
         return None
@@ -135,7 +136,7 @@ def install(renderer: BaseRenderer[Any], config: VllmConfig, bounds: MediaBounds
     vllm_hashes = processor._get_mm_hashes
 
     def hashes(inputs: Any) -> Any:
-        """Names each item by its content; this is the one place where vLLM would take a client's word for it."""
+        """Names each item by its content; this is the only place where vLLM would trust a client's name."""
         items = {modality: each.get_all_items_for_hash() for modality, each in inputs.mm_data_items.items()}
         found = vllm_hashes(replace(inputs, mm_uuid_items=_names(items)))
         kept: dict[str, StoredPicture] = {}
@@ -147,7 +148,7 @@ def install(renderer: BaseRenderer[Any], config: VllmConfig, bounds: MediaBounds
         return found
 
     def no_uuids(data: Any, items: Any, _uuids: object, _request_id: str) -> Any:
-        """What clients call their items is dropped here already; vLLM's own check would decode them, too."""
+        """Drops clients' names of items here already; vLLM's own check would decode the items."""
         renderer._validate_mm_uuids(data, items, {})
         return {}
 
@@ -160,9 +161,9 @@ def install(renderer: BaseRenderer[Any], config: VllmConfig, bounds: MediaBounds
 def _bound(
     renderer: BaseRenderer[Any], bounds: MediaBounds, shapes: Callable[[], ItemShapes], shorten: Callable[[], None]
 ) -> None:
-    """Has `renderer` process media within `bounds`; `shorten` gives it a shorter way for some of them.
+    """Makes `renderer` process media within `bounds`; `shorten` gives it a shorter way for some of them.
 
-    What comes of a request's own options has the model's `shapes`, or is refused.
+    If a request has its own options, the result must have the model's `shapes`, or is refused.
     """
 
     def check_shapes(items: Any) -> None:
@@ -179,7 +180,7 @@ def _bound(
     way, usual = renderer._process_multimodal_async, renderer.model_config.get_multimodal_config().mm_processor_kwargs
 
     async def process(prompt: list[int], data: Any, *args: Any, **options: Any) -> Any:
-        """As vLLM's, whose result this is; then nothing that was decoded is held any more."""
+        """Returns vLLM's own result; afterwards nothing that was decoded is held any more."""
         exchange, asked = current_exchange.get(), options.get("mm_processor_kwargs")
         has_own_options = bool(asked) and asked != usual
         if exchange is not None:
@@ -187,6 +188,8 @@ def _bound(
         with connector.explained():
             try:
                 check_decoded(data)
+                if has_own_options:
+                    check_options(asked, bounds.config)
                 result = await way(prompt, data, *args, **options)
                 if has_own_options:
                     await bounds.process(check_shapes, result["mm_kwargs"])
@@ -214,7 +217,7 @@ def check_decoded(data: Mapping[str, Any]) -> None:
 def _is_decoded(item: Any) -> bool:
     if isinstance(item, MediaWithBytes | Image.Image | np.ndarray):
         return True
-    if isinstance(item, tuple):  # samples and their rate, or frames and what is known of them
+    if isinstance(item, tuple):  # samples and their rate, or frames and their metadata
         return bool(item) and _is_decoded(item[0]) and not any(isinstance(each, str | bytes) for each in item[1:])
     if isinstance(item, list):  # frames
         return bool(item) and all(map(_is_decoded, item))
@@ -225,7 +228,7 @@ def _is_decoded(item: Any) -> bool:
 
 
 def _give_back(data: Mapping[str, Any], bounds: MediaBounds) -> int:
-    """Lets go of what was decoded for a request; returns how many bytes that were."""
+    """Releases what was decoded for a request; returns how many bytes that was."""
     share, num_bytes = current_share.get(), 0
     for items in data.values():
         for item in items if isinstance(items, list) else [items]:
@@ -237,7 +240,7 @@ def _give_back(data: Mapping[str, Any], bounds: MediaBounds) -> int:
 
 
 def trim_memory() -> None:
-    """Has the C library give back to the system what was freed; does nothing where it is not glibc."""
+    """Makes the C library return freed memory to the system; does nothing if it is not glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,7 +1,7 @@
 """Pictures that were processed before: their tokens are put into the prompt at once, and nothing else is done.
 
-Lives in the endpoint process, on its event loop; owns nothing. VLLM hands each request with media to a thread, where
-it goes through the steps of new items with none. Here only the last step is left, by vLLM's own code. Written against
+Lives in the endpoint process, on its event loop; owns nothing. For each request with media, vLLM runs all the steps for
+new items in a thread, even if there are none. Here only the last step is left, done by vLLM's own code. Written against
 vLLM 0.32 (`vllm.renderers.base`, `vllm.multimodal.processing.processor`).
 """
 
@@ -15,27 +15,27 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, MultiModalProcessingResult
 from vllm.renderers import BaseRenderer
 
-# More than this is looked through in vLLM's thread, as it always was.
+# Longer prompts are searched in vLLM's thread, as without this module.
 _MAX_TOKENS = 4096
-# A processor that has its own way of one of these may do more than is done here.
+# A processor that overrides one of these may do more than is done here.
 _STEPS = ("apply", "_cached_apply_hf_processor", "_merge_mm_kwargs")
 
 Find = Callable[[Any], Any]
 
 
 def install(renderer: BaseRenderer[Any], find: Find) -> None:
-    """Has `renderer` take the short way where it can.
+    """Makes `renderer` take the short way where it can.
 
     Args:
         renderer: vLLM's, with a multimodal processor.
-        find: an item of a request without settings of its own -> what came of it before, or None.
+        find: from an item of a request without its own settings to the result that it gave before, or None.
     """
     processor, vllm_way = renderer.mm_processor, renderer._process_multimodal_async
     if any(getattr(type(processor), step) is not getattr(BaseMultiModalProcessor, step) for step in _STEPS):
         return
 
     async def process(prompt: list[int], data: Any, **options: Any) -> Any:
-        """As vLLM's, whose result this is."""
+        """Returns the same result as vLLM's."""
         asked = any(options.get(name) for name in ("mm_processor_kwargs", "media_io_kwargs", "skip_mm_cache"))
         if not asked and len(prompt) <= _MAX_TOKENS and [*data] == ["image"] and isinstance(data["image"], list):
             values = [find(item) for item in data["image"]]

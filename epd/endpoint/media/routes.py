@@ -38,14 +38,14 @@ class MediaRoutes:
 
     Args:
         core: sends and keeps uploads.
-        has_keys: whether clients have API keys; without, all are one.
+        has_keys: whether clients have API keys; if not, all clients count as one.
     """
 
     def __init__(self, core: PipelineCore, *, has_keys: bool) -> None:
         self._core, self._has_keys = core, has_keys
 
     def add_to(self, app: FastAPI) -> None:
-        """Adds the routes; `app.state.online_renderer` must be there when they are used."""
+        """Adds the routes; `app.state.online_renderer` must exist when they are used."""
         app.add_api_route(PATH, self._post, methods=["POST"])
         app.add_api_route(PATH + "/{media_id}", self._get, methods=["GET"])
         app.add_api_route(PATH + "/{media_id}", self._delete, methods=["DELETE"])
@@ -55,16 +55,16 @@ class MediaRoutes:
         return owner_of(scope, has_keys=self._has_keys)
 
     def find(self, scope: Scope, media_id: str) -> StoredPicture | None:
-        """The kept picture of this id, if whoever asks may use it."""
+        """The kept picture with this id, if the asker may use it."""
         media = self._core.uploads.find(media_id, self.owner_of(scope))
         return None if media is None else media.kept
 
     async def _post(self, request: Request) -> JSONResponse:
-        """Takes a picture's file, has it encoded, and says by which id to refer to it."""
+        """Accepts a picture's file, has it encoded, and answers with the id that refers to it."""
         return await _answered(lambda: self._upload(request))
 
     async def _get(self, request: Request, media_id: str) -> JSONResponse:
-        """Whether a picture's patches can be read already."""
+        """Says whether a picture's patches can be read already."""
 
         async def state() -> dict[str, Any]:
             return self._media(request, media_id).describe()
@@ -72,7 +72,7 @@ class MediaRoutes:
         return await _answered(state)
 
     async def _delete(self, request: Request, media_id: str) -> JSONResponse:
-        """Lets go of a picture; requests that have begun with it go on."""
+        """Removes a picture; requests that have begun with it go on."""
 
         async def drop() -> dict[str, Any]:
             self._core.uploads.drop(self._media(request, media_id))
@@ -98,7 +98,7 @@ class MediaRoutes:
 
 
 async def render(renderer: OnlineRenderer, kept: StoredPicture) -> MultiModalFeatureSpec:
-    """Has a picture processed just as a chat's would be; `kept` then holds its item.
+    """Processes a picture just like one in a chat; `kept` then holds its item.
 
     Raises:
         PipelineError: vLLM refuses it, or the model takes no pictures.
@@ -119,7 +119,7 @@ async def render(renderer: OnlineRenderer, kept: StoredPicture) -> MultiModalFea
         raise PipelineError(failure_of(code, error.message))
     prompt: Any = rendered[1][0]
     if prompt["type"] != "multimodal" or kept.value is None:
-        raise PipelineError(failure_of(ErrorCode.UNSUPPORTED, "this model takes no pictures ahead"))
+        raise PipelineError(failure_of(ErrorCode.UNSUPPORTED, "this model takes no pictures ahead of a request"))
     ((modality, items),) = prompt["mm_kwargs"].items()
     key = prompt["mm_hashes"][modality][0]
     place = prompt["mm_placeholders"][modality][0]

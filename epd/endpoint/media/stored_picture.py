@@ -1,4 +1,4 @@
-"""A picture that is kept for later requests, and how a request holds those it refers to.
+"""A picture that is kept for later requests, and how a request holds those that it refers to.
 
 Lives in the endpoint process; pure. The limits find kept pictures, the processor uses them, the uploads own them.
 """
@@ -23,8 +23,8 @@ class StoredPicture:
         file_digest: names it.
         pixels: what names the decoded picture, by the settings of the decoder.
         size: width and height of the decoded picture.
-        key: vLLM's hash of the item, once it was processed.
-        value: the processed item with its prompt updates, then too; `item_bytes` is its size.
+        key: vLLM's hash of the item, once it is processed.
+        value: the processed item with its prompt updates, also from then on; `item_bytes` is its size.
     """
 
     def __init__(self, file: bytes) -> None:
@@ -37,11 +37,11 @@ class StoredPicture:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes of memory."""
+        """How much memory it takes."""
         return len(self.file) + self.item_bytes
 
 
-# What `epd-media://ID` stands for in the request that is being handled; nothing else is ever looked up.
+# What `epd-media://ID` stands for in the current request; nothing else is ever looked up.
 current_media: contextvars.ContextVar[Mapping[str, StoredPicture]] = contextvars.ContextVar(
     "media",
     default=MappingProxyType({}),

@@ -1,8 +1,8 @@
 """Pictures that clients uploaded ahead of their questions: what is kept, for whom and for how long.
 
 Lives in the endpoint process, on its event loop; owns the kept pictures and what the broker was told of them. Each is
-an UPLOAD of all its patches; the broker encodes them and holds them until they expire. Whatever becomes of that, a
-request may refer to a kept picture: where its patches are not in the cache, their pixels are sent.
+an UPLOAD of all its patches; the broker has them encoded and holds them until they expire. Even if that fails, a
+request may refer to a kept picture: if its patches are not in the cache, their pixels are sent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = structlog.get_logger()
 ENCODING, READY, FAILED = "encoding", "ready", "failed"
 _SWEEP_S = 1.0
 _ID_BYTES = 24
-# The pipeline is not whole; it is asked again, at growing intervals of these least and most seconds.
+# While the pipeline is incomplete it is asked again, at growing intervals between these, in seconds.
 _PASSING = frozenset({ErrorCode.NOT_READY, ErrorCode.WORKER_LOST})
 _RETRY_S = (1.0, 30.0)
 
@@ -42,15 +42,15 @@ class Media:
     """One uploaded picture.
 
     Attributes:
-        id: what clients know it by; whoever knows it and has the same API key may use it.
-        upload_id: what the broker knows it by.
+        id: its name for clients; whoever knows it and has the same API key may use it.
+        upload_id: its name for the broker.
         owner: a digest of the API key it was uploaded with.
         kept: the file and the processed item.
         split: its patches under the salt it was uploaded with.
         expires: in seconds since 1970, for the client; `expires_at` is the same on the store's clock.
         state: "encoding", "ready" or "failed"; `reason` says why.
         sent_whole: whether the broker was given all pixels.
-        retry_at: when the broker is asked again, after a failure that may pass, `retry_s` after the last time.
+        retry_at: when the broker is asked again after a temporary failure, `retry_s` after the last time.
     """
 
     def __init__(self, owner: str, kept: StoredPicture, split: Split, ttl_s: float, now: float) -> None:
@@ -68,7 +68,7 @@ class Media:
         return [patch.patch_hash for patch in self.split.patches]
 
     def describe(self) -> dict[str, Any]:
-        """The JSON of /v1/media."""
+        """Its JSON for /v1/media."""
         width, height = self.kept.size
         told = {"id": self.id, "width": width, "height": height, "patches": len(self.split.patches)}
         return (
@@ -84,7 +84,7 @@ class Uploads:
     Args:
         config: the bounds.
         beliefs: told which patches are in the broker's cache.
-        send: sends to the broker; false where its outbox is full.
+        send: sends to the broker; false if its outbox is full.
         clock: seconds, for tests.
     """
 
@@ -101,7 +101,7 @@ class Uploads:
         return len(self._media)
 
     def find(self, media_id: str, owner: str) -> Media | None:
-        """The picture, if it is this owner's and has not expired; may be called from any thread."""
+        """The picture, if it belongs to this owner and has not expired; may be called from any thread."""
         media = self._media.get(media_id)
         if media is None or not secrets.compare_digest(media.owner, owner) or media.expires_at <= self._clock():
             return None
@@ -109,15 +109,15 @@ class Uploads:
 
     @contextmanager
     def room(self, owner: str) -> Iterator[None]:
-        """While inside, a further picture of this owner is on its way.
+        """Reserves room for another picture of this owner while entered.
 
         Raises:
-            PipelineError: they have as many as they may; HTTP 429.
+            PipelineError: the owner already has as many as allowed; HTTP 429.
         """
         self.sweep()
         count = sum(each.owner == owner for each in self._media.values()) + self._coming.get(owner, 0)
         if count >= self._config.media_max_per_key:
-            raise self._full(f"{count} pictures are kept for this key already", owner)
+            raise self._full(f"{count} pictures are already kept for this key", owner)
         self._coming[owner] = self._coming.get(owner, 0) + 1
         try:
             yield
@@ -130,7 +130,7 @@ class Uploads:
         """Keeps a processed picture and has it encoded.
 
         Raises:
-            PipelineError: there is no room; HTTP 429, or 413 where there never will be.
+            PipelineError: there is no room; HTTP 429, or 413 if there never will be.
         """
         media = Media(owner, kept, split, self._config.media_ttl_s, self._clock())
         if media.num_bytes > self._config.media_bytes:
@@ -145,13 +145,13 @@ class Uploads:
         return media
 
     def drop(self, media: Media) -> None:
-        """Lets go of a picture before its time."""
+        """Removes a picture before it expires."""
         if self._media.get(media.id) is media:
             self._forget(media)
             self._send(DropUpload(upload_id=media.upload_id), ())
 
     def sweep(self) -> None:
-        """Lets go of what has expired, as the broker does by itself, and tries again what may work now."""
+        """Removes what has expired, as the broker does by itself, and retries what may work now."""
         now = self._clock()
         for media in list(self._media.values()):
             if media.expires_at <= now:
@@ -168,7 +168,7 @@ class Uploads:
     # --- the broker's side
 
     def on_uploaded(self, message: Uploaded) -> None:
-        """The patches of an upload can be read, or why they are not kept."""
+        """The broker says that the patches of an upload can be read, or why they are not kept."""
         media = self._by_upload.get(message.upload_id)
         if media is None:
             return
@@ -187,12 +187,12 @@ class Uploads:
             self._beliefs.add(media.names)
 
     def on_lost(self) -> None:
-        """The broker holds nothing any more."""
+        """The broker no longer holds anything."""
         for media in self._media.values():
             media.state, media.reason, media.retry_at = ENCODING, "", math.inf
 
     def send_all(self) -> None:
-        """Tells a broker that knows nothing of us of all uploads that live."""
+        """Sends a broker that knows nothing of this endpoint all live uploads."""
         self.sweep()
         for media in self._media.values():
             self._upload(media)
@@ -200,14 +200,14 @@ class Uploads:
     # --- inside
 
     def _upload(self, media: Media, whole: bool = False) -> None:
-        """Has a picture's patches encoded; pixels that should not be needed are sent only if `whole`."""
+        """Asks for a picture's patches to be encoded; pixels that should not be needed are sent only if `whole`."""
         media.state, media.reason, media.retry_at = ENCODING, "", math.inf
         sent = media.split if whole else media.split.without(self._beliefs)
         media.sent_whole = sent is media.split
         reason = too_large(sent.frames)
         upload = Upload(upload_id=media.upload_id, patches=sent.patches, ttl_s=media.expires_at - self._clock())
         if not reason and not self._send(upload, sent.frames):
-            reason = "overloaded: too many messages wait for the broker"
+            reason = "overloaded: too many messages are waiting for the broker"
         if reason:
             media.state, media.reason = FAILED, reason
 

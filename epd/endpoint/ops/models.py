@@ -1,4 +1,4 @@
-"""GET /v1/models: vLLM's own answer, and in each card what the pipeline can spread over its encode workers.
+"""GET /v1/models: vLLM's own answer, plus in each card what the pipeline can spread over its encode workers.
 
 Lives in the endpoint process. Written against vLLM 0.32 (`vllm.entrypoints.openai.models`).
 """
@@ -28,7 +28,7 @@ class ModelRoutes:
         app.router.routes.insert(0, app.router.routes.pop())  # the first that matches is taken
 
     async def _list(self, request: Request) -> JSONResponse:
-        """The models served; `epd` in each card says by modality what an item is cut into."""
+        """The served models; `epd` in each card says by modality what an item is cut into."""
         status = self._status()
         told = (await request.app.state.openai_serving_models.show_available_models()).model_dump()
         more = described(status.workers if status is not None else ())

@@ -14,7 +14,7 @@ from epd.messages import Stage, Status, WorkerStatus
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    """What the endpoint, which is called `name`, sees of the pipeline at one moment; `held` is what it holds itself."""
+    """What the endpoint `name` sees of the pipeline at one moment; `held` is what it holds itself."""
 
     registered: bool
     draining: bool
@@ -26,13 +26,13 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def num_workers(status: Status | None) -> dict[str, int]:
-    """Workers of each stage; zero for all where there is no status."""
+    """The number of workers of each stage; zero if there is no status."""
     stages = [worker.stage for worker in status.workers] if status is not None else []
     return {str(stage): stages.count(stage) for stage in Stage}
 
 
 def missing(view: View) -> list[str]:
-    """What keeps the pipeline from answering, in words; empty where nothing does."""
+    """What keeps the pipeline from answering, in words; empty if nothing does."""
     reasons = []
     if view.draining:
         reasons.append("this endpoint is shutting down")
@@ -46,7 +46,7 @@ def missing(view: View) -> list[str]:
         if not view.status.num_pools:
             reasons.append("no pool for embeddings")
     if not reasons and view.warming:
-        reasons.append("the first requests, which this endpoint sends itself, are on their way")
+        reasons.append("the first requests, which this endpoint sends itself, are under way")
     return reasons
 
 
@@ -60,7 +60,7 @@ def describe(view: View) -> dict[str, Any]:
 def describe_worker(worker: WorkerStatus) -> dict[str, Any]:
     """One worker in the JSON of /ready.
 
-    The byte counts are those of the parameters it holds; `units` are what an encode worker has proved.
+    The byte counts are those of its parameters; `units` are what an encode worker has proved.
     """
     return {
         "name": worker.name,
@@ -78,7 +78,7 @@ def describe_worker(worker: WorkerStatus) -> dict[str, Any]:
 
 
 def held_by_daemon(view: View) -> dict[str, dict[str, int]]:
-    """What each daemon holds, by its name and kind: this endpoint's now, the others' as of their last heartbeats."""
+    """What each daemon holds, by its name and kind: this endpoint now, the others as of their last heartbeats."""
     held = {view.name: view.held}
     if view.status is not None:
         held["broker"] = view.status.broker_held

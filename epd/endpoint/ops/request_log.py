@@ -1,6 +1,6 @@
 """One line in the log for each request: who asked for what, how it ended, what it took, and who worked on it.
 
-Lives in the endpoint process; owns nothing. Pure ASGI, in front of everything, so that what is refused is told too.
+Lives in the endpoint process; owns nothing. Pure ASGI, in front of everything, so that refusals are logged too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from epd.endpoint.ops.stories import IN_FLIGHT, RequestStory, Stories
 
 log = structlog.get_logger()
 
-# What is asked for every few seconds by whoever watches.
+# What monitoring asks for every few seconds.
 WATCHED_PATHS = frozenset({"/health", "/ready", "/metrics", "/ping", "/version", "/load", "/debug/held"})
 _LEFT = 499
 _MAX_NAMED = 4
@@ -29,8 +29,8 @@ class RequestLog:
 
     Args:
         app: the application.
-        stories: tells who worked on a request.
-        silent_paths: nothing is logged of these.
+        stories: says which workers a request had.
+        silent_paths: requests to these are not logged.
     """
 
     def __init__(self, app: App, stories: Stories, silent_paths: Iterable[str] = WATCHED_PATHS) -> None:
@@ -70,19 +70,19 @@ class RequestLog:
 
 
 def describe(exchange: Exchange, told: Sequence[RequestStory], *, took_s: float, left: bool = False) -> dict[str, Any]:
-    """What is logged of an exchange beside its address and status; times in seconds from its beginning.
+    """What is logged of an exchange besides its address and status; times in seconds from its beginning.
 
     Args:
-        exchange: as it has ended.
+        exchange: an ended one.
         told: the stories of its parts.
-        took_s: until its end.
-        left: whether its client has gone before.
+        took_s: seconds until its end.
+        left: whether its client had gone before.
     """
     parts = exchange.parts
     line: dict[str, Any] = {"id": _named(part.client_id for part in parts) or exchange.name, "took_s": round(took_s, 4)}
     if parts:
         first_at = min((part.first_at for part in parts if part.first_at), default=0.0)
-        # Several choices share their prompt, and several prompts have ids of their own.
+        # Several choices share their prompt; several prompts have their own ids.
         prompts = list({part.client_id: part for part in parts}.values())
         line |= {
             "ttft_s": round(first_at - exchange.began_at, 4) if first_at else None,
@@ -105,16 +105,16 @@ def _num_patches(parts: Iterable[Part]) -> int:
 
 
 def _named(names: Iterable[str], most: int = _MAX_NAMED) -> str:
-    """Names without repetition, as many as are worth reading."""
+    """Names without repetition, but not more than people read."""
     found = list(dict.fromkeys(names))
     return ",".join(found[:most]) + (f",+{len(found) - most}" if len(found) > most else "")
 
 
 def quiet_refusals(*kinds: type[Exception]) -> None:
-    """Has nobody log a traceback of requests that are refused or fail for a known reason: their line tells it.
+    """Keeps tracebacks of requests that are refused or fail for a known reason out of the log: their line says it.
 
     Args:
-        kinds: the exceptions that such requests end by.
+        kinds: the exceptions with which such requests end.
     """
 
     def is_news(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""The routes that people and programs look at a pipeline by: /ready, /debug/held, /v1/requests, /v1/cache.
+"""Routes for looking at a pipeline, for people and programs: /ready, /debug/held, /v1/requests, /v1/cache.
 
 Lives in the endpoint process; owns nothing.
 """
@@ -22,16 +22,16 @@ class OpsRoutes:
     """The routes.
 
     Args:
-        core: what is asked.
+        core: answers the questions.
         view: what the endpoint sees of the pipeline now.
-        has_keys: whether clients have API keys; then a story is only for the key that its request came with.
+        has_keys: whether clients have API keys; then a story is only for the key of its request.
     """
 
     def __init__(self, core: PipelineCore, view: Callable[[], readiness.View], *, has_keys: bool) -> None:
         self._core, self._view, self._has_keys = core, view, has_keys
 
     def add_to(self, app: FastAPI) -> None:
-        """Adds the routes. Ids are whatever clients have made them, slashes included."""
+        """Adds the routes. Ids are whatever clients have chosen, slashes included."""
         app.add_api_route("/ready", self._ready, methods=["GET"])
         app.add_api_route("/debug/held", self._held, methods=["GET"])
         app.add_api_route(PATH + "/{request_id:path}", self._story, methods=["GET"])
@@ -39,16 +39,16 @@ class OpsRoutes:
         app.add_api_route("/v1/cache", self._cache, methods=["GET"])
 
     async def _ready(self) -> JSONResponse:
-        """200 while requests can be answered, else 503 and what is missing."""
+        """Answers 200 while requests can be answered, else 503 with what is missing."""
         view = self._view()
         return JSONResponse(readiness.describe(view), 503 if readiness.missing(view) else 200)
 
     async def _held(self) -> JSONResponse:
-        """What each daemon holds, by kind; the same when idle, whatever has happened."""
+        """Says what each daemon holds, by kind; when idle the same as ever, whatever has happened."""
         return JSONResponse({"daemons": readiness.held_by_daemon(self._view())})
 
     async def _story(self, request: Request, request_id: str) -> JSONResponse:
-        """Where the request with this id (as in the answer's `id`) is, or how it ended; only for its key."""
+        """Says where the request with this id (the answer's `id`) is, or how it ended; only for its key."""
         found = self._core.stories.find(request_id, self._owner(request))
         if not found:
             return _unknown(request_id)
@@ -59,12 +59,12 @@ class OpsRoutes:
         return JSONResponse(stories.describe(request_id, found))
 
     async def _cancel(self, request: Request, request_id: str) -> JSONResponse:
-        """Ends what is in flight of the request with this id; only for the key that made it."""
+        """Ends what is in flight of the request with this id; only for its key."""
         count = self._core.cancel(request_id, self._owner(request))
         return _unknown(request_id) if count is None else JSONResponse({"id": request_id, "cancelled": count})
 
     async def _cache(self) -> JSONResponse:
-        """How the pools of embeddings are filled, and the broker's counters; what `epd cache ls` draws."""
+        """Says how the pools are filled, with the broker's counters; `epd cache ls` draws it."""
         state, status = await self._core.cache_state(), self._core.status
         if state is None or status is None:
             error = {"message": "the broker does not answer", "type": "not_ready", "param": None, "code": 503}

@@ -1,7 +1,7 @@
 """The stories of requests: where each is or how it ended, by the id that the client knows.
 
-Lives in the endpoint process; pure. One HTTP request may be several requests of the pipeline (n > 1, a list of
-prompts, the turns of a tool call): each is kept under its own id and found by the client's.
+Lives in the endpoint process; pure. One HTTP request may become several of the pipeline's (n > 1, a list of prompts,
+the turns of a tool call): each is kept under its own id and found by the client's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IN_FLIGHT = "in_flight"
 class RequestStory(msgspec.Struct, kw_only=True):
     """One request of the pipeline: `state` is "in_flight", "finished", "failed" or "cancelled"; `detail` says how.
 
-    `owner` is a digest of the API key that it came with, `name` the `X-Request-Id` of its HTTP request.
+    `owner` is a digest of its API key, `name` the `X-Request-Id` of its HTTP request.
     """
 
     request_id: str
@@ -34,7 +34,7 @@ class RequestStory(msgspec.Struct, kw_only=True):
 
 
 class Stories:
-    """Keeps all requests in flight and the last `keep` that have ended."""
+    """Keeps the stories of all requests in flight and of the last `keep` that have ended."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
@@ -50,7 +50,7 @@ class Stories:
             self._by_external.setdefault(known_by, []).append(request_id)
 
     def close(self, request_id: str, state: str, detail: str = "", events: Sequence[StoryEvent] = ()) -> None:
-        """A request has ended; a story that comes after that completes it."""
+        """A request has ended; a story that comes later completes it."""
         story = self._stories.get(request_id)
         if story is None:
             return
@@ -61,7 +61,7 @@ class Stories:
         self._evict()
 
     def complete(self, request_id: str, events: Sequence[StoryEvent]) -> None:
-        """The story of a request that has ended otherwise already."""
+        """Adds the broker's story to a request that has already ended."""
         story = self._stories.get(request_id)
         if story is not None and story.state != IN_FLIGHT:
             story.events = list(events) or story.events
@@ -71,7 +71,7 @@ class Stories:
         return self._stories.get(request_id)
 
     def find(self, client_id: str, owner: str = "") -> list[RequestStory]:
-        """The requests behind the id that a client knows, oldest first; empty where this owner has none."""
+        """The requests behind a client's id, oldest first; empty if this owner has none."""
         found = self._of(_stem(client_id), owner)
         for wanted in (
             [each for each in found if client_id in (each.external_id, each.request_id)],
@@ -97,7 +97,7 @@ class Stories:
 
 
 def describe(client_id: str, stories: Sequence[RequestStory]) -> dict[str, Any]:
-    """The JSON of /v1/requests/{id}: the events of all parts by time, and each part with its own."""
+    """The JSON of /v1/requests/{id}: the events of all parts by time, and each part with its own events."""
     parts = [
         {
             "request_id": each.request_id,
@@ -118,7 +118,7 @@ def describe(client_id: str, stories: Sequence[RequestStory]) -> dict[str, Any]:
 
 
 def _known_by(story: RequestStory) -> set[str]:
-    """What a story is kept under."""
+    """The ids under which a story is kept."""
     return {_stem(story.external_id), story.name} - {""}
 
 

@@ -1,4 +1,4 @@
-"""The first requests, sent by the endpoint itself: what is slow once is slow before anybody waits for it.
+"""The first requests, sent by the endpoint itself, so that what is slow once is done before anybody waits for it.
 
 Lives in the endpoint process; owns nothing. The requests go the whole way, through the endpoint's own port: HTTP, chat
 template, processor, encode workers, and the handshake of prefill and decode workers, which takes the longest.
@@ -29,7 +29,7 @@ async def warm_up(url: str, model: str, api_key: str, num_requests: int) -> None
     Args:
         url: the endpoint's own address.
         model: the name it serves.
-        api_key: a key that it takes, or nothing where it asks for none.
+        api_key: a valid key, or nothing if it asks for none.
         num_requests: how many.
     """
     started = time.monotonic()
@@ -46,7 +46,7 @@ async def warm_up(url: str, model: str, api_key: str, num_requests: int) -> None
 
 
 async def _ask(session: aiohttp.ClientSession, model: str, seed: int) -> int:
-    """Asks about a picture, or without one where the model takes none; returns the HTTP status."""
+    """Asks about a picture, or without one if the model takes none; returns the HTTP status."""
     status = await _post(session, model, [_picture(seed), _TEXT])
     return status if status not in (400, 422) else await _post(session, model, [_TEXT])
 
