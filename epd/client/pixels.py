@@ -81,7 +81,7 @@ def from_array(array: Any) -> Image.Image:
     shape = tuple(array.shape)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in _CHANNELS) or not array.size:
         raise PictureError(
-            f"an array of shape {shape} is not a picture: its shape must be (height, width) or (height, width, channels) "
+            f"an array of shape {shape} is not a picture: it must be (height, width) or (height, width, channels) "
             f"with 1 to 4 channels; give several pictures as a list"
         )
     if len(shape) == 3 and shape[2] == 1:
