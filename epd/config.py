@@ -19,7 +19,7 @@ ChoiceName = Literal["least_loaded", "round_robin", "affine"]
 
 
 class ConfigError(ValueError):
-    """The configuration does not say what it must; the text names the place."""
+    """The configuration is not valid; the text names the place."""
 
 
 class _Section(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -29,23 +29,23 @@ class _Section(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class BrokerConfig(_Section):
     """`[broker]`: where it listens and what it admits.
 
-    `decode_reserve_tokens` is how much output is set aside in a decode worker's KV cache for a request that may be
-    longer; uploads may pin `upload_fraction` of the cache; pixels are kept, up to
-    `pixel_store_bytes`, for encoding a patch again; `max_queued` requests wait at most `max_queue_s` seconds
-    for a place, beyond that the answer is 503.
+    `decode_reserve_tokens` is how many output tokens are set aside in a decode worker's KV cache for a request, even if
+    its output may be longer. Uploads may pin `upload_fraction` of the cache. Up to `pixel_store_bytes` of pixels are
+    kept to encode patches again. Up to `max_queued` requests wait for a place, each for at most `max_queue_s` seconds;
+    beyond that the answer is 503.
 
-    A request that loses a worker is tried `max_attempts` times in all. While a stage (or the cache) has been absent for
-    less than `absence_grace_s`, requests and uploads wait for it; 0 refuses them at once. A worker that holds
-    something and whose engine makes no step for `hung_after_s` is taken for lost, and ends itself.
+    A request that loses workers is tried `max_attempts` times in total. Requests and uploads wait for a stage (or the
+    cache) that has been absent for less than `absence_grace_s`; 0 refuses them at once. A worker that holds something,
+    but whose engine makes no step for `hung_after_s`, is taken for lost, and ends itself.
 
-    Of each tenant's requests, and of its patches, the next one is chosen by `request_order` and `patch_order`: "fcfs"
-    (first come, first served), "sjf" (shortest job first) or "edf" (earliest deadline first); tenants take turns under
-    any of them. The worker of each stage is chosen by `encode_choice`, `prefill_choice` and `decode_choice`:
-    "least_loaded" (in estimated seconds once workers have said what their work takes, else in tokens), "round_robin",
-    or "affine" (who has worked on the same patches and beginning of a prompt before, unless it is much busier).
+    `request_order` and `patch_order` choose the next of a tenant's requests and patches: "fcfs" (first come, first
+    served), "sjf" (shortest job first) or "edf" (earliest deadline first); tenants take turns under any of them.
+    `encode_choice`, `prefill_choice` and `decode_choice` choose the worker of each stage: "least_loaded" (in estimated
+    seconds once workers have reported what their work costs, else in tokens), "round_robin", or "affine" (the worker
+    that has had the same patches and beginning of a prompt before, unless it is much busier).
 
     `record` is a folder where the broker records what it sees, for `epd replay`: no pixels and no prompts, but the
-    numbers of the tokens of answers. A recording ends after `record_bytes`; of earlier ones as much is kept.
+    token ids of answers. A recording ends after `record_bytes`; as much is kept of earlier ones.
     """
 
     address: str = "tcp://127.0.0.1:5840"
@@ -75,9 +75,9 @@ class BrokerConfig(_Section):
 class CacheConfig(_Section):
     """`[cache]`: the pool of embeddings. `checksum` verifies every read of a slot.
 
-    `address` is where the cache daemon serves its pool to workers of other hosts (`tcp://HOST:PORT`); they reach it
-    there, so HOST must be a name or number of this host that they know. Empty: workers of its own host only. Pools in
-    GPU memory cannot be served.
+    `address` is where the cache daemon serves its pool to workers on other hosts (`tcp://HOST:PORT`); HOST must be a
+    name or address of this host that they know. If it is empty, only workers on its own host use the pool. Pools in GPU
+    memory cannot be served.
     """
 
     pool_bytes: int = 256 << 20
@@ -89,21 +89,22 @@ class CacheConfig(_Section):
 class EndpointConfig(_Section):
     """`[endpoint]`: the HTTP server and what it accepts from clients.
 
-    `allowed_media_domains` lists the hosts that media may be fetched from; empty means that only data URLs are
-    taken. `max_pixels` bounds one picture, `max_body_bytes` one HTTP body; a request may have `max_images`,
-    `max_videos` and `max_audios`. Of a video, `max_video_frames` may be sampled; it may have `max_video_pixels` in a
+    `allowed_media_domains` lists the hosts that media may be fetched from; if it is empty, only data URLs are accepted.
+    `max_pixels` limits one picture, `max_body_bytes` one HTTP body, and `max_images`, `max_videos` and `max_audios` the
+    media of one request. Up to `max_video_frames` frames of a video are sampled; it may have `max_video_pixels` in a
     frame and be `max_video_s` seconds long (at full HD and 30 frames a second; larger ones less). Audio may be
-    `max_audio_s` long. One video or audio clip may take `max_decoded_bytes` when it is decoded, all media of one
-    request `max_request_decoded_bytes` (three bytes a pixel, four a sample), and those of all requests that are being
-    processed `max_total_decoded_bytes`: beyond that, requests wait for those before them. Fetching, decoding and
-    processing may take `media_timeout_s` each; then the request ends with 400 `media_timeout`. With `warm_up`
-    the endpoint sends the first requests itself, and is ready after them. Pictures uploaded to `/v1/media` are kept
-    `media_ttl_s` seconds, `media_max_per_key` of each API key, `media_bytes` of them in all as the processor gives
-    them. While there is no broker, requests in flight and up to `max_waiting` new ones wait
-    `broker_wait_s` seconds for one; to be sent again they are held, in up to `max_held_bytes`: beyond that a request
-    is held until its first token only, and ends with `broker_lost` if the broker dies after it. A stream ends with
-    `slow_client` when its client leaves `max_unread_bytes` of engine output unread. All HTTP bodies of requests under
-    way have `max_bodies_bytes` together; beyond that the answer is 503.
+    `max_audio_s` long. When decoded, one clip may take `max_decoded_bytes`, all media of a request
+    `max_request_decoded_bytes` (three bytes a pixel, four a sample), and those of all requests that are being processed
+    `max_total_decoded_bytes`: beyond that, requests wait for those before them. Fetching, decoding and processing may
+    each take `media_timeout_s`; then the request ends with 400 `media_timeout`.
+
+    With `warm_up` the endpoint sends the first requests itself, and is ready after them. Pictures uploaded to
+    `/v1/media` are kept for `media_ttl_s` seconds, up to `media_max_per_key` for each API key and up to `media_bytes`
+    in total, as the processor outputs them. While there is no broker, requests in flight and up to `max_waiting` new
+    ones wait for one for `broker_wait_s` seconds. To be sent again they are held, in up to `max_held_bytes`: beyond
+    that a request is held only until its first token, and ends with `broker_lost` if the broker dies later. A stream
+    ends with `slow_client` when its client leaves `max_unread_bytes` of engine output unread. The HTTP bodies of all
+    current requests may take `max_bodies_bytes`; beyond that the answer is 503.
     """
 
     host: str = "127.0.0.1"
@@ -141,7 +142,7 @@ class EndpointConfig(_Section):
 class StageConfig(_Section):
     """`[encode]`, `[prefill]`, `[decode]`: how many workers `epd up` starts, and their vLLM engine options.
 
-    A worker that is asked to stop finishes what it has for up to `drain_s` seconds; what is left goes on elsewhere.
+    A worker that is asked to stop finishes what it has within `drain_s` seconds; what is left goes on elsewhere.
     """
 
     workers: int = 1
@@ -150,7 +151,7 @@ class StageConfig(_Section):
 
 
 class PrefillConfig(StageConfig):
-    """`[prefill]`: `min_overlap_tokens` is the least run of ready tokens worth a step while patches are missing."""
+    """`[prefill]`: `min_overlap_tokens` is the shortest run of ready tokens worth a step while patches are missing."""
 
     min_overlap_tokens: int = 512
 
@@ -212,7 +213,7 @@ def parse(text: str) -> Config:
 
 
 def _value(text: str, override: str) -> Any:
-    """A value in TOML, or in JSON where it is an object or an array, as `vllm serve` takes them; else a bare word."""
+    """A value in TOML, or in JSON if it is an object or an array, as `vllm serve` takes them; else a bare word."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -233,5 +234,5 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for name in path:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"{override!r}: {name} is no section")
+            raise ConfigError(f"{override!r}: {name} is not a section")
     tree[last] = value

@@ -37,7 +37,7 @@ class Happening(enum.StrEnum):
     LEFT = "left"
 
 
-# The line that begins a span -> the one that ends it. A span of a patch is that of the patch with the same hash; a leg
+# The event that begins a span -> the one that ends it. A span of a patch is that of the patch with the same hash; a leg
 # that is given up leaves its spans open, and RETRIED, FAILED or CANCELLED ends them all.
 SPANS: dict[Happening, Happening] = {
     Happening.ACCEPTED: Happening.STARTED,

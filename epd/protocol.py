@@ -22,9 +22,9 @@ class Command(Struct, frozen=True):
     """One row of the table.
 
     `to_broker` says who may send it to the broker, `from_broker` to whom the broker may send it: a kind of peer, or
-    workers while they serve a stage. The broker refuses what a sender's kind may never send; what a worker's stage may
-    not send concerns no leg or patch of its own, and so changes nothing. `state` says in words when it is legal: "new"
-    before WELCOME, "registered" after it, or the state of the request or patch it names.
+    workers while they serve a stage. The broker refuses what a sender's kind may never send. What a worker's stage may
+    not send cannot concern a leg or patch of that worker, and so changes nothing. `state` says in words when it is
+    legal: "new" before WELCOME, "registered" after it, or the state of the request or patch it names.
     """
 
     code: int
@@ -36,7 +36,7 @@ class Command(Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """The command's name on paper, e.g. `SUBMIT`."""
+        """The command's name in documentation, e.g. `SUBMIT`."""
         word = self.struct.__name__
         return "".join("_" + c if c.isupper() and i else c for i, c in enumerate(word)).upper()
 
@@ -61,7 +61,7 @@ TABLE: tuple[Command, ...] = (
     Command(code=9, struct=m.GetCache, to_broker=_EP),
     Command(code=10, struct=m.CacheState, from_broker=_EP),
     Command(code=11, struct=m.Draining, to_broker=_W),
-    Command(code=12, struct=m.Serves, to_broker=_W, state="nothing on its hands"),
+    Command(code=12, struct=m.Serves, to_broker=_W, state="nothing to do"),
     Command(code=13, struct=m.Watch, to_broker=_EP),
     Command(code=14, struct=m.Journal, from_broker=_EP, state="asked for by WATCH"),
     Command(code=16, struct=m.Submit, to_broker=_EP, state="request unknown", frames="engine request, patches"),

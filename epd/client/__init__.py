@@ -16,8 +16,8 @@
 
 ``AsyncClient`` has the same methods as coroutines. A picture is a path, a URL, bytes, an open file, a PIL image, a
 numpy array or an upload (``epd.client.pictures``), a clip a path, a URL, bytes or an open file (``epd.client.clips``);
-where they are taken, one is as good as an iterable of them. What else a call takes is in ``epd.client.arguments``.
-Every wait has a clock (``Timeouts``), and everything raised is in one tree (``epd.client.errors``). Lives in the user's
+one of them and an iterable of them are equally welcome. All other arguments are in ``epd.client.arguments``. Every wait
+has a clock (``Timeouts``), and everything raised is in one tree (``epd.client.errors``). Lives in the user's
 process; needs neither torch nor vLLM nor numpy.
 """
 

@@ -1,4 +1,4 @@
-"""The arguments of ``generate`` and ``stream``: which there are, and what is said of those that there are not.
+"""The arguments of ``generate`` and ``stream``: which there are, and errors for unknown ones.
 
 Lives in the user's process; pure.
 """
@@ -16,9 +16,9 @@ __all__ = ["OF_THE_CLIENT", "Arguments", "check_extra_body", "check_names"]
 
 
 class Arguments(TypedDict, total=False):
-    """What ``generate`` and ``stream`` take beside the prompt. None is as good as left out.
+    """What ``generate`` and ``stream`` take besides the prompt. None means the same as leaving it out.
 
-    The second half are fields of vLLM's chat request and are sent as they are. A test compares them with vLLM's.
+    The second half are fields of vLLM's chat request, sent as they are. A test compares them with vLLM's.
     """
 
     images: Picture | Iterable[Picture] | None
@@ -97,7 +97,7 @@ class Arguments(TypedDict, total=False):
 
 
 OF_THE_CLIENT = frozenset({"images", "videos", "audios", "system", "messages", "logprobs", "extra_body"})
-"""The arguments that are not sent as they are."""
+"""The arguments that are not sent unchanged."""
 
 _KNOWN = list(Arguments.__annotations__)
 _MEANT = {
@@ -111,10 +111,10 @@ _NEVER_EXTRA = OF_THE_CLIENT - {"logprobs"} | {"prompt", "stream"}
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuse arguments that there are not: they would change the answer, or be thought to.
+    """Refuse unknown arguments: they would change the answer, or the caller would think so.
 
     Raises:
-        TypeError: There is one; names the nearest right word.
+        TypeError: There is one; names the nearest known one.
     """
     for name in names:
         if name in Arguments.__annotations__:
@@ -127,19 +127,19 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def check_extra_body(extra: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuse fields that would be dropped, or contradict an argument.
+    """Refuse fields that would be dropped, or that contradict an argument.
 
     Args:
-        extra: The further fields of the body.
-        options: The fields that are there already.
+        extra: Additional fields of the body.
+        options: The fields that are already there.
 
     Raises:
-        TypeError: There is one, or ``extra`` is no mapping.
+        TypeError: There is one, or ``extra`` is not a mapping.
     """
     if not isinstance(extra, Mapping):
-        raise TypeError(f"extra_body is a mapping of further fields of the body, not {type(extra).__name__}")
+        raise TypeError(f"extra_body must be a mapping of additional fields of the body, not {type(extra).__name__}")
     for name in extra:
         if name in _NEVER_EXTRA:
-            raise TypeError(f"extra_body cannot have {name!r}: that is not a field of the body, or the client's own")
+            raise TypeError(f"extra_body cannot have {name!r}: it is not a field of the body, or belongs to the client")
         if name in options:
             raise TypeError(f"{name!r} is given twice, as an argument and in extra_body")

@@ -41,10 +41,10 @@ class AsyncClient:
     Args:
         base_url: Where the endpoint listens, with or without ``/v1``.
         api_key: Sent as a bearer token.
-        model: The model of every call that names none; without it the server uses its own.
+        model: The model of calls that name none; without it the server uses its own.
         timeouts: The clocks of every call.
         reuse_pictures: Upload a picture when it is used a second time (recognised by its content), and refer to it
-            from then on. Where the server refuses that, the picture is sent each time.
+            from then on. If the server refuses that, the picture is sent each time.
 
     Raises:
         ValueError: ``base_url`` is not an http or https URL.
@@ -84,26 +84,26 @@ class AsyncClient:
     def generate(self, /, prompt: str | None = None, **arguments: Unpack[Arguments]) -> Coroutine[Any, Any, Completion]:
         """Ask, and wait for the whole answer.
 
-        Arguments are checked, and iterables are read, once, when this is called; the rest when it is awaited.
+        Arguments are checked and iterables are read once, when this is called; the rest happens when it is awaited.
 
         Args:
             prompt: The question.
-            arguments: What is not named here is in ``epd.client.arguments``: vLLM's fields, sent as they are.
+            arguments: These, and the others in ``epd.client.arguments``: vLLM's fields, sent as they are.
 
-                * ``images``: Pictures it is about, or one: paths, URLs, bytes, open files, PIL images, numpy arrays or
-                  uploads; they precede the text. Any iterable will do.
-                * ``videos``, ``audios``: Clips it is about, or one: paths, URLs, bytes or open files.
+                * ``images``: One picture or any iterable of them: paths, URLs, bytes, open files, PIL images, numpy
+                  arrays or uploads; they precede the text.
+                * ``videos``, ``audios``: One clip or any iterable of them: paths, URLs, bytes or open files.
                 * ``model``: Instead of the client's model.
-                * ``max_tokens``: Longest answer, in tokens.
+                * ``max_tokens``: The longest answer, in tokens.
                 * ``temperature``: 0 always takes the likeliest token.
                 * ``top_p``: Sample among the likeliest tokens that make up this probability.
                 * ``seed``: Makes sampling repeatable.
                 * ``stop``: End the answer before any of these strings.
                 * ``n``: Number of answers, see ``Completion.texts``.
                 * ``logprobs``: True, or how many alternatives to report for each token.
-                * ``system``: Text of a system message that goes first.
+                * ``system``: The text of a system message that goes first.
                 * ``messages``: A whole OpenAI chat instead of ``prompt`` and media; a content part may be
-                  ``{"type": "image", "image": picture}``, and the same of ``video`` and ``audio``.
+                  ``{"type": "image", "image": picture}``, and likewise for ``video`` and ``audio``.
                 * ``extra_body``: Fields of the body that only the server knows.
 
         Raises:
@@ -116,7 +116,7 @@ class AsyncClient:
         return self._generate(Chat(prompt, arguments, model=self.model))
 
     def stream(self, /, prompt: str | None = None, **arguments: Unpack[Arguments]) -> AsyncGenerator[Chunk, None]:
-        """Ask, and iterate over the answer as it is made. Takes the arguments of ``generate``.
+        """Ask, and iterate over the answer as it is generated. Takes the arguments of ``generate``.
 
         Nothing is sent before the first step. Closing the iterator (``aclose``, or dropping it after
         a ``break``) closes the connection, and the server cancels the request.
@@ -124,20 +124,20 @@ class AsyncClient:
         Raises:
             APIError: The server answered with an error, at once or in the middle of the stream.
             TransportError: There is no complete answer; what came so far is incomplete.
-            PictureError, TypeError, ValueError: As ``generate``.
+            PictureError, TypeError, ValueError: As for ``generate``.
         """
         return self._stream(Chat(prompt, arguments, model=self.model, stream=True))
 
     async def upload(self, /, picture: Picture, *, cache_salt: str = "") -> Media:
-        """Have a picture encoded before it is asked about; the result stands for it until it expires.
+        """Have a picture encoded before it is asked about; the result stands for the picture until it expires.
 
         Args:
             picture: A path, bytes, an open file, a PIL image or a numpy array.
             cache_salt: The ``cache_salt`` of the calls that will use it, if they have one.
 
         Raises:
-            Overloaded: As many pictures are kept as may be, see ``retry_after_s``.
-            APIError, TransportError: As ``generate``.
+            Overloaded: No more pictures can be kept now, see ``retry_after_s``.
+            APIError, TransportError: As for ``generate``.
             PictureError: The picture cannot be read, or is an address.
         """
         local = LocalPicture(picture)
@@ -149,7 +149,7 @@ class AsyncClient:
         """Return the ids of the models that the server offers.
 
         Raises:
-            APIError, TransportError: As ``generate``.
+            APIError, TransportError: As for ``generate``.
         """
         raw = await self._http.small("GET", "/v1/models")
         try:
@@ -161,7 +161,7 @@ class AsyncClient:
         """Return whether the server is alive (``GET /health``); False if it answers 503.
 
         Raises:
-            APIError, TransportError: As ``generate``; a server that is not there is a ``ConnectFailed``.
+            APIError, TransportError: As for ``generate``; a server that is not there is a ``ConnectFailed``.
         """
         return await self._http.is_up("/health")
 
@@ -169,7 +169,7 @@ class AsyncClient:
         """Return whether the server can take requests now (``GET /ready``); False if it answers 503.
 
         Raises:
-            APIError, TransportError: As ``generate``; a server that is not there is a ``ConnectFailed``.
+            APIError, TransportError: As for ``generate``; a server that is not there is a ``ConnectFailed``.
         """
         return await self._http.is_up("/ready")
 
@@ -178,7 +178,7 @@ class AsyncClient:
 
         Raises:
             NotFound: It knows no such request.
-            APIError, TransportError: As ``generate``.
+            APIError, TransportError: As for ``generate``.
         """
         return await self._http.small_object("GET", f"/v1/requests/{quote(request_id, safe='')}")
 
@@ -186,11 +186,11 @@ class AsyncClient:
         """Cancel a request by the ``id`` of its answer; whoever waits for it gets an ``APIError`` with status 499.
 
         Returns:
-            How many sequences were still being made: 0 if it had ended, and up to ``n``.
+            How many sequences were still being generated: 0 if it had ended, else up to ``n``.
 
         Raises:
-            NotFound: The server knows no such request of this API key.
-            APIError, TransportError: As ``generate``.
+            NotFound: The server knows no such request with this API key.
+            APIError, TransportError: As for ``generate``.
         """
         raw = await self._http.small_object("POST", f"/v1/requests/{quote(request_id, safe='')}/cancel")
         try:
@@ -202,7 +202,7 @@ class AsyncClient:
         """Return how the pools of embeddings are filled (``pools``) and what has happened to them (``counters``).
 
         Raises:
-            APIError, TransportError: As ``generate``.
+            APIError, TransportError: As for ``generate``.
         """
         return await self._http.small_object("GET", "/v1/cache")
 
@@ -236,7 +236,7 @@ class AsyncClient:
             reader.close()
 
     async def _prepare(self, chat: Chat) -> _Call:
-        """Read what the chat is about, have uploaded what comes again, and write the body."""
+        """Read the chat's media, upload those that are used again, and write the body."""
         await asyncio.to_thread(chat.load)
         kept: dict[str, str] = {}
         if self._reuse is not None:
@@ -244,7 +244,7 @@ class AsyncClient:
         return _Call(chat, await asyncio.to_thread(chat.body, kept), list(kept.values()))
 
     async def _send_call(self, call: _Call, limit: Limit) -> aiohttp.ClientResponse:
-        """Send a chat; once more with all pictures where the server has let go of one that was uploaded for it."""
+        """Send a chat; again, with all pictures, if the server no longer has one that was uploaded for it."""
         try:
             return await self._http.send("POST", _CHAT, limit, call.payload)
         except NotFound as error:

@@ -1,6 +1,6 @@
 """One chat, from the arguments of ``generate`` and ``stream`` to the JSON body that is posted.
 
-Lives in the user's process; owns the media of one call that are here.
+Lives in the user's process; owns the local media of one call.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _MODALITIES = ("image", "video", "audio")
 
 
 class Chat:
-    """What one call asks. Made where the method is called: there names are checked, and iterables are read, once.
+    """What one call asks. Made when the method is called: then names are checked and iterables are read, once.
 
     Args:
         prompt: The user's text, unless ``messages`` are given.
         arguments: Those of ``Arguments``, by name.
-        model: The model where they name none.
+        model: The model if they name none.
         stream: Whether to ask for a stream.
 
     Raises:
-        PictureError: Something that is given as a picture or clip is none.
-        TypeError: There is nothing to send, arguments are unknown or of the wrong kind, or a prompt stands beside
-            messages.
-        ValueError: Media stand beside messages, or a number is none.
+        PictureError: Something that is given as a picture or clip is not one.
+        TypeError: There is nothing to send, arguments are unknown or of the wrong kind, or both a prompt and messages
+            are given.
+        ValueError: Both media and messages are given, or a number is not finite.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Chat:
         media += self._media_parts("audio", given)
         if "messages" not in given:
             if not isinstance(prompt, str):
-                raise TypeError("give a prompt or messages" if prompt is None else "the prompt is a text")
+                raise TypeError("give a prompt or messages" if prompt is None else "the prompt must be text")
             chat = [{"role": "user", "content": [*media, {"type": "text", "text": prompt}] if media else prompt}]
         elif prompt is not None:
-            raise TypeError("give a prompt or messages, not both: the prompt goes into the messages' last")
+            raise TypeError("give a prompt or messages, not both: put the prompt into the last message")
         elif media:
             raise ValueError("with messages, pictures and clips go into the messages' content parts")
         else:
@@ -64,7 +64,7 @@ class Chat:
 
     @property
     def pictures(self) -> list[LocalPicture]:
-        """The pictures that are here, in order."""
+        """The local pictures, in order."""
         return self._pictures
 
     @property
@@ -80,7 +80,7 @@ class Chat:
         return count if isinstance(count, int) and count > 0 else 1
 
     def load(self) -> None:
-        """Read all media that are here; before ``body``. Blocks.
+        """Read all local media; call it before ``body``. Blocks.
 
         Raises:
             PictureError: One cannot be read.
@@ -99,7 +99,7 @@ class Chat:
         Raises:
             PictureError: A picture cannot be written as PNG.
             TypeError: Something cannot be written as JSON.
-            ValueError: A text has no UTF-8, or something contains itself.
+            ValueError: A text cannot be UTF-8, or something contains itself.
         """
 
         def url_of(one: Any) -> str:
@@ -129,7 +129,7 @@ class Chat:
         return {"type": f"{modality}_url", f"{modality}_url": {"url": self._place(modality, one)}}
 
     def _place(self, modality: str, one: Any) -> Any:
-        """What stands in the body for a medium: its address, or what reads it, whose URL is written later."""
+        """What stands for a medium in the body: its address, or its reader, whose URL is written later."""
         place = picture_or_url(one) if modality == "image" else clip_or_url(modality, one)
         if isinstance(place, LocalPicture):
             self._pictures.append(place)
@@ -144,7 +144,7 @@ class Chat:
         return {**message, "content": [self._part(part) for part in content]}
 
     def _part(self, part: Any) -> Any:
-        """A content part; ``{"type": "image", "image": picture}`` and its like become parts with a URL."""
+        """A content part; ``{"type": "image", "image": picture}`` and the like become parts with a URL."""
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in _MODALITIES:
             if kind not in part:
@@ -157,7 +157,7 @@ class Chat:
         return part
 
     def _url_value(self, modality: str, value: Any) -> Any:
-        """What is under ``image_url`` and its like: text is an address, as the API has it, anything else a medium."""
+        """The value of ``image_url`` and the like: text is an address, as in the API, anything else a medium."""
         if isinstance(value, Mapping):
             url = value.get("url")
             return value if url is None or isinstance(url, str) else {**value, "url": self._place(modality, url)}
@@ -167,12 +167,12 @@ class Chat:
 def _messages(given: Any) -> list[Mapping[str, Any]]:
     found = [] if isinstance(given, str | Mapping) or not isinstance(given, Iterable) else list(given)
     if not found or not all(isinstance(message, Mapping) for message in found):
-        raise TypeError('messages are an iterable of messages, such as {"role": "user", "content": "Hello"}')
+        raise TypeError('messages must be an iterable of messages, such as {"role": "user", "content": "Hello"}')
     return found
 
 
 def _options(given: Mapping[str, Any], model: str | None) -> dict[str, Any]:
-    """The fields of the body beside the messages."""
+    """The fields of the body besides the messages."""
     options = {name: value for name, value in given.items() if name not in OF_THE_CLIENT}
     if model is not None:
         options.setdefault("model", model)
@@ -191,9 +191,9 @@ def _options(given: Mapping[str, Any], model: str | None) -> dict[str, Any]:
 
 
 def _check_numbers(options: Mapping[str, Any]) -> None:
-    """JSON has no NaN; it would be sent as null, which is the server's default."""
+    """Refuse NaN and infinity: JSON has neither, and would say null, which is the server's default."""
     for name, value in options.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, which is no number that can be sent")
+            raise ValueError(f"{name} is {value}, which is not a number that can be sent")
         if isinstance(value, Mapping):
             _check_numbers(value)

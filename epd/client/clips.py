@@ -1,7 +1,7 @@
 """Videos and sounds in any form people have them, turned into what the chat API takes: a URL.
 
-Files and bytes are sent unchanged in a ``data:`` URL whose media type comes from their first bytes; URLs are handed on
-for the server to fetch, also ``file://``, which is a file of the server's host. Lives in the user's process; a
+Files and bytes are sent unchanged in a ``data:`` URL whose media type comes from their first bytes; The server fetches
+URLs, including ``file://``, which names a file on the server's host. Lives in the user's process; a
 ``LocalClip`` blocks, so the asynchronous client calls it in a thread.
 """
 
@@ -28,7 +28,7 @@ _SUBTYPES = {"matroska": "webm", "mp3": "mpeg", "avi": "x-msvideo", "au": "basic
 
 
 class LocalClip:
-    """A video or a sound that is here, as it was when it was loaded.
+    """A local video or sound, as it was when it was loaded.
 
     Args:
         modality: "video" or "audio".
@@ -40,15 +40,15 @@ class LocalClip:
 
     def __init__(self, modality: str, clip: Clip) -> None:
         if not is_file(clip):
-            raise PictureError(f"a clip is {CLIP_FORMS}, not {type(clip).__name__}")
+            raise PictureError(f"a clip must be {CLIP_FORMS}, not {type(clip).__name__}")
         self._modality, self._given = modality, clip
         self._file, self._kind = b"", ""
 
     def load(self) -> None:
-        """Take the clip as it is now; before anything else.
+        """Read the clip as it is now; call it before anything else.
 
         Raises:
-            PictureError: The file is missing or unreadable, or of no known kind.
+            PictureError: The file is missing or unreadable, or its kind is unknown.
         """
         self._file, name = read(self._given, self._modality)
         self._kind = containers.kind_of(self._file)
@@ -62,7 +62,7 @@ class LocalClip:
 
 
 def clip_or_url(modality: str, clip: Clip) -> LocalClip | str:
-    """Return the address of a clip, or what reads it if it is here.
+    """Return the address of a clip, or its reader if it is local.
 
     Args:
         modality: "video" or "audio".

@@ -40,11 +40,11 @@ class Connection:
         self._session: aiohttp.ClientSession | None = None
 
     def open(self) -> None:
-        """Makes the session; once."""
+        """Make the session; once."""
         if self._session is not None:
             raise RuntimeError("this client is already open")
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # a queue in here would eat the connect clock
+            connector=aiohttp.TCPConnector(limit=0),  # a queue in here would use up the connect clock
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(
@@ -53,7 +53,7 @@ class Connection:
         )
 
     async def close(self) -> None:
-        """Closes every connection; calls in progress fail. May be called again."""
+        """Close every connection; calls in progress fail. May be called again."""
         if self._session is not None:
             await self._session.close()
 
@@ -110,13 +110,13 @@ class Connection:
         return True
 
     def small_limit(self) -> Limit:
-        """The clock of a call that is answered at once, from now on."""
+        """The clock, starting now, of a call that is answered at once."""
         seconds = min(self._timeouts.token_s, self._timeouts.total_s)
         at = asyncio.get_running_loop().time() + seconds
         return Limit(at, TotalTimeout, f"no answer within {seconds:g} s (the smaller of token_s and total_s)")
 
     def not_ours(self, body: Any) -> APIError:
-        """The error for an answer that no endpoint gives."""
+        """The error for an answer that no endpoint would give."""
         message = f"what answers at {self.base_url} does not speak the OpenAI API"
         return APIError(200, "invalid_answer", message, None, body)
 
@@ -133,6 +133,6 @@ class Connection:
 def _is_http_url(url: str) -> bool:
     try:
         parsed = URL(url)
-    except ValueError:  # such as a port beyond 65535
+    except ValueError:  # for example a port beyond 65535
         return False
     return parsed.scheme in ("http", "https") and bool(parsed.host)

@@ -1,7 +1,7 @@
 """Everything the client raises on purpose, as one tree.
 
 * EPDError
-  * APIError: the server answered, and the answer is an error; itself for 408, 409, 499 and what is not below
+  * APIError: the server answered with an error; used itself for 408, 409, 499 and what is not below
     * BadRequest: 400, 413, 422: the request itself must change
     * AuthenticationError: 401, 403: the API key is missing or wrong
     * NotFound: 404: no such model, request or page
@@ -9,7 +9,7 @@
     * ServerError: any other 5xx: the server failed, the request may be fine
   * TransportError: there is no complete answer
     * ConnectFailed: nothing listens there, or the name or certificate is wrong
-    * Timeout: also a ``TimeoutError``; which clock ran out is the subclass
+    * Timeout: also a ``TimeoutError``; the subclass says which clock ran out
       * ConnectTimeout: ``Timeouts.connect_s``
       * FirstTokenTimeout: ``Timeouts.first_token_s``
       * TokenTimeout: ``Timeouts.token_s``, the gap between two chunks
@@ -50,9 +50,9 @@ __all__ = [
     "TotalTimeout",
     "TransportError",
 ]
-# error_from_answer, api_error and class_of are for this package and the documentation: they build these, they are none.
+# error_from_answer, api_error and class_of are for this package and the documentation: they build errors.
 
-_PASSING = (429, 502, 503)  # of a server that gives no word of ours
+_PASSING = (429, 502, 503)  # from a server that sends none of our codes
 _QUOTED_CHARS = 300  # how much of an answer that is not JSON goes into the message
 
 
@@ -67,7 +67,7 @@ class APIError(EPDError):
         status: HTTP status; for an error inside a stream, the one the error object names, else 500.
         code: The error object's ``code``, as sent (vLLM sends the status as a number).
         message: The server's sentence.
-        request_id: The server's id of the request, where it gave one.
+        request_id: The server's id of the request, if it gave one.
         body: The decoded JSON body, or the text when it was not JSON.
     """
 
@@ -88,7 +88,7 @@ class APIError(EPDError):
 
     @property
     def reason(self) -> ErrorCode | str | None:
-        """The stable word for what is wrong (``docs/errors.md``): EPD's as ``ErrorCode``, else vLLM's, or None."""
+        """The stable word for what is wrong (``docs/errors.md``): EPD's as an ``ErrorCode``, else vLLM's, or None."""
         error = self.body.get("error", self.body) if isinstance(self.body, dict) else None
         word = error.get("type") if isinstance(error, dict) else None
         if word == "error" and isinstance(error, dict):  # an event of /v1/responses
@@ -99,7 +99,7 @@ class APIError(EPDError):
 
     @property
     def may_retry(self) -> bool:
-        """Whether the same request may well be answered a little later."""
+        """Whether the same request is likely to be answered a little later."""
         reason = self.reason
         return reason.retry if isinstance(reason, ErrorCode) else self.status in _PASSING
 
@@ -150,7 +150,7 @@ class TransportError(EPDError):
     """There is no complete answer.
 
     Attributes:
-        request_id: The server's id of the request, where it was already known.
+        request_id: The server's id of the request, if it was already known.
     """
 
     def __init__(self, message: str, *, request_id: str | None = None) -> None:
@@ -159,7 +159,7 @@ class TransportError(EPDError):
 
 
 class ConnectFailed(TransportError):
-    """No connection: refused, unknown host, or a certificate that does not hold."""
+    """No connection: refused, unknown host, or an invalid certificate."""
 
 
 class Timeout(TransportError, TimeoutError):
@@ -187,7 +187,7 @@ class StreamInterrupted(TransportError):
 
 
 class PictureError(EPDError, ValueError):
-    """A picture, video or sound cannot be read, is of no known kind, or cannot be sent."""
+    """A picture, video or sound cannot be read, is of an unknown kind, or cannot be sent."""
 
 
 def error_from_answer(status: int, headers: Mapping[str, str], body: bytes) -> APIError:
@@ -217,7 +217,7 @@ def api_error(
     request_id: str | None = None,
     retry_after_s: float | None = None,
 ) -> APIError:
-    """Build the exception for an error body, in the OpenAI form or any other.
+    """Build the exception for an error body, in OpenAI's form or any other.
 
     Args:
         status: HTTP status, or None to take it from the error object (an error in a stream).
@@ -247,7 +247,7 @@ def api_error(
 
 
 def _status_of(code: str | int | None) -> int:
-    """Return the status that a code stands for: vLLM sends the status itself, EPD its own words."""
+    """Return the status for a code: vLLM sends the status itself, EPD its own words."""
     with contextlib.suppress(ValueError):
         return ErrorCode(str(code)).status
     digits = str(code)
@@ -255,7 +255,7 @@ def _status_of(code: str | int | None) -> int:
 
 
 def class_of(status: int) -> type[APIError]:
-    """The class of errors with an HTTP status."""
+    """The class of errors for an HTTP status."""
     if status in (429, 503):
         return Overloaded
     if status in (400, 413, 422):

@@ -1,6 +1,6 @@
-"""What callers give, in the forms that Python has for it: one thing or many, a path, bytes or an open file.
+"""What callers pass in, in Python's various forms: one thing or many, a path, bytes or an open file.
 
-Lives in the user's process; ``read`` blocks, all else is pure.
+Lives in the user's process; ``read`` blocks, everything else is pure.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["BinaryFile", "File", "is_file", "read", "several"]
 
 
 class BinaryFile(Protocol):
-    """A file that is open in binary mode, or anything else that is read in the same way."""
+    """A file that is open in binary mode, or anything else that can be read in the same way."""
 
     def read(self) -> bytes:
-        """Return what is left of it."""
+        """Return the rest of it."""
 
 
 File: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryFile
@@ -27,12 +27,12 @@ File: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Bina
 
 
 def several(name: str, given: Any, is_one: Callable[[Any], bool], taken: str) -> list[Any]:
-    """Return what an argument holds as a list, whether it is one thing or any iterable of them, which is read once.
+    """Return an argument's value as a list, whether it is one thing or any iterable of them, which is read once.
 
     Args:
         name: The argument's name, for the error.
         given: Its value; None is nothing.
-        is_one: Whether a value is a single thing, though it may be iterable too, as text and open files are.
+        is_one: Whether a value is a single thing, even if it is iterable too, like text and open files.
         taken: What a single thing may be, for the error.
 
     Raises:
@@ -57,16 +57,16 @@ def is_file(given: Any) -> bool:
 
 
 def read(given: File, kind: str) -> tuple[bytes, str]:
-    """Return the content of a file, and what to call it in an error.
+    """Return the content of a file, and a name for it in errors.
 
-    An open file is read from where it stands, and then, if it can seek, stands there again.
+    An open file is read from its current position, and put back there if it can seek.
 
     Args:
-        given: What ``is_file`` says yes to.
+        given: Something for which ``is_file`` is true.
         kind: What it should be, for the errors: "picture", "video" or "audio".
 
     Raises:
-        PictureError: It is not there, cannot be read, or has nothing in it.
+        PictureError: It does not exist, cannot be read, or is empty.
     """
     if isinstance(given, bytes | bytearray | memoryview):
         data, name = bytes(given), "these bytes"
@@ -75,7 +75,7 @@ def read(given: File, kind: str) -> tuple[bytes, str]:
     else:
         data, name = _read_open(given, kind), "this open file"
         if not data:
-            raise PictureError(f"{name} is at its end, with no {kind} left in it; seek(0) goes to its beginning")
+            raise PictureError(f"{name} is at its end, with no {kind} left to read; seek(0) goes to its beginning")
     if not data:
         raise PictureError(f"{name} is empty")
     return data, name

@@ -1,8 +1,8 @@
 """Pictures in any form people have them, turned into what the chat API takes: a URL.
 
 Files and bytes are sent unchanged in a ``data:`` URL whose media type comes from their first bytes; images and arrays
-are written as PNG, losslessly (``epd.client.pixels``); URLs are handed on for the server to fetch, also ``file://``,
-which is a file of the server's host. Lives in the user's process; a ``LocalPicture`` blocks, so the asynchronous client
+are written as PNG, losslessly (``epd.client.pixels``); The server fetches URLs, including ``file://``, which
+names a file on the server's host. Lives in the user's process; a ``LocalPicture`` blocks, so the asynchronous client
 calls it in a thread.
 """
 
@@ -45,12 +45,12 @@ _STARTS = (
 
 
 class LocalPicture:
-    """A picture that is here, as it was when it was loaded: what is summed, sent and uploaded are the same pixels.
+    """A local picture, as it was when it was loaded: what is hashed, sent and uploaded are the same pixels.
 
-    ``load`` reads a path each time a picture is asked about, and ``digest`` sums what was read: a file that has changed
-    is never taken for what it was, whatever its size and times say. That takes 1.2 ms for a file of 5 MB (in the page
+    ``load`` reads a path each time a picture is used, and ``digest`` hashes what was read: a file that has changed is
+    never taken for its old self, whatever its size and times say. That takes 1.2 ms for a file of 5 MB (in the page
     cache) and 79 ms for a PIL image of 12 megapixels (`python -m benchmarks hash`; 2 cores, x86_64, 2026-11-28). PNG is
-    written only where it is sent.
+    written only if it is sent.
 
     Raises:
         PictureError: It is not in ``PICTURE_FORMS``, or an address.
@@ -58,18 +58,18 @@ class LocalPicture:
 
     def __init__(self, picture: Picture) -> None:
         if not is_picture(picture):
-            raise PictureError(f"a picture is {PICTURE_FORMS}, not {type(picture).__name__}")
+            raise PictureError(f"a picture must be {PICTURE_FORMS}, not {type(picture).__name__}")
         if _address(picture) is not None:
-            raise PictureError("this picture is an address; what is uploaded is here: a path, bytes or an image")
+            raise PictureError("this picture is an address; only local ones can be uploaded: a path, bytes or an image")
         self._given: Any = picture
         self._file: bytes | None = None
         self._image: Image.Image | None = None
 
     def load(self) -> None:
-        """Take the picture as it is now; before anything else.
+        """Read the picture as it is now; call it before anything else.
 
         Raises:
-            PictureError: The file is missing or unreadable, or no picture of a known kind.
+            PictureError: The file is missing or unreadable, or not a picture of a known kind.
         """
         if is_file(self._given):
             self._file = _checked(*read(self._given, "picture"))
@@ -80,7 +80,7 @@ class LocalPicture:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Names what was loaded: BLAKE3, in hex."""
+        """The name of what was loaded: BLAKE3, in hex."""
         if self._image is None:
             return blake3(self.file()).hexdigest()
         image = self._image
@@ -92,12 +92,12 @@ class LocalPicture:
         """Return the picture as a file of a known kind.
 
         Raises:
-            PictureError: PNG cannot hold it.
+            PictureError: It cannot be written as PNG.
         """
         if self._file is None:
             if self._image is None:
                 raise RuntimeError("load the picture first")
-            _ = self.digest  # is that of the pixels, which are let go of here
+            _ = self.digest  # must be taken from the pixels, which are released here
             self._file, self._image = _png(self._image), None
         return self._file
 
@@ -105,14 +105,14 @@ class LocalPicture:
         """Return the picture as a ``data:`` URL.
 
         Raises:
-            PictureError: As ``file``.
+            PictureError: As for ``file``.
         """
         data = self.file()
         return f"data:{media_type(data)};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def picture_or_url(picture: Picture) -> LocalPicture | str:
-    """Return the address of a picture, or what reads it if it is here.
+    """Return the address of a picture, or its reader if it is local.
 
     Args:
         picture: A string is a URL if it starts with one of the known schemes, else a path.
@@ -125,12 +125,12 @@ def picture_or_url(picture: Picture) -> LocalPicture | str:
 
 
 def is_picture(given: Any) -> bool:
-    """Return whether it is one picture, in any form: an address or here."""
+    """Return whether it is one picture, in any form: an address or local."""
     return is_file(given) or isinstance(given, Image.Image | Media) or is_array(given)
 
 
 def media_type(data: bytes) -> str | None:
-    """Return the media type that the first bytes tell, or None."""
+    """Return the media type that the first bytes show, or None."""
     for start, name in _STARTS:
         if data.startswith(start):
             return f"image/{name}"
@@ -159,14 +159,14 @@ def _plain(image: Image.Image) -> Image.Image:
         return plain(image)
     except PictureError:
         raise
-    except Exception as error:  # PIL raises anything for broken lazy files
+    except Exception as error:  # PIL may raise anything for broken lazy files
         raise PictureError(f"cannot read this {image.mode} image: {error}") from error
 
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     try:
-        image.save(buffer, "PNG", compress_level=1)  # size matters little beside encoding time
-    except Exception as error:  # such as one without pixels
+        image.save(buffer, "PNG", compress_level=1)  # time matters more than size
+    except Exception as error:  # for example one without pixels
         raise PictureError(f"cannot write this {image.mode} image as PNG: {error}") from error
     return buffer.getvalue()

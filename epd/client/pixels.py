@@ -1,4 +1,4 @@
-"""Pixels in the forms that Pillow and numpy have for them, turned into an image that PNG can hold without loss.
+"""Turns pixels in Pillow's and numpy's forms into an image that PNG can hold without loss.
 
 Lives in the user's process; pure. numpy is not imported: an array brings its own methods.
 """
@@ -28,7 +28,7 @@ class Array(Protocol):
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """What numpy arrays say about themselves."""
+        """How numpy arrays describe themselves."""
 
 
 def is_array(given: Any) -> bool:
@@ -38,23 +38,23 @@ def is_array(given: Any) -> bool:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """Return a copy that stands upright and is of a mode that PNG has.
+    """Return an upright copy in a mode that PNG has.
 
     It is turned as its EXIF orientation says, if it still carries one. Grey of more bits becomes grey of 8. ``I`` and
-    ``F`` do not tell their scale: it is the smallest usual one that has all values, 0 to 255 or 65535, and for ``F``
-    also 0 to 1. The server does the same with files.
+    ``F`` do not tell their scale: the smallest usual one that contains all values is taken, 0 to 255 or 65535, and for
+    ``F`` also 0 to 1. The server does the same with files.
 
     Raises:
-        PictureError: Its numbers are no brightness.
-        Exception: Anything that Pillow raises for a broken file that it reads only now.
+        PictureError: Its numbers cannot be brightness.
+        Exception: Anything that Pillow raises for a broken file that it only reads now.
     """
     image.load()
     upright = image
-    with contextlib.suppress(Exception):  # an EXIF that cannot be read says nothing; so does the server think
+    with contextlib.suppress(Exception):  # unreadable EXIF is ignored, as the server does
         upright = ImageOps.exif_transpose(image)
     if upright is image:
         upright = image.copy()
-    # What else a file says, such as its colour profile, changes no pixel that the server sees.
+    # Other metadata, such as a colour profile, does not change the pixels that the server sees.
     upright.info = {key: value for key, value in upright.info.items() if key == "transparency"}
     mode = upright.mode
     if mode in _AS_IT_IS:
@@ -72,16 +72,16 @@ def plain(image: Image.Image) -> Image.Image:
 def from_array(array: Any) -> Image.Image:
     """Return an array as an image of a mode that PNG has.
 
-    ``uint8`` is taken as it is, and ``uint16`` as 16 bits, of which colours keep the upper 8 and grey is rounded, as
-    files are read; of bools, True is white. Other numbers do not tell their scale: see ``plain``.
+    ``uint8`` is taken as it is, ``uint16`` as 16 bits: colours keep the upper 8 and grey is rounded, as for files. Of
+    bools, True is white. Other types do not tell their scale: see ``plain``.
 
     Raises:
-        PictureError: Its shape is not (height, width) or (height, width, 1 to 4), or its numbers are no brightness.
+        PictureError: Its shape is not (height, width) or (height, width, 1 to 4), or its numbers cannot be brightness.
     """
     shape = tuple(array.shape)
     if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in _CHANNELS) or not array.size:
         raise PictureError(
-            f"an array of shape {shape} is no picture: it has the shape (height, width) or (height, width, channels) "
+            f"an array of shape {shape} is not a picture: it must be (height, width) or (height, width, channels) "
             f"with 1 to 4 channels; give several pictures as a list"
         )
     if len(shape) == 3 and shape[2] == 1:
@@ -120,16 +120,16 @@ def _real(image: Image.Image) -> Image.Image:
 
 
 def _white_of_whole(low: int, high: int) -> int:
-    """What white is among whole numbers from ``low`` to ``high``."""
+    """The value of white for whole numbers from ``low`` to ``high``."""
     if low < 0 or high > _WIDE:
-        raise PictureError(f"these whole numbers, {low} to {high}, are no brightness: that is 0 to 255 or 0 to 65535")
+        raise PictureError(f"these integers, {low} to {high}, cannot be brightness: that is 0 to 255 or 0 to 65535")
     return 255 if high <= 255 else _WIDE
 
 
 def _white_of_real(low: float, high: float) -> int:
-    """What white is among numbers from ``low`` to ``high``."""
-    if not (low >= 0 and high <= _WIDE):  # also where one is NaN
+    """The value of white for numbers from ``low`` to ``high``."""
+    if not (low >= 0 and high <= _WIDE):  # also true if one is NaN
         raise PictureError(
-            f"these numbers, {low:g} to {high:g}, are no brightness: that is 0 to 1, 0 to 255 or 0 to 65535"
+            f"these numbers, {low:g} to {high:g}, cannot be brightness: that is 0 to 1, 0 to 255 or 0 to 65535"
         )
     return 1 if high <= 1 else 255 if high <= 255 else _WIDE

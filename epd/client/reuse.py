@@ -1,8 +1,9 @@
 """Pictures that are used again: uploaded once, then referred to.
 
-Lives in the user's process; owns what the client remembers of pictures: digests of their content and the ids of
-uploads, the pictures themselves never, and nothing of where they came from: content alone says whether a picture is
-one that is kept. Digests are taken in a thread; all else runs on the client's event loop.
+Lives in the user's process; owns what the client remembers of pictures: digests of their content and ids of uploads,
+but
+neither the pictures nor where they came from: content alone decides whether a picture is one that the server keeps.
+Digests are computed in a thread; everything else runs on the client's event loop.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ __all__ = ["Reuse", "is_not_found"]
 
 _KEEP = 1024
 _MARGIN_S = 5.0  # an upload that expires sooner is not referred to
-_PAUSE_S = 10.0  # after a refusal that may pass
+_PAUSE_S = 10.0  # after a temporary refusal
 
 Upload = Callable[[bytes, str], Awaitable[Media]]
 
 
 class _Entry:
-    """What is known of one picture under one salt."""
+    """What is known about one picture under one salt."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
@@ -36,14 +37,14 @@ class _Entry:
 
 
 class Reuse:
-    """Remembers pictures, and has those uploaded that come a second time."""
+    """Remembers pictures, and uploads those that are used a second time."""
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()  # the `_KEEP` that were used last
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()  # the `_KEEP` most recently used
         self._paused_until = 0.0
 
     async def urls(self, pictures: Sequence[LocalPicture], salt: str, upload: Upload) -> dict[str, str]:
-        """Where pictures of this call are kept already, by digest; the others are to be sent.
+        """URLs of the pictures of this call that the server keeps, by digest; the others must be sent.
 
         Args:
             pictures: Those of one call, loaded.
@@ -67,7 +68,7 @@ class Reuse:
         return found
 
     def forget(self, urls: Iterable[str]) -> None:
-        """These are not kept any more."""
+        """Forget pictures that the server no longer keeps."""
         gone = set(urls)
         for entry in self._entries.values():
             if entry.media is not None and entry.media.url in gone:
@@ -93,7 +94,7 @@ class Reuse:
                 self._paused_until = time.monotonic() + (error.retry_after_s or _PAUSE_S)
             except APIError as error:
                 entry.is_refused = True
-                if error.status in (401, 403, 404, 405):  # it takes no uploads at all, or none of ours
+                if error.status in (401, 403, 404, 405):  # it accepts no uploads, or none of ours
                     self._paused_until = float("inf")
             except TransportError:
                 self._paused_until = time.monotonic() + _PAUSE_S
@@ -101,5 +102,5 @@ class Reuse:
 
 
 def is_not_found(error: EPDError) -> bool:
-    """Whether the server does not keep a picture any more that it was asked to use."""
+    """Whether the server no longer keeps a picture that it was asked to use."""
     return isinstance(error, APIError) and error.reason is ErrorCode.MEDIA_NOT_FOUND

@@ -2,8 +2,8 @@
 
 Follows the WHATWG HTML standard, section "Server-sent events": lines end in LF, CRLF or CR; lines
 that begin with a colon are comments; the ``data`` lines of one event are joined by LF; an event that
-the stream ends in the middle of is dropped. ``id`` and ``retry`` are read past: there is no resuming
-a completion. Lives in the user's process.
+the stream ends in the middle of is dropped. ``id`` and ``retry`` are skipped: a completion cannot be
+resumed. Lives in the user's process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class EventTooLong(ValueError):
-    """One event is longer than the parser is willing to hold."""
+    """An event is longer than the parser is willing to hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class EventParser:
 
     def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
         self._max_event_bytes = max_event_bytes
-        self._partial: list[bytes] = []  # the pieces of a line whose end has not come
+        self._partial: list[bytes] = []  # the parts of a line whose end has not come
         self._held_bytes = 0  # in _partial and _data
         self._data: list[bytes] = []
         self._name = ""
-        self._after_cr = False  # a CR ended the last piece: an LF that follows belongs to it
+        self._after_cr = False  # a CR ended the last part: a following LF belongs to it
         self._first_line = True
 
     def feed(self, piece: bytes) -> list[Event]:

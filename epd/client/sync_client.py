@@ -2,7 +2,7 @@
 
 Lives in the user's process. Each ``Client`` owns one daemon thread, started by its first call; it
 runs one event loop, and on it one ``AsyncClient``. A call hands its coroutine over and waits, so it
-works in any thread, also in one whose own event loop is running (which it blocks meanwhile).
+works in any thread, even one whose own event loop is running (which it blocks meanwhile).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Portal:
         return threading.current_thread() is self._thread
 
     def call(self, work: Coroutine[Any, Any, R]) -> R:
-        """Run the coroutine over there and wait for it; if the wait is broken off, so is the work."""
+        """Run the coroutine in that thread and wait for it; if the wait is interrupted, so is the work."""
         future = self.submit(work)
         try:
             return future.result()
@@ -55,8 +55,8 @@ class _Portal:
             future.cancel()  # no effect on finished work
 
     def submit(self, work: Coroutine[Any, Any, R]) -> concurrent.futures.Future[R]:
-        """Start the coroutine over there."""
-        with self._lock:  # nothing may be submitted behind the stop: it would never be answered
+        """Start the coroutine in that thread."""
+        with self._lock:  # nothing may be submitted after the stop: it would never be answered
             if not self._closing:
                 return asyncio.run_coroutine_threadsafe(work, self._loop)
         work.close()
@@ -121,7 +121,7 @@ def _blocking_iterator(
                     stepping = None
 
         async def close() -> None:
-            if stepping is not None:  # Ctrl-C may have broken off the wait before it could cancel this
+            if stepping is not None:  # Ctrl-C may have interrupted the wait before it could cancel this
                 stepping.cancel()
             async with turn:  # a generator cannot be closed while it runs
                 await chunks.aclose()
@@ -147,7 +147,7 @@ class Client:
     Args:
         base_url: Where the endpoint listens, with or without ``/v1``.
         api_key: Sent as a bearer token.
-        model: The model of every call that names none; without it the server uses its own.
+        model: The model of calls that name none; without it the server uses its own.
         timeouts: The clocks of every call.
         reuse_pictures: Upload a picture when it is used a second time, as ``AsyncClient`` does.
 

@@ -54,7 +54,7 @@ async def until(limit: Limit, request_id: str | None = None) -> AsyncIterator[No
     try:
         async with asyncio.timeout_at(limit.at):
             yield
-    except Timeout:  # is a TimeoutError too, but knows better
+    except Timeout:  # a TimeoutError too, but a more precise one
         raise
     except TimeoutError as error:
         raise limit.error(limit.message, request_id=request_id) from error
@@ -62,7 +62,7 @@ async def until(limit: Limit, request_id: str | None = None) -> AsyncIterator[No
 
 @contextlib.contextmanager
 def transport_errors(base_url: str, timeouts: Timeouts, request_id: str | None = None) -> Iterator[None]:
-    """Raise aiohttp's transport errors as this client's; goes inside ``until``, whose errors are OSErrors."""
+    """Raise aiohttp's transport errors as this client's; use it inside ``until``, whose errors are OSErrors."""
     try:
         yield
     except aiohttp.ConnectionTimeoutError as error:
@@ -77,7 +77,7 @@ def transport_errors(base_url: str, timeouts: Timeouts, request_id: str | None =
 
 
 def _why(error: aiohttp.ClientConnectorError) -> str:
-    """Say it as the system does: asyncio's own text for a refused connection is for programmers."""
+    """Say it as the system does: asyncio's text for a refused connection is made for programmers."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return str(error.certificate_error)
     number = error.os_error.errno
@@ -92,7 +92,7 @@ class AnswerReader:
         base_url: For messages.
         timeouts: The clocks.
         sent_at: When the request was sent, on the event loop's clock.
-        num_choices: How many choices must finish for a stream without ``[DONE]`` to be whole.
+        num_choices: How many choices must finish for a stream without ``[DONE]`` to be complete.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class AnswerReader:
         try:
             event = read_json(data)
             if not isinstance(event, dict):
-                raise ValueError("an event is no JSON object")
+                raise ValueError("an event is not a JSON object")
             if event.get("error"):
                 raise api_error(None, event, request_id=self._request_id)
             chunks = Chunk.all_from_json(event)
@@ -175,7 +175,7 @@ class AnswerReader:
         return min(token, total_limit(clocks, self._sent_at), key=lambda limit: limit.at)
 
     async def _let_end(self) -> None:
-        """Wait a moment for the end of the body, so that the connection can serve again."""
+        """Wait a moment for the end of the body, so that the connection can be reused."""
         with contextlib.suppress(aiohttp.ClientError, OSError):
             async with asyncio.timeout(_REUSE_WAIT_S):
                 while await self._response.content.readany():
@@ -186,7 +186,7 @@ class AnswerReader:
 
 
 def first_token_limit(clocks: Timeouts, sent_at: float) -> Limit:
-    """Return when a request sent at that time must have given its first token."""
+    """Return when a request sent at that time must have its first token."""
     message = f"no first token within {clocks.first_token_s:g} s (first_token_s)"
     return Limit(sent_at + clocks.first_token_s, FirstTokenTimeout, message)
 

@@ -34,8 +34,8 @@ class Timeouts:
         connect_s: Name lookup, TCP and TLS together (``ConnectTimeout``).
         first_token_s: From sending the request to the first token of a stream
             (``FirstTokenTimeout``): upload, queueing, encode and prefill.
-        token_s: Longest silence after the first token (``TokenTimeout``); the caller's own time
-            between two chunks does not count. Also the longest a small call may take, such as
+        token_s: The longest silence after the first token (``TokenTimeout``); the caller's own time
+            between two chunks does not count. Also the limit for small calls such as
             ``models()`` or ``health()``.
         total_s: The whole call (``TotalTimeout``). ``generate`` gets its answer in one piece, so this
             and ``connect_s`` are its only clocks.
@@ -50,7 +50,7 @@ class Timeouts:
     total_s: float = 600.0
 
     def __post_init__(self) -> None:
-        """Refuse a clock that is off."""
+        """Refuse values that would turn a clock off."""
         for each in fields(self):
             value = getattr(self, each.name)
             if not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -59,13 +59,13 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """A picture that the server keeps; give it where a picture is expected.
+    """A picture that the server keeps; pass it wherever a picture is expected.
 
     Attributes:
         id: The server's id of it. Whoever has it and the same API key may use it.
         width: Of the picture, in pixels.
         height: Of the picture, in pixels.
-        patches: How many pieces it is encoded in.
+        patches: How many patches it is encoded in.
         expires: Until when it is kept, in seconds since 1970, on the server's clock.
     """
 
@@ -77,7 +77,7 @@ class Media:
 
     @property
     def url(self) -> str:
-        """What stands for the picture in a request."""
+        """The URL that stands for the picture in a request."""
         return f"epd-media://{self.id}"
 
     @classmethod
@@ -162,7 +162,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer as it is made.
+    """A part of an answer as it is generated.
 
     Attributes:
         text: New text; may be empty (a finish, a half character, a tool call: see ``raw``).

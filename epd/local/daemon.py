@@ -32,14 +32,14 @@ class Spec:
     Attributes:
         name: Unique; the log is `<name>.log`.
         role: For people: "broker", "encode", ...
-        argv: The command line of a process of its own; empty for one that is forked from the zygote, which then
+        argv: The command line of a separate process; empty for one that is forked from the zygote, which then
             calls `target` ("module:function") with `args`.
         env: Added to the environment.
         stop_rank: Daemons stop in ascending order of it, those of one rank together.
         stop_s: How long one may take to stop after SIGTERM.
-        once: It is no daemon but ends by itself, with status 0 if all went well.
+        once: It is not a daemon but ends by itself, with status 0 if all went well.
         listens: It gets the supervisor's listening socket (`epd.process.activation`).
-        tidies: It removes something outside its process when it ends, so even a stop at once begins with SIGTERM.
+        tidies: It removes something outside its process when it ends, so even an immediate stop begins with SIGTERM.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Daemon:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of what an exception says: of a traceback, what it is about."""
+    """The last line of an exception's text; of a traceback, the one that says what is wrong."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
@@ -124,7 +124,7 @@ class StartError(RuntimeError):
     """The pipeline did not become ready: a daemon ended, or it took too long.
 
     Attributes:
-        daemon: Name of the daemon that ended; empty where it took too long.
+        daemon: Name of the daemon that ended; empty if it took too long.
         lines: The last lines of its log.
     """
 

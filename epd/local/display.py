@@ -44,15 +44,15 @@ _COLOURS = ("cyan", "magenta", "yellow", "blue", "green", "red", "bright_cyan", 
 
 
 def colour_of(index: int) -> str:
-    """The colour of the n-th of several equals; they repeat."""
+    """The colour of the n-th of several equal things; colours repeat."""
     return _COLOURS[index % len(_COLOURS)]
 
 
 class PatientConsole(Console):
     """A console for people and for pipes.
 
-    Nothing is wrapped where there is no terminal: a line stays a line for whatever reads it. When the terminal or pipe
-    is gone it goes quiet; rich's own ends the process.
+    Without a terminal nothing is wrapped: a line stays a line for whatever reads it. When the terminal or pipe is gone
+    it falls silent; rich's own console ends the process.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -61,7 +61,7 @@ class PatientConsole(Console):
             self.width = _ENDLESS
 
     def on_broken_pipe(self) -> None:
-        """Nobody reads any more."""
+        """Nobody reads the output any more."""
         self.quiet = True
 
 
@@ -81,7 +81,7 @@ class Display:
         self._failed: set[str] = set()
 
     def print(self, *parts: Any, **options: Any) -> None:
-        """Prints as `rich.console.Console.print` does; a terminal that is gone is no reason to stop anything."""
+        """Prints as `rich.console.Console.print` does; does not fail if the terminal is gone."""
         try:
             self.console.print(*parts, **options)
         except OSError:
@@ -103,7 +103,7 @@ class Display:
 
     @contextlib.asynccontextmanager
     async def starting(self) -> AsyncIterator[None]:
-        """While inside, shows how far the start is."""
+        """While entered, shows the progress of the start."""
         self._phase, self._started_at = "start", time.monotonic()
         try:
             if not self._is_live:
@@ -122,12 +122,12 @@ class Display:
             self._phase = "run"
 
     def stopping(self) -> None:
-        """From now on ends are no news."""
+        """From now on daemons that end are not news."""
         self._phase = "stop"
 
     @contextlib.asynccontextmanager
     async def logs(self) -> AsyncIterator[None]:
-        """While inside, shows what the daemons log, if verbose."""
+        """While entered, shows the daemons' logs, if verbose."""
         if not self._verbose:
             yield
             return

@@ -1,7 +1,7 @@
-"""The user's engine options, checked and settled before anything is loaded: names, types, choices, bounds.
+"""The user's engine options, checked and converted before anything is loaded: names, types, choices, bounds.
 
-Lives in the process of the command line; pure but for reading vLLM's source (`engine_source`). Whatever a person wrote
-for `vllm serve` is taken: JSON (`epd.config`), `8k`, `True`.
+Lives in the process of the command line; pure but for reading vLLM's source (`engine_source`). Everything that
+people write for `vllm serve` is accepted: JSON (`epd.config`), `8k`, `True`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def checked(config: Config) -> Config:
     """Returns `config` with its engine options as vLLM takes them.
 
     Raises:
-        ConfigError: vLLM knows no such option, or takes no such value; the text names the nearest right one.
+        ConfigError: vLLM has no such option, or does not take the value; the text names the nearest one that it has.
     """
     engine = _checked(config.engine, ENGINE, "engine option")
     stages = {}
@@ -70,7 +70,7 @@ def settle(option: Option, value: Any, *, may_be_auto: bool = False) -> Any:
     """A value as vLLM takes it for `option`.
 
     Raises:
-        ValueError: it does not take it; the text says what it takes.
+        ValueError: vLLM does not take it; the text says what it takes.
     """
     if may_be_auto and value == "auto":
         return -1
@@ -147,7 +147,7 @@ def _takes(option: Option) -> str:
 
 
 def _nearest(wrong: Any, right: Collection[Any]) -> str:
-    """The right word that is most like a wrong one, as a question; nothing where none is like it."""
+    """The known word most like a wrong one, as a question; nothing if none is like it."""
     words = {str(each).lower(): str(each) for each in right}
     found = difflib.get_close_matches(str(wrong).lower(), words, n=1, cutoff=0.5)
     return f"; did you mean {words[found[0]]!r}?" if found else ""

@@ -1,8 +1,8 @@
-"""Which options vLLM's engine has, and of what types, as its source says: read, never imported, so it takes no time.
+"""Which options vLLM's engine has, and of what types: read from its source, never imported, so it takes no time.
 
-Lives in whatever process asks; reads files of the vLLM that is installed. Written against vLLM 0.32
+Lives in whatever process asks; reads files of the installed vLLM. Written against vLLM 0.32
 (`vllm.engine.arg_utils`, `vllm.config`, `vllm.entrypoints.launchers.cli_args`). What is not understood here is left
-open: vLLM itself refuses it when it starts.
+to vLLM, which refuses it when it starts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def is_installed() -> bool:
-    """Whether there is a vLLM to ask."""
+    """Whether vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None
 
 
@@ -48,7 +48,7 @@ def is_installed() -> bool:
 def options_of(what: str = ENGINE) -> dict[str, Option]:
     """The options of an engine (`ENGINE`), or of `vllm serve` with those of its engine (`SERVE`), by name.
 
-    Empty where there is no vLLM, or one that is made differently.
+    Empty if there is no vLLM, or one whose source looks different.
     """
     spec = importlib.util.find_spec("vllm")
     roots = spec.submodule_search_locations if spec is not None else None
@@ -84,7 +84,7 @@ class _Source:
                 self._types.setdefault(node.target.id, node.value)
 
     def fields(self, name: str) -> Iterator[tuple[str, ast.AnnAssign]]:
-        """The public fields of a class, and what they are declared as."""
+        """The public fields of a class, and their declared types."""
         if name not in self._classes:
             return
         for node in self._classes[name].body:
@@ -144,12 +144,12 @@ class _Source:
                 self._read(each, kinds, choices, set())
 
     def _is_config(self, name: str) -> bool:
-        """Whether a class is a configuration of its own, all of whose fields are seen here."""
+        """Whether a class is a configuration whose fields are all visible here."""
         node = self._classes.get(name)
         return node is not None and name.endswith("Config") and not node.bases
 
     def _bounds(self, default: ast.expr | None) -> dict[str, float]:
-        """The bounds of a field whose default is that of a configuration's (`CacheConfig.gpu_memory_utilization`)."""
+        """The bounds of a field whose default is a configuration's field (`CacheConfig.gpu_memory_utilization`)."""
         match default:
             case ast.Attribute(value=ast.Name(id=owner), attr=name):
                 pass

@@ -24,7 +24,7 @@ from epd.config import Config, ConfigError
 from epd.process import activation
 from epd.process.service import die_with_parent
 
-PARENT_PID = "EPD_PARENT_PID"  # set for daemons that are to end with the process of this id
+PARENT_PID = "EPD_PARENT_PID"  # set for daemons that must end with the process of this id
 ORPHANED_S = 3.0  # how long forked daemons may take to stop when the supervisor has died
 _RUN_PREFIX = "epd-run-"
 _SCRATCH = "tmp"
@@ -32,7 +32,7 @@ _PORTS = (20_000, 32_000)  # below what Linux gives to outgoing connections
 _STALE_AFTER_S = 24 * 3600.0
 _MAX_SOCKET_PATH = 100  # sockaddr_un holds 108 bytes, and file names are added
 
-# What makes the built-in model start at once and stay small; the user's own options win.
+# These make the built-in model start quickly and stay small; the user's own options win.
 _BUILTIN_ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
     "max_model_len": 2048,
@@ -43,10 +43,10 @@ _BUILTIN_ENGINE: dict[str, Any] = {
 
 
 def resolve_model(config: Config) -> Config:
-    """Returns `config` with the built-in model where it names none (or "builtin"), and names checked.
+    """Returns `config` with the built-in model if it names none (or "builtin"), and checks the model's name.
 
     Raises:
-        ConfigError: the model looks like a folder and is none, or has no `config.json`.
+        ConfigError: the model looks like a folder but is not one, or has no `config.json`.
     """
     if config.model in ("", "builtin"):
         return msgspec.structs.replace(
@@ -66,12 +66,12 @@ def resolve_model(config: Config) -> Config:
 
 
 def has_cuda() -> bool:
-    """Whether this host has an NVIDIA driver; asked without loading anything."""
+    """Whether this host has an NVIDIA driver; loads nothing to find out."""
     return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
 
 
 def set_engine_environment(model: str, log_level: str = "info") -> None:
-    """Sets what vLLM reads from the environment when it is imported; what is set already wins, but for one variable."""
+    """Sets what vLLM reads from the environment when it is imported; except for one variable, existing values win."""
     defaults = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
@@ -90,19 +90,19 @@ def set_engine_environment(model: str, log_level: str = "info") -> None:
         defaults |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    # NIXL pushes the recurrent state of hybrid models (MiniCPM-V 4.6) from this layout only; a process that has made a
-    # vLLM configuration before may have got another one from it.
+    # NIXL pushes the recurrent state of hybrid models (MiniCPM-V 4.6) only in this layout; a process that has made a
+    # vLLM configuration before may have another one from it.
     os.environ["VLLM_SSM_CONV_STATE_LAYOUT"] = "DS"
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Returns `count` different TCP ports of `host` that nobody listens on at this moment.
+    """Returns `count` different TCP ports of `host` on which nobody listens at this moment.
 
-    They will be bound only seconds later. So they are not what `bind` with port 0 would give: the system could give
-    those to any outgoing connection meanwhile, and vLLM's NIXL connector then waits for ever.
+    They will be bound only seconds later. So they are not chosen by `bind` with port 0: the system could give such
+    ports to outgoing connections meanwhile, and vLLM's NIXL connector would then wait for ever.
 
     Raises:
-        ConfigError: there are not so many.
+        ConfigError: there are not enough.
     """
     first, last = _PORTS
     ports: list[int] = []
@@ -121,7 +121,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens where the endpoint will, before anything is started; port 0 picks a free one.
 
     Raises:
-        ConfigError: it cannot; the text says why.
+        ConfigError: it cannot listen there; the text says why.
     """
     try:
         return activation.bind(host, port)
@@ -133,7 +133,7 @@ def listen(host: str, port: int) -> socket.socket:
 def make_run_directory() -> Path:
     """Makes a private folder for sockets and logs, short enough for a Unix socket's path.
 
-    Folders that earlier runs had to leave behind are removed after a day.
+    Folders that earlier runs left behind are removed after a day.
     """
     base = Path(tempfile.gettempdir())
     if len(str(base)) + len(_RUN_PREFIX) + 40 > _MAX_SOCKET_PATH:
@@ -147,9 +147,9 @@ def make_run_directory() -> Path:
 
 
 def scratch_environment(run_dir: Path) -> dict[str, str]:
-    """What daemons need so that their temporary files go with the run: vLLM's engines leave sockets and files there.
+    """Variables that make the daemons' temporary files go with the run: vLLM's engines leave sockets and files there.
 
-    What torch compiles stays where it is by default, to be found by the next run.
+    What torch compiles stays in its default place, so that the next run finds it.
     """
     folder = run_dir / _SCRATCH
     folder.mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def scratch_environment(run_dir: Path) -> dict[str, str]:
 
 
 def sweep(run_dir: Path) -> None:
-    """Removes what daemons that were killed could not remove: what is temporary, cache segments without owner."""
+    """Removes what killed daemons could not remove: temporary files, and cache segments without an owner."""
     for path in run_dir.glob("*.sock"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -174,17 +174,17 @@ def sweep(run_dir: Path) -> None:
 
 
 def end_with_supervisor() -> None:
-    """In a daemon with a process of its own: has the kernel send SIGTERM when the supervisor dies, if there is one."""
+    """In a daemon that is a separate process: asks the kernel for SIGTERM when the supervisor, if any, dies."""
     parent = os.environ.get(PARENT_PID)
     if parent is None:
         return
     die_with_parent()
-    if os.getppid() != int(parent):  # it died before
+    if os.getppid() != int(parent):  # it has died already
         sys.exit(1)
 
 
 def title(text: str) -> None:
-    """Names this process in `ps`, where setproctitle is installed."""
+    """Names this process in `ps`, if setproctitle is installed."""
     with contextlib.suppress(ImportError):
         import setproctitle
 
@@ -192,5 +192,5 @@ def title(text: str) -> None:
 
 
 def python(*arguments: str) -> list[str]:
-    """The command line of a further Python like this one."""
+    """The command line of another Python like this one."""
     return [sys.executable, *arguments]

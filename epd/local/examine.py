@@ -1,4 +1,4 @@
-"""Says whether the pipeline serves a model, and what its items can be spread by: builds an encode engine and asks.
+"""Finds out whether the pipeline serves a model and what its items can be cut into, by building an encode engine.
 
 Lives in whatever process calls it, which holds the engine until it ends; set vLLM's environment first
 (`epd.local.environment`).
@@ -31,7 +31,7 @@ class Modality(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Examination(msgspec.Struct, frozen=True, kw_only=True):
-    """What was found; `refused` says why the pipeline does not serve the model, where it does not."""
+    """What was found; `refused` says why if the pipeline does not serve the model."""
 
     model: str
     architecture: str = ""
@@ -46,9 +46,9 @@ class Examination(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine(config: Config) -> Examination:
-    """Builds an encode engine of `config` and proves what it can; whatever goes wrong is in the result.
+    """Builds an encode engine of `config` and proves what it can; the result says what goes wrong.
 
-    A model that the endpoint refuses may still be one that an encode worker can take apart.
+    An encode worker may be able to cut the items of a model that the endpoint refuses.
     """
     from epd.endpoint.http.options import serve_args, vllm_config_of
 
@@ -59,8 +59,8 @@ def examine(config: Config) -> Examination:
         model = vllm_config_of(serve_args(config)).model_config
         architectures = model.hf_config.architectures or []
         if not model.is_multimodal_model:
-            refused = "it takes text only, for which no encode worker is needed"
-    except Exception as error:  # vLLM refuses models by exceptions of many kinds
+            refused = "it takes text only, which needs no encode worker"
+    except Exception as error:  # vLLM refuses models with exceptions of many kinds
         refused = one_line(error)
     try:
         from workers.engine import Engine

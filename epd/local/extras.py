@@ -1,4 +1,4 @@
-"""What the distribution's extras install: says which one is missing before anything is started.
+"""Checks what the distribution's extras install, and says which one is missing before anything is started.
 
 Lives in the process of the command line; pure. Nothing is imported to find out.
 """
@@ -10,7 +10,7 @@ import importlib.util
 from epd.config import ConfigError
 
 ENGINE = ("torch", "vllm")
-"""What a pipeline needs; the broker, the cache daemon and the client do without."""
+"""What a pipeline needs; the broker, the cache daemon and the client do not."""
 MODELS = ("torch", "transformers")
 """What counting a model's parameters needs."""
 
@@ -32,5 +32,5 @@ def need(modules: tuple[str, ...]) -> None:
 def _is_there(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ValueError:  # imported in an odd way
+    except ValueError:  # imported in an unusual way
         return True

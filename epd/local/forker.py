@@ -1,4 +1,4 @@
-"""The supervisor's side of the zygote: start it, have it fork, hear of its children's ends.
+"""The supervisor's side of the zygote: starts it, asks it to fork, and hears when its children end.
 
 Lives in the supervisor's process; owns the zygote's process, the socket to it and the task that reads that.
 """
@@ -37,7 +37,7 @@ class Process(Protocol):
 
 
 class ZygoteError(RuntimeError):
-    """The zygote is gone, or could not import what it should."""
+    """The zygote is gone, or could not import what it should have."""
 
 
 class Forker:
@@ -48,7 +48,7 @@ class Forker:
         run_dir: Where its log goes; swept by the zygote if this process dies.
         listening: A socket for the daemons that listen.
         on_exit: Called with name, pid and exit status of each forked process that has ended.
-        on_lost: Called when the zygote has ended by itself, and with it all that it had forked.
+        on_lost: Called when the zygote has ended by itself, and all its forks with it.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Forker:
 
     @property
     def pid(self) -> int:
-        """The zygote's."""
+        """The zygote's process id."""
         return self._process.pid
 
     @property
@@ -130,7 +130,7 @@ class Forker:
         """Forks a process that calls `spec.target`, once vLLM is imported. Returns its pid.
 
         Raises:
-            ZygoteError: there will be none.
+            ZygoteError: it cannot be forked.
         """
         await asyncio.shield(self.imported)
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -147,12 +147,12 @@ class Forker:
         return await future
 
     def watch(self, pid: int) -> None:
-        """Has the zygote see to it that a process does not outlive this one."""
+        """Makes the zygote ensure that a process does not outlive this one."""
         with contextlib.suppress(ZygoteError):
             self._send(op="watch", pid=pid)
 
     def unwatch(self, pid: int) -> None:
-        """The process has ended."""
+        """Tells the zygote that the process has ended."""
         with contextlib.suppress(ZygoteError):
             self._send(op="unwatch", pid=pid)
 
@@ -186,7 +186,7 @@ class Forker:
         for future in futures:
             if not future.done():
                 future.set_exception(error)
-                future.exception()  # asked for, so that nobody waiting is no complaint
+                future.exception()  # retrieved, so that asyncio does not complain if nobody waits
 
 
 def signal_quietly(pid: int, number: int) -> None:

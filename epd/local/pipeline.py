@@ -31,7 +31,7 @@ from epd.local.supervisor import Supervisor
 STAGES = ("encode", "prefill", "decode")
 START_S = 600.0
 _POLL_S = 0.02
-_MISCONFIGURED = 2  # the exit status of a daemon whose configuration will not do
+_MISCONFIGURED = 2  # the exit status of a daemon whose configuration is invalid
 _WORKER_STOP_S = 5.0  # beyond its time to drain
 
 Progress = Callable[[Daemon], None]
@@ -54,7 +54,7 @@ class LocalPipeline:
         note: What was chosen for this host and the user should know; empty if nothing.
 
     Raises:
-        ConfigError: vLLM is not installed, the model or an engine option will not do; on entering: the port.
+        ConfigError: vLLM is not installed, or the model or an engine option is not valid; on entering: the port.
         StartError: on entering: a daemon has ended, or it took longer than `start_s`.
     """
 
@@ -95,7 +95,7 @@ class LocalPipeline:
         """Starts everything and returns when /ready answers 200; nothing is left if that fails.
 
         Raises:
-            ConfigError, StartError: as on entering; a daemon found that its configuration will not do.
+            ConfigError, StartError: as on entering; a daemon found its configuration invalid.
         """
         started = time.monotonic()
         self._listening = listen(self.config.endpoint.host, self.config.endpoint.port)
@@ -111,7 +111,7 @@ class LocalPipeline:
             await self._start(started + self._start_s)
         except BaseException as error:
             await self.stop_now()
-            # Somebody does not want it any more, or knows why: nobody will read the logs.
+            # The user no longer wants it, or knows the reason: nobody will read the logs.
             if not isinstance(error, Exception) or isinstance(error, ConfigError):
                 shutil.rmtree(self.run_dir, ignore_errors=True)
             raise
@@ -119,7 +119,7 @@ class LocalPipeline:
         self.ready_s = time.monotonic() - started
 
     async def close(self, *, keep_logs: bool = False) -> None:
-        """Drains, and removes the run directory if all went well and nobody wants the logs."""
+        """Drains; removes the run directory if all went well and nobody needs the logs."""
         await self.drain()
         if self.clean and not keep_logs:
             await asyncio.to_thread(shutil.rmtree, self.run_dir, ignore_errors=True)
@@ -147,7 +147,7 @@ class LocalPipeline:
         self.supervisor.kill(name, number)
 
     async def restart(self, name: str) -> Daemon:
-        """Starts a daemon again that has ended, and returns when it is ready.
+        """Restarts a daemon that has ended; returns when it is ready.
 
         Raises:
             StartError: it ended again.
@@ -159,7 +159,7 @@ class LocalPipeline:
         return daemon
 
     async def roll(self, name: str) -> Daemon:
-        """Has a daemon finish and starts it again, as `systemctl restart` does; returns when it is ready.
+        """Lets a daemon finish and starts it again, as `systemctl restart` does; returns when it is ready.
 
         Raises:
             StartError: it ended again.
@@ -170,7 +170,7 @@ class LocalPipeline:
     async def drain(self) -> bool:
         """Stops in order: the endpoint finishes what runs, then the workers, then broker and cache.
 
-        May be called again, then and after that only tells.
+        May be called again: later calls only return the result.
 
         Returns:
             Whether every daemon ended by itself, with status 0.
@@ -180,7 +180,7 @@ class LocalPipeline:
         return self.clean
 
     async def stop_now(self) -> None:
-        """Stops at once; what runs is lost, what is not memory of a process is tidied up."""
+        """Stops at once; current work is lost, but files and shared memory are tidied up."""
         self._listening.close()
         await self.supervisor.stop(at_once=True)
 
@@ -248,7 +248,7 @@ class LocalPipeline:
         self._progress(daemon)
 
     async def _until(self, holds: Callable[[], bool]) -> None:
-        """Returns when `holds`; it is asked at each change of a daemon."""
+        """Returns once `holds` is true; it is asked at each change of a daemon."""
         while not holds():
             self._changed.clear()
             await self._changed.wait()
@@ -297,7 +297,7 @@ class LocalPipeline:
 
 
 def _start_error(daemon: Daemon) -> StartError | ConfigError:
-    """Why there is no pipeline: in the words of the daemon that ended (STATUS=), else by the end of its log."""
+    """Why there is no pipeline: what the daemon that ended said (STATUS=), else the end of its log."""
     if daemon.status == _MISCONFIGURED and daemon.detail:
         return ConfigError(f"{daemon.name}: {daemon.detail}")
     said = f": {daemon.detail}" if daemon.detail else ""

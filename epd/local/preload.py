@@ -1,6 +1,7 @@
 """What the zygote loads before it forks: all of vLLM and of our daemons that an engine or the endpoint will use.
 
-Lives in the zygote; owns nothing. Whatever is missing here is not wrong, only loaded once in each fork. Nothing here
+Lives in the zygote; owns nothing. If something is missing here, nothing breaks: each fork then loads it itself. Nothing
+here
 may start a thread or touch a device: forks would not survive that.
 """
 
@@ -30,7 +31,7 @@ from epd.config import parse
 def warm(config: str) -> None:
     """Reads the model's configuration and imports its class and the platform's worker, once for all forks.
 
-    What does not work here is left to the daemons: they fail with the reason in their logs.
+    Errors are left to the daemons, which fail with the reason in their logs.
 
     Args:
         config: JSON of `epd.config.dump`.

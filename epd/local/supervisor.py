@@ -1,9 +1,9 @@
 """Runs daemons as processes of this host: starts them, notices each end at once, restarts or stops them in order.
 
 Lives in the process of `epd up`, `epd demo`, a test or a benchmark; owns all processes below it, their notify sockets
-and the tasks that wait for them. It is to a pipeline what systemd is to the units, and speaks systemd's notify
-protocol with them. What happens if this process is killed is up to the daemons: those with a process of their own get
-SIGTERM from the kernel (`epd.process.service.die_with_parent`), those that the zygote forked get it from the zygote.
+and the tasks that wait for them. It is to a pipeline what systemd is to units, and speaks systemd's notify
+protocol with them. If this process is killed, the daemons end too: those that are separate processes get SIGTERM from
+the kernel (`epd.process.service.die_with_parent`), those that the zygote forked get it from the zygote.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Supervisor:
             return self._forker
 
     async def start(self, spec: Spec) -> Daemon:
-        """Starts a daemon, or one again that has ended; returns as soon as there is a process.
+        """Starts a daemon, perhaps one that has ended; returns as soon as there is a process.
 
         Raises:
             RuntimeError: it runs already.
@@ -117,20 +117,20 @@ class Supervisor:
             await asyncio.shield(forker.imported)
             daemon.started_at = time.monotonic()
             daemon.pid = await forker.fork(spec, env, daemon.log_path)
-        if daemon.state == State.WAITING:  # else it was quick, to be ready or to fail
+        if daemon.state == State.WAITING:  # otherwise it is already ready, or has failed
             self._set(daemon, State.LOADING)
         return daemon
 
     async def stop_one(self, name: str) -> None:
-        """Has a daemon finish what it has (SIGTERM), and kills it if that takes too long; it stays stopped."""
+        """Lets a daemon finish what it has (SIGTERM), and kills it if that takes too long; it stays stopped."""
         await self._stop_one(self.daemons[name], at_once=False)
 
     async def restart(self, name: str) -> Daemon:
-        """Starts a daemon again that has ended."""
+        """Restarts a daemon that has ended."""
         return await self.start(self.daemons[name].spec)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Sends a daemon a signal; with `restart` it will come back, as after any other unexpected end."""
+        """Sends a daemon a signal; if it ends and crashed daemons are restarted, it comes back."""
         daemon = self.daemons[name]
         if daemon.alive:
             signal_quietly(daemon.pid, number)
@@ -216,7 +216,7 @@ class Supervisor:
         if daemon.exited.is_set() or daemon.pid not in (0, pid):
             return
         if name in self._notify:
-            self._on_notify(daemon, self._notify[name])  # what it has said last
+            self._on_notify(daemon, self._notify[name])  # its last words
         daemon.pid, daemon.status = pid, status
         daemon.exited.set()
         asked = self.stopping or daemon.state == State.STOPPING or (daemon.spec.once and status == 0)
@@ -245,7 +245,7 @@ class Supervisor:
     def _on_zygote_lost(self) -> None:
         for daemon in self.daemons.values():
             if not daemon.spec.argv and daemon.alive:
-                signal_quietly(daemon.pid, signal.SIGKILL)  # the kernel has done so too
+                signal_quietly(daemon.pid, signal.SIGKILL)  # the kernel has done so already
                 self._on_exit(daemon.name, daemon.pid, -signal.SIGKILL)
 
     def _mark_ready(self, daemon: Daemon) -> None:
@@ -258,7 +258,7 @@ class Supervisor:
         self._tell(daemon)
 
     def _tell(self, daemon: Daemon) -> None:
-        with contextlib.suppress(Exception):  # whoever looks on must not keep daemons from being stopped
+        with contextlib.suppress(Exception):  # an observer's error must not keep daemons from being stopped
             self.on_change(daemon)
 
     def _notify_socket(self, daemon: Daemon) -> str:

@@ -9,7 +9,7 @@ left and goes too. It runs no thread and no event loop, because a fork keeps onl
 Both directions of the socket FD carry lines of JSON.
 
 In: `{"op": "fork", "name", "target", "args", "env", "log", "listens"}`, with `target` as "module:function" and
-`listens` for the one that keeps the listening socket (`epd.process.activation`) that the zygote was started with;
+`listens` for the one that keeps the zygote's listening socket (`epd.process.activation`);
 `{"op": "watch", "pid"}` and `{"op": "unwatch", "pid"}` for processes of the supervisor's own that must not outlive it.
 
 Out: `{"event": "imported", "took_s", "num_threads"}`, `{"event": "failed", "message"}`,
@@ -59,7 +59,7 @@ class Zygote:
     def run(self, preload: dict[str, Any]) -> int:
         """Loads what PRELOAD says, then serves until the supervisor is gone."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's business
-        die_with_parent(signal.SIGKILL)  # while importing nobody listens to the socket, and there is nothing to end
+        die_with_parent(signal.SIGKILL)  # while importing, nobody reads the socket, and there is nothing to end
         started = time.perf_counter()
         try:
             load_all(preload)
@@ -127,7 +127,7 @@ class Zygote:
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             parent = os.getppid()
-            die_with_parent(signal.SIGKILL)  # in good order the zygote goes last: this is for when it was killed
+            die_with_parent(signal.SIGKILL)  # normally the zygote ends last: this is in case it is killed
             if os.getppid() != parent:
                 os._exit(1)
             self._sock.close()
@@ -144,7 +144,7 @@ class Zygote:
             _fresh_seeds()
             faulthandler.enable()
             title(f"epd {command['name']}")
-            # vLLM unfreezes and collects when an engine stops, which would copy all that the forks share: seconds.
+            # vLLM unfreezes and collects when an engine stops, which would copy all shared pages and take seconds.
             setattr(gc, "unfreeze", lambda: None)  # noqa: B010 - mypy does not let functions be assigned
             gc.enable()
             status = call(command["target"], command["args"])
@@ -189,10 +189,10 @@ class Zygote:
 
 
 def load_all(preload: dict[str, Any]) -> None:
-    """Imports the modules and makes the calls of `preload` for good: out of the garbage collector's reach.
+    """Imports the modules and makes the calls of `preload`, out of the garbage collector's reach for good.
 
-    Without the collector, which would go through millions of new objects in vain, importing vLLM takes a quarter
-    less time; frozen objects are left alone later, so that the pages they are in stay shared between all forks.
+    Without the collector, which would look at millions of new objects in vain, importing vLLM takes a quarter less
+    time. Later it leaves frozen objects alone, so that their pages stay shared between all forks.
     """
     gc.disable()
     for module in preload.get("modules", ()):
@@ -210,7 +210,7 @@ def call(target: str, args: list[Any]) -> int:
 
 
 def _fresh_seeds() -> None:
-    """Gives the libraries that were imported before the fork seeds of their own; `random` does so by itself."""
+    """Gives libraries that were imported before the fork new seeds; `random` does so by itself."""
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
     if torch := sys.modules.get("torch"):

@@ -1,6 +1,6 @@
 """A listening socket that somebody else holds: systemd's socket activation, or the supervisor of `epd up`.
 
-While its owner keeps it open, connections wait in its backlog for the next process to accept them: a restart refuses
+While its owner keeps it open, connections wait in its backlog for the next process to accept them, so a restart refuses
 nobody. Lives in the endpoint's process and in the supervisor's; whoever asks for a socket owns it.
 """
 
@@ -18,7 +18,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A TCP socket that listens on `host` and `port`; port 0 picks a free one.
 
     Raises:
-        OSError: it cannot.
+        OSError: it cannot listen there.
     """
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, _, _, _, address = found[0]
@@ -41,8 +41,8 @@ def is_offered() -> bool:
 def inherited() -> socket.socket | None:
     """The listening socket that this process was started with, or None.
 
-    systemd says so by LISTEN_PID and LISTEN_FDS (sd_listen_fds(3)), of whose sockets the first is taken; `epd up` by
-    EPD_LISTEN_FD. The variables are removed, so that no child takes it for its own.
+    systemd announces it by LISTEN_PID and LISTEN_FDS (sd_listen_fds(3)), of whose sockets the first is taken, `epd up`
+    by EPD_LISTEN_FD. The variables are removed, so that no child takes the socket for its own.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)

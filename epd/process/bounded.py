@@ -1,4 +1,4 @@
-"""Two small bounded collections: a cache that counts bytes, and a set of names that were used last.
+"""Two small bounded collections: a cache that counts bytes, and a set of recently used names.
 
 Lives in the endpoint process; pure. Both are used on the event loop only.
 """
@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 class ByteCache(Generic[K, V]):
-    """Keeps what was used last, `max_bytes` of it; what is larger alone is not kept."""
+    """Keeps the most recently used values, up to `max_bytes`; a value that is larger by itself is not kept."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -25,7 +25,7 @@ class ByteCache(Generic[K, V]):
         return len(self._entries)
 
     def get(self, key: K) -> V | None:
-        """The value, which now counts as used; None where there is none."""
+        """The value, which now counts as used; None if there is none."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -33,7 +33,7 @@ class ByteCache(Generic[K, V]):
         return entry[0]
 
     def put(self, key: K, value: V, num_bytes: int) -> None:
-        """Keeps `value`, and lets go of what was not used for longest."""
+        """Keeps `value`; the least recently used give way."""
         self.drop(key)
         if num_bytes > self._max_bytes:
             return
@@ -51,9 +51,9 @@ class ByteCache(Generic[K, V]):
 
 
 class Beliefs:
-    """The patches that this endpoint has reason to believe in the broker's cache: the last `keep` of them.
+    """The patches that this endpoint believes to be in the broker's cache: the last `keep` of them.
 
-    A belief may be wrong: the broker then answers `pixels_needed`, and it is forgotten.
+    A belief may be wrong: then the broker answers `pixels_needed`, and it is forgotten.
     """
 
     def __init__(self, keep: int = 65_536) -> None:
@@ -67,7 +67,7 @@ class Beliefs:
         return len(self._names)
 
     def add(self, names: Iterable[str]) -> None:
-        """These are there: they were uploaded, or a request with them has given its first token."""
+        """Adds patches that are there: they were uploaded, or a request with them has given its first token."""
         for name in names:
             self._names[name] = None
             self._names.move_to_end(name)
@@ -75,7 +75,7 @@ class Beliefs:
             self._names.popitem(last=False)
 
     def forget(self, names: Iterable[str]) -> None:
-        """These may be gone."""
+        """Forgets patches that may be gone."""
         for name in names:
             self._names.pop(name, None)
 

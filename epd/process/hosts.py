@@ -14,5 +14,5 @@ VARIABLE = "EPD_HOST"
 
 
 def this_host() -> str:
-    """The host's name, or what `EPD_HOST` says: containers that share `/dev/shm` are one host under several names."""
+    """The host's name, or what `EPD_HOST` says: containers that share `/dev/shm` are one host with several names."""
     return os.environ.get(VARIABLE) or socket.gethostname()

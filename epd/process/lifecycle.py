@@ -1,7 +1,7 @@
 """The life of every daemon: logs and signals, READY and STOPPING for systemd, and an exit status.
 
-Lives in every process; owns the loop and the signal handlers while `run` is active. What a daemon does in its life is
-its `main`: it makes what it needs, says `Life.ready`, waits in `Life.end`, drains, and returns the status.
+Lives in every process; owns the loop and the signal handlers while `run` is active. What a daemon does is in its
+`main`: it makes what it needs, calls `Life.ready`, waits in `Life.end`, drains, and returns the status.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ OK, FAILED, MISCONFIGURED = 0, 1, 2
 
 
 class Life:
-    """One daemon's life, as whoever supervises it sees it.
+    """One daemon's life, as its supervisor sees it.
 
     Attributes:
-        stop: set when the daemon is to finish what it has on its hands, and to go.
+        stop: set when the daemon is to finish what it has and end.
     """
 
     def __init__(self, stop: asyncio.Event | None = None) -> None:
@@ -33,15 +33,15 @@ class Life:
         self._is_ready = False
 
     def ready(self) -> None:
-        """The daemon does its work from now on; its supervisor hears of it once."""
+        """The daemon works from now on; its supervisor is told once."""
         if not self._is_ready:
             self._is_ready = True
             notify_systemd("READY=1")
 
     async def end(self, *others: Awaitable[object]) -> bool:
-        """Waits until the daemon is to stop or one of `others` is done; the supervisor hears that it is stopping.
+        """Waits until the daemon is to stop or one of `others` is done; tells the supervisor that it is stopping.
 
-        The others are cancelled then; an error of one is raised here.
+        Then the others are cancelled; an error of one is raised here.
 
         Returns:
             Whether it ends without having been asked to.
@@ -57,7 +57,7 @@ Main = Callable[[Life], Awaitable[int]]
 
 
 def run(config: LogConfig, name: str, main: Main) -> int:
-    """Runs the daemon `name` on uvloop; the first SIGINT or SIGTERM has it stop, a second one ends the process at once.
+    """Runs the daemon `name` on uvloop; the first SIGINT or SIGTERM stops it, a second one ends the process at once.
 
     Returns:
         What `main` returns: the exit status.
@@ -74,7 +74,7 @@ async def _run(main: Main) -> int:
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """While inside, the first SIGINT or SIGTERM sets `stop`; the second exits with 128 + its number."""
+    """While entered, the first SIGINT or SIGTERM sets `stop`; the second exits with 128 + its number."""
     loop = asyncio.get_running_loop()
 
     def handle(number: int) -> None:
@@ -105,7 +105,7 @@ async def first(*waits: Awaitable[object]) -> None:
 
 
 def notify_systemd(state: str) -> None:
-    """Tells systemd `state` (READY=1, STATUS=…, STOPPING=1) where it started this process with a notify socket."""
+    """Tells systemd `state` (READY=1, STATUS=…, STOPPING=1) if it started this process with a notify socket."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return

@@ -1,7 +1,7 @@
-"""What a process logs: one line for each event on standard error, whoever says it, for people or for machines.
+"""What a process logs: one line for each event on standard error, whatever its source, for people or machines.
 
 Lives in every process; owns structlog's configuration, the root handler of the standard library's logging and Python's
-warnings. Libraries are heard from warnings on, each warning once: engines repeat theirs.
+warnings. Of libraries, warnings and errors are logged, each warning once: engines repeat theirs.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from epd.config import LogConfig
 
 _MAX_SEEN = 1024
 _METHODS = ("debug", "info", "warning", "error", "critical")
-# Libraries that are as talkative as a variable of the environment says.
+# Libraries whose verbosity is set by an environment variable.
 _LEVELS = {"vllm": "VLLM_LOGGING_LEVEL", "nixl": "NIXL_LOG_LEVEL"}
 
 
 def configure(config: LogConfig, daemon: str) -> None:
-    """Sends all that is logged to standard error as lines for people ("console") or machines ("json").
+    """Sends everything that is logged to standard error, as lines for people ("console") or machines ("json").
 
     Args:
         config: the format, and the level of our own events.
-        daemon: who says it.
+        daemon: the name that each line carries.
     """
     level = _level(config.level)
     is_json = config.format == "json"
@@ -57,7 +57,7 @@ def configure(config: LogConfig, daemon: str) -> None:
 
 
 def adopt(library: str) -> None:
-    """Has a library that brings handlers of its own log as everybody does; to be called once it is imported."""
+    """Makes a library that has its own handlers log like all others; call it once the library is imported."""
     logger = logging.getLogger(library)
     logger.handlers, logger.propagate = [], True
     level = os.environ.get(_LEVELS[library], "")
@@ -65,21 +65,21 @@ def adopt(library: str) -> None:
 
 
 def hear(*names: str) -> None:
-    """Has these loggers heard from INFO on."""
+    """Logs what these loggers say from INFO on."""
     for name in names:
         logger = logging.getLogger(name)
         logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
 
 
 class Handler(logging.Handler):
-    """Gives records of the standard library's logging to structlog; a warning that was told is not told again."""
+    """Passes records of the standard library's logging to structlog; repeats no warning."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[tuple[str, str]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Tells one record."""
+        """Passes on one record."""
         try:
             text = record.getMessage()
             if record.levelno == logging.WARNING and self._is_repeated(record.name, text):
@@ -97,7 +97,7 @@ class Handler(logging.Handler):
 
 
 def tell(level: int, text: str, source: str, error: Any = None) -> None:
-    """Writes one line for what a library has said."""
+    """Writes one line for a library's record."""
     name = logging.getLevelName(level).lower()
     say = getattr(structlog.get_logger(), name if name in _METHODS else "info")
     say(" ".join(text.splitlines()), source=source, **({"exc_info": error} if error else {}))
@@ -106,7 +106,7 @@ def tell(level: int, text: str, source: str, error: Any = None) -> None:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """Python's warnings as one line each; what they say of future versions is not for those who run this one."""
+    """Logs Python's warnings as one line each; those about future versions are not for people who run this one."""
     if issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
         return
     where = f"{os.path.basename(filename)}:{lineno}"

@@ -1,7 +1,7 @@
 """What a process holds, as far as any process can tell: tasks, threads, file descriptors.
 
-Lives in every process; pure but for reading `/proc`. Each daemon adds what is its own. When nothing is in flight all of
-it is back at what it was before: the idle baseline.
+Lives in every process; pure but for reading `/proc`. Each daemon adds its own counts. When nothing is in flight, they
+are all back at what they were before: the idle baseline.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _FDS = "/proc/self/fd"
 
 
 def of_process(loop: asyncio.AbstractEventLoop | None = None) -> dict[str, int]:
-    """Counts of this process; `loop` is its event loop, where this is not called on it.
+    """Counts of this process; `loop` is its event loop, for calls from elsewhere.
 
-    `tasks` are asyncio's, `threads` those that Python knows, `fds` the open file descriptors (-1 where the system does
-    not tell).
+    `tasks` are asyncio's, `threads` those that Python knows, `fds` the open file descriptors (-1 if the system does not
+    say).
     """
     try:
         num_fds = len(os.listdir(_FDS)) - 1  # the one that reads this

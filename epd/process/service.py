@@ -1,4 +1,4 @@
-"""A way for a process not to outlive who started it.
+"""Keeps a process from outliving the one that started it.
 
 Lives in every process; owns nothing. How daemons start and stop is in `epd.process.lifecycle`, what they log in `logs`.
 """

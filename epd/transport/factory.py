@@ -1,4 +1,4 @@
-"""Makes every ZeroMQ socket of EPD, with all of its options. `tests/wire/test_factory.py` finds those made elsewhere.
+"""Makes every ZeroMQ socket of EPD, with all its options. `tests/wire/test_factory.py` finds sockets made elsewhere.
 
 Lives in every process; whoever makes a factory owns it and the sockets that it has made.
 
@@ -19,9 +19,9 @@ from epd.config import ConfigError
 from epd.transport import wire
 
 UNBOUNDED = 0
-LINGER_MS = 200  # for the last words of who leaves
-# A host that vanishes without a word: found out after IDLE + COUNT * INTERVAL when nothing is sent to it, else after
-# UNACKNOWLEDGED. The kernel does this, so that a process that is stopped or busy is not taken for gone.
+LINGER_MS = 200  # for the last words of a peer that leaves
+# A host that vanishes without a word is noticed after IDLE + COUNT * INTERVAL if nothing is sent to it, else after
+# UNACKNOWLEDGED. The kernel does this, so a process that is stopped or busy is not taken for gone.
 _KEEPALIVE_IDLE_S, _KEEPALIVE_INTERVAL_S, _KEEPALIVE_COUNT = 30, 10, 3
 _UNACKNOWLEDGED_MS = 60_000
 
@@ -31,9 +31,9 @@ class AddressError(ConfigError):
 
 
 class SocketFactory:
-    """Makes sockets on a ZeroMQ context of its own. Also a context manager; `close` ends all that it has made.
+    """Makes sockets on its own ZeroMQ context. Also a context manager; `close` ends all that it has made.
 
-    No message of any of its sockets may have a frame of more than `wire.MAX_MESSAGE_BYTES`.
+    No frame of any of its sockets may have more than `wire.MAX_MESSAGE_BYTES`.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class SocketFactory:
         self.close()
 
     def close(self) -> None:
-        """Closes all sockets, and returns when what they have sent has left, or after their linger."""
+        """Closes all sockets; returns when what they have sent has left, or after their linger."""
         self._context.destroy()
 
     def bind_router(self, address: str, *, max_waiting: int) -> zmq.Socket[bytes]:
@@ -83,13 +83,13 @@ class SocketFactory:
 
         Args:
             address: where.
-            routing_id: what the ROUTER there is to know it by; without one it makes one up.
+            routing_id: its name for the ROUTER there, which makes one up if there is none.
             max_sent: how many messages may wait to leave; one more raises `zmq.Again`.
             max_received: how many may wait to be read.
-            linger_ms: for how long what was sent may still leave after `close`.
+            linger_ms: how long messages may still leave after `close`.
 
         Raises:
-            zmq.ZMQError: that is no address.
+            zmq.ZMQError: that is not an address.
         """
         sock = self._new(zmq.DEALER, max_sent=max_sent, max_received=max_received, linger_ms=linger_ms)
         if routing_id:
@@ -102,7 +102,7 @@ class SocketFactory:
         return sock
 
     def connect_request(self, address: str, *, timeout_s: float) -> zmq.Socket[bytes]:
-        """A REQ for one question to a socket that is not ours; receiving raises `zmq.Again` after `timeout_s`."""
+        """A REQ for one question to somebody else's socket; receiving raises `zmq.Again` after `timeout_s`."""
         sock = self._new(zmq.REQ, max_sent=1, max_received=1, linger_ms=0)
         sock.setsockopt(zmq.RCVTIMEO, int(timeout_s * 1000))
         sock.connect(address)
@@ -123,5 +123,5 @@ class SocketFactory:
 
 
 def address_of(sock: zmq.Socket[bytes]) -> str:
-    """Where a socket that was bound listens."""
+    """Where a bound socket listens."""
     return sock.getsockopt_string(zmq.LAST_ENDPOINT)

@@ -1,8 +1,8 @@
 """A peer's link to the broker: one DEALER socket, registration, heartbeats, and starting over when the broker is lost.
 
 Lives in every process but the broker; owns the socket and the task that keeps it registered. The routing id of the
-socket is the peer's incarnation: each registration opens a new socket with a new one, so that whatever was on its way
-to an earlier incarnation is never delivered to this one.
+socket is the peer's incarnation: each registration opens a new socket with a new one, so that what was under way to
+an earlier incarnation is never delivered to this one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OnLost = Callable[[str], Awaitable[None]]
 
 
 class LinkOverloadedError(RuntimeError):
-    """More than `MAX_OUTBOX` messages wait to be sent: the broker does not keep up."""
+    """`MAX_OUTBOX` messages are waiting to be sent: the broker does not keep up."""
 
 
 class BrokerLink:
@@ -59,13 +59,13 @@ class BrokerLink:
         address: the broker's ZeroMQ address.
         name: this peer's name, stable across its restarts.
         kind: what it is.
-        stage: what a worker serves at the time of each registration; None for others.
+        stage: the stage that a worker serves, called at each registration; None for others.
         info: called at each registration.
         pools: called at each registration (cache daemons).
         on_message: called with each message after WELCOME, on the event loop, never concurrently.
         on_registered: awaited after each WELCOME, and done before `on_message` is called.
-        on_lost: awaited when a registration has ended (the broker restarted or fell silent); everything held for the
-            broker is to be dropped. Registration then starts again by itself.
+        on_lost: awaited when a registration has ended (the broker restarted or fell silent); must drop everything held
+            for the broker. Then registration starts again by itself.
         steps: the number of engine steps, sent with each heartbeat.
         held: what this process holds, sent with each heartbeat too.
         work: what a worker's engine has done, likewise.
@@ -118,7 +118,7 @@ class BrokerLink:
 
     @property
     def registered(self) -> bool:
-        """Whether the broker has welcomed the present incarnation."""
+        """Whether the broker has welcomed the current incarnation."""
         return self._registered.is_set()
 
     async def wait_registered(self) -> None:
@@ -126,20 +126,20 @@ class BrokerLink:
         await self._registered.wait()
 
     def send(self, message: Message, frames: wire.Frames = ()) -> None:
-        """Sends a message to the broker; without a registration it is dropped, as its state is gone there.
+        """Sends a message to the broker; without a registration it is dropped, as the broker's state is gone.
 
         Raises:
-            LinkOverloadedError: `MAX_OUTBOX` messages wait already.
+            LinkOverloadedError: `MAX_OUTBOX` messages are already waiting.
         """
         if not self.registered or self._socket is None:
             return
         try:
             self._socket.send(wire.encode(message, frames))
         except zmq.Again:
-            raise LinkOverloadedError(f"{MAX_OUTBOX} messages wait for the broker") from None
+            raise LinkOverloadedError(f"{MAX_OUTBOX} messages are waiting for the broker") from None
 
     def goodbye(self, reason: str) -> None:
-        """Says GOODBYE after all that was sent before; this peer does not register again."""
+        """Says GOODBYE after everything that was sent before; this peer does not register again."""
         self.send(Goodbye(reason=reason))
         self._leaving = True
 
@@ -155,7 +155,7 @@ class BrokerLink:
                 await self._on_lost(reason)
 
     async def _one_registration(self) -> str:
-        """Registers a new incarnation and keeps it alive; returns why it ended."""
+        """Registers a new incarnation and keeps it alive; returns why that ended."""
         loop = asyncio.get_running_loop()
         self._welcome, self._lost, self._early = loop.create_future(), loop.create_future(), []
         self.incarnation = secrets.token_hex(8)

@@ -15,7 +15,7 @@ import zmq
 from epd.transport.wire import MAX_FRAMES
 
 MAX_BATCH = 256
-# Frames below this are copied out of ZeroMQ's memory: that is cheaper than to keep them there.
+# Smaller frames are copied out of ZeroMQ's memory, which is cheaper than keeping them there.
 LARGE_BYTES = 16 << 10
 # Plain numbers: combining flags of ZeroMQ's enumerations costs as much as a small frame.
 _LAST, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK) | int(zmq.SNDMORE)
@@ -24,13 +24,13 @@ OnParts = Callable[[list[bytes]], None]
 
 
 class MessageSocket:
-    """Calls `on_parts` with each multipart message, on the running loop, until it is closed.
+    """Calls `on_parts` with each multipart message, on the running loop, until closed.
 
     Args:
         sock: a socket of `epd.transport.factory`; its high-water marks bound what waits inside ZeroMQ.
-        on_parts: must not raise; what it does is on the path of every message.
-        num_read: how many frames of each message are read; the others are only passed on or dropped. Of these, large
-            ones are `zmq.Frame`s, in ZeroMQ's own memory, which have a length and can be sent, without a copy.
+        on_parts: must not raise; it is on the path of every message.
+        num_read: how many frames of each message are read; the others are only passed on or dropped. Large ones of
+            these are `zmq.Frame`s in ZeroMQ's own memory, which have a length and can be sent without a copy.
     """
 
     def __init__(self, sock: zmq.Socket[bytes], on_parts: OnParts, num_read: int | None = None) -> None:
@@ -64,7 +64,7 @@ class MessageSocket:
             self._soon()  # sending may have swallowed the edge that announces a message
 
     def close(self) -> None:
-        """Stops reading; what was sent has the socket's linger to leave."""
+        """Stops reading; sent messages have the socket's linger to leave."""
         if self.closed:
             return
         self._loop.remove_reader(self._fd)
@@ -77,7 +77,7 @@ class MessageSocket:
             self._again = self._loop.call_soon(self._read)
 
     def _receive(self) -> list[bytes]:
-        """The frames of the next message; raises `zmq.Again` where there is none."""
+        """The frames of the next message; raises `zmq.Again` if there is none."""
         receive = self._sock.recv
         frame = receive(_LAST, copy=False)
         parts = [frame.bytes]

@@ -24,7 +24,7 @@ Frames = Sequence[bytes]
 
 
 class WireError(ValueError):
-    """A list of frames that is no EPD message; the text says why and never quotes the content."""
+    """A list of frames that is not an EPD message; the text says why and never quotes the content."""
 
 
 def encode(message: Message, frames: Frames = ()) -> list[bytes]:

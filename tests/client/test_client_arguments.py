@@ -198,8 +198,8 @@ async def test_an_extra_body_that_would_be_dropped_or_contradicts_is_refused(
     [
         ({"prompt": "?", "messages": CHAT}, TypeError, "not both"),
         ({"prompt": "", "messages": CHAT}, TypeError, "not both"),
-        ({"prompt": ["?"]}, TypeError, "a text"),
-        ({"prompt": b"?"}, TypeError, "a text"),
+        ({"prompt": ["?"]}, TypeError, "must be text"),
+        ({"prompt": b"?"}, TypeError, "must be text"),
         ({}, TypeError, "a prompt or messages"),
         ({"messages": CHAT, "images": "a.png"}, ValueError, "content parts"),
         ({"messages": CHAT, "videos": iter(["a.mp4"])}, ValueError, "content parts"),

@@ -129,6 +129,6 @@ def test_what_holds_no_clips_is_a_type_error_that_says_what_is_taken(endpoint: F
             TypeError, match="videos takes a path, a URL, bytes or an open file, or an iterable of them"
         ):
             client.generate("What?", videos=wrong)
-        with pytest.raises(PictureError, match="a clip is a path"):
+        with pytest.raises(PictureError, match="a clip must be a path"):
             client.generate("What?", audios=[wrong])
     assert endpoint.bodies == []
