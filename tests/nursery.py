@@ -38,12 +38,12 @@ class Nursery:
                 [sys.executable, "-m", "tests.nursery", str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
         self._lock = threading.Lock()
-        self._spawn = Forker.spawn
+        self._usual = staticmethod(Forker.spawn)
         Forker.spawn = staticmethod(self.spawn)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        Forker.spawn = self._spawn  # type: ignore[method-assign]
+        Forker.spawn = self._usual  # type: ignore[method-assign]
         self._sock.close()
         self._process.kill()
         self._process.wait()
@@ -51,7 +51,7 @@ class Nursery:
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """While inside, zygotes start as those of people's pipelines do."""
-        Forker.spawn = self._spawn  # type: ignore[method-assign]
+        Forker.spawn = self._usual  # type: ignore[method-assign]
         try:
             yield
         finally:

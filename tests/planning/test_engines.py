@@ -8,14 +8,15 @@ import pytest
 
 from epd.builtin import model_path
 from epd.planning.activations import kv_bytes, layer_bytes
-from epd.planning.configs import find_config
+from epd.planning.configs import dtype_bytes, find_config
 from epd.planning.shapes import Stack, shape_of
 from tests.forks import Forks
-from tests.planning.stage_engine import KV_BYTES
+from tests.planning.stage_engine import DTYPE, KV_BYTES
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
 NUM_PATCHES = 8
+ITEMSIZE = dtype_bytes(DTYPE)
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +30,17 @@ def test_each_stage_holds_the_bytes_of_its_counted_parameters(engines: dict[str,
 
     _, config = find_config(str(model_path()))
     counted, text = count_parameters(config), config["text_config"]
-    assert (engines["encode"]["tower"], engines["encode"]["language"]) == (2 * (counted.tower + counted.projector), 0)
+    tower = ITEMSIZE * (counted.tower + counted.projector)
+    assert (engines["encode"]["tower"], engines["encode"]["language"]) == (tower, 0)
     # vLLM pads the vocabulary of the input embedding and the output head to a multiple of 64.
     padding = 2 * (engines["decode"]["padded_vocabulary"] - text["vocab_size"]) * text["hidden_size"]
     for stage in ("prefill", "decode"):
-        assert (engines[stage]["tower"], engines[stage]["language"]) == (0, 2 * (counted.language + padding))
+        assert (engines[stage]["tower"], engines[stage]["language"]) == (0, ITEMSIZE * (counted.language + padding))
 
 
 def test_kv_of_a_token_is_that_of_vllms_own_blocks(engines: dict[str, dict[str, Any]]) -> None:
     shape = shape_of(find_config("builtin")[1], 256, 128)
-    per_token = kv_bytes(shape.text, dtype_bytes=2)
+    per_token = kv_bytes(shape.text, dtype_bytes=ITEMSIZE)
     for stage in ("prefill", "decode"):
         told = engines[stage]
         assert told["page_bytes"] == per_token * told["block_size"]
