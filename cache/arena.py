@@ -138,7 +138,7 @@ class Arena:
                 break
             placed[key] = extent
         else:
-            self._spare(victims)
+            self._spare(victims, placed.values())
         for item in kept:
             self._put(*item)
         if len(placed) < len(sizes):
@@ -165,7 +165,7 @@ class Arena:
             assert taken, f"{extent} is not free in empty pools"
         moved = [victim for victim in victims if victim[0] in sizes]
         left = [victim for victim in victims if victim[0] not in sizes]
-        self._spare(left)
+        self._spare(left, ())
         return Placement(plan, [key for key, _, _ in moved + left])
 
     def fits_empty(self, sizes: Mapping[str, int]) -> bool:
@@ -234,11 +234,15 @@ class Arena:
         self.used_bytes += extent.nbytes
         return True
 
-    def _spare(self, victims: list[_Victim]) -> None:
-        """Takes back the `victims` whose memory was not needed after all, the most valuable first."""
+    def _spare(self, victims: list[_Victim], placed: Iterable[Extent]) -> None:
+        """Takes back the `victims` whose memory was not needed after all, the most valuable first.
+
+        `placed` has what was needed exactly as it was.
+        """
+        needed = set(placed)
         for victim in reversed(list(victims)):
             key, extent, rank = victim
-            if self._retake(extent):
+            if extent not in needed and self._retake(extent):
                 self._put(key, extent, rank)
                 victims.remove(victim)
             else:

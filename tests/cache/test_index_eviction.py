@@ -57,3 +57,14 @@ def test_a_pinned_patch_is_never_evicted():
     put(index, need("c"))
     assert present(index, "abc") == set("ac")
     assert index.acquire_all([need("d", 2)], "r2") is None
+
+
+def test_a_patch_takes_the_memory_of_the_one_of_its_size_that_leaves():
+    index = index_of(3)
+    put(index, *needs("abc"))
+    offset = index.slot("b").offset
+    for name in "bca":  # the order in which they leave
+        put(index, need(name))
+    put(index, need("d"))
+    assert (index.slot("d").offset, present(index, "abc")) == (offset, set("ac"))
+    assert index.stats().used_bytes == index.stats().total_bytes
