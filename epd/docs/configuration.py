@@ -47,7 +47,7 @@ unless `kv_cache_memory_bytes` says otherwise.
 | `EPD_API_KEY` | `epd ask`, `epd cache ls` | the key that they send |
 | `LISTEN_PID`, `LISTEN_FDS` | endpoint | a listening socket from systemd, instead of host and port |
 | `NOTIFY_SOCKET` | all daemons | where systemd hears that they are ready |
-| `EPD_HOST` | cache, all workers | the host's name, if it is not what the system says: one name for all that share `/dev/shm` |
+| `EPD_HOST` | cache, all workers | the host's name instead of the system's; one name for all that share `/dev/shm` |
 | `EPD_PORT_FILE` | endpoint | a file to write the port to once it listens |
 | `VLLM_NIXL_SIDE_CHANNEL_HOST` | prefill, decode worker | vLLM's: where its NIXL connector listens |
 | `VLLM_NIXL_SIDE_CHANNEL_PORT` | prefill, decode worker | vLLM's: the port for that |

@@ -15,7 +15,7 @@ never end, or is anything held for it shortly afterwards; the tests check that i
 answer is that of an undisturbed run.
 
 Each cell is a test. Unless stated otherwise it runs in virtual time (`pytest tests/faults`): the real decision core,
-stages and wire encoding, over a transport that applies the fault to each kind of message in turn, or at several moments.
+stages and wire encoding, over a transport that applies the fault to each kind of message in turn, or at several times.
 The named tests do it with real engines and signals.
 
 ZeroMQ over TCP or IPC neither loses nor repeats nor reorders messages while both ends live, so these rows show what
