@@ -1,4 +1,4 @@
-"""What naming by content costs: a patch in the pipeline, and a picture in the client."""
+"""What naming by content costs: for a patch in the pipeline, and for a picture in the client."""
 
 from __future__ import annotations
 

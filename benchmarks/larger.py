@@ -1,4 +1,4 @@
-"""A model with random weights whose language part has the size of a real one, for what a toy cannot show.
+"""A model with random weights whose language part is as large as a real one, for what a toy cannot show.
 
 It is the built-in model with another config: its tokenizer, processor, chat template and small vision tower, and a
 language model with the shapes of SmolVLM-256M's. What it says means nothing; what it computes takes as long.

@@ -1,4 +1,4 @@
-"""What a picture costs that was uploaded before its question, against text: with the toy and with a larger model."""
+"""What a picture costs that was uploaded before its question, compared with text: with the toy and a larger model."""
 
 from __future__ import annotations
 

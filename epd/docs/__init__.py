@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def pages() -> dict[Path, str]:
-    """All generated pages, by where they belong."""
+    """All generated pages, by path."""
     written = {
         "protocol.md": protocol(),
         "configuration.md": configuration(),

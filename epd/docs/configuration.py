@@ -1,4 +1,4 @@
-"""The page `docs/configuration.md`, from `epd.config`; only the text between the facts stands here.
+"""The page `docs/configuration.md`, from `epd.config`; only the text between the facts is here.
 
 Lives in a developer's process; pure.
 """
@@ -18,22 +18,22 @@ from epd.docs.parts import default, doc, note
 _CONFIGURATION = """\
 # Configuration
 
-One TOML file for all daemons of a pipeline: `epd up --config epd.toml`, and the same option for `epd broker`,
-`epd cache`, `epd endpoint` and `epd worker`. Every key has a default; an unknown key or a wrong type is an error, and
-the daemon does not start. There is a commented example in [examples/systemd/epd.toml](../examples/systemd/epd.toml).
+One TOML file configures all daemons of a pipeline: `epd up --config epd.toml`, with the same option for `epd broker`,
+`epd cache`, `epd endpoint` and `epd worker`. Every key has a default. An unknown key or a wrong type is an error, and
+the daemon does not start. [examples/systemd/epd.toml](../examples/systemd/epd.toml) is a commented example.
 
-Single values can be given on the command line, and win over the file: `--set SECTION.KEY=VALUE`, with the value in TOML
-or JSON (a bare word is a string), e.g. `--set broker.max_queued=64`. `--engine KEY=VALUE` is short for
-`--set engine.KEY=VALUE`, and takes what `vllm serve` takes: `--engine 'limit_mm_per_prompt={"image": 16}'`, `8k`.
+Single values can be set on the command line and override the file: `--set SECTION.KEY=VALUE`, with the value in TOML or
+JSON (a bare word is a string), e.g. `--set broker.max_queued=64`. `--engine KEY=VALUE` is short for
+`--set engine.KEY=VALUE` and accepts what `vllm serve` accepts: `--engine 'limit_mm_per_prompt={"image": 16}'`, `8k`.
 `epd up` also has `--encode-engine`, `--prefill-engine` and `--decode-engine`.
 
 `epd up` chooses the broker's address itself (a socket in its run directory), so `broker.address` has no effect there.
 
 ## Engine options
-`[engine]` holds vLLM's engine options for all stages and for the endpoint, `[encode.engine]`, `[prefill.engine]` and
-`[decode.engine]` those of one stage; the stage's own win. The names are those of `vllm serve --help` with underscores.
-`[endpoint.serve]` takes further options of `vllm serve` for the HTTP server (tool parsers, TLS, CORS and the like).
-Names and values that vLLM does not take are refused before anything is loaded, with the nearest right one.
+`[engine]` holds vLLM's engine options for all stages and for the endpoint; `[encode.engine]`, `[prefill.engine]` and
+`[decode.engine]` hold those of one stage and take precedence. Names are those of `vllm serve --help` with underscores.
+`[endpoint.serve]` takes other options of `vllm serve` for the HTTP server (tool parsers, TLS, CORS and the like). Names
+and values that vLLM does not accept are refused before anything is loaded, with the nearest valid one.
 
 EPD sets these itself and refuses or overrides them: `ec_transfer_config`, `kv_transfer_config`, `mm_encoder_only` and
 `mm_processor_cache_gb` of the workers, `enable_prefix_caching` and `enable_lora` of encode workers,
@@ -44,21 +44,21 @@ unless `kv_cache_memory_bytes` says otherwise.
 ## Environment variables
 | variable | read by | meaning |
 |---|---|---|
-| `EPD_API_KEY` | `epd ask`, `epd cache ls` | the key they send |
-| `LISTEN_PID`, `LISTEN_FDS` | endpoint | a listening socket from systemd, in place of host and port |
+| `EPD_API_KEY` | `epd ask`, `epd cache ls` | the key that they send |
+| `LISTEN_PID`, `LISTEN_FDS` | endpoint | a listening socket from systemd, instead of host and port |
 | `NOTIFY_SOCKET` | all daemons | where systemd hears that they are ready |
-| `EPD_HOST` | cache, all workers | the host's name, where it is not what the system says: who shares `/dev/shm` |
-| `EPD_PORT_FILE` | endpoint | a file that the port is written to once it listens |
+| `EPD_HOST` | cache, all workers | the host's name instead of the system's; one name for all that share `/dev/shm` |
+| `EPD_PORT_FILE` | endpoint | a file to write the port to once it listens |
 | `VLLM_NIXL_SIDE_CHANNEL_HOST` | prefill, decode worker | vLLM's: where its NIXL connector listens |
 | `VLLM_NIXL_SIDE_CHANNEL_PORT` | prefill, decode worker | vLLM's: the port for that |
 
-Each prefill and decode worker of a host needs a side channel port of its own; `epd up` chooses them.
+Each prefill and decode worker of a host needs its own side channel port; `epd up` chooses them.
 
-Further variables of vLLM work as always. `epd` sets `VLLM_ENABLE_V1_MULTIPROCESSING=0`, `VLLM_NO_USAGE_STATS=1`,
+vLLM's other variables work as always. `epd` sets `VLLM_ENABLE_V1_MULTIPROCESSING=0`, `VLLM_NO_USAGE_STATS=1`,
 `VLLM_LOGGING_LEVEL`, `TOKENIZERS_PARALLELISM`, for a model in a folder `HF_HUB_OFFLINE=1`, without a GPU
 `OMP_NUM_THREADS=1` and `VLLM_CPU_OMP_THREADS_BIND=nobind`, and in the endpoint `VLLM_MAX_IMAGE_PIXELS`,
-`VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB` and `VLLM_MEDIA_URL_ALLOW_REDIRECTS=0`, unless they are set already; and
-`VLLM_SSM_CONV_STATE_LAYOUT=DS` always, which KV pushes of models with a recurrent state need.
+`VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB` and `VLLM_MEDIA_URL_ALLOW_REDIRECTS=0`, unless they are set already. It
+always sets `VLLM_SSM_CONV_STATE_LAYOUT=DS`, which KV pushes of models with a recurrent state need.
 """
 
 

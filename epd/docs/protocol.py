@@ -1,4 +1,4 @@
-"""The page `docs/protocol.md`, from `epd.protocol` and `epd.messages`; only the text between the facts stands here.
+"""The page `docs/protocol.md`, from `epd.protocol` and `epd.messages`; only the text between the facts is here.
 
 Lives in a developer's process; pure.
 """
@@ -22,30 +22,30 @@ from epd.transport import link, wire
 _PROTOCOL = """\
 # The broker's protocol, version {version}
 
-How the endpoint, the cache daemon and the workers talk to the broker. For people who debug a pipeline or write a peer
-of their own. The words MUST, MUST NOT, SHOULD and MAY are those of RFC 2119.
+How the endpoint, the cache daemon and the workers talk to the broker, for people who debug a pipeline or write a peer.
+The words MUST, MUST NOT, SHOULD and MAY are those of RFC 2119.
 
 ## Goals
 - One broker joins any number of endpoints, cache daemons and workers; all decisions are made in one place.
 - The broker reads headers only. Media, engine requests and engine outputs are opaque frames that it forwards.
-- Every accepted request ends with exactly one last output or FAILED; with none, if its endpoint cancelled it or is
-  gone.
-- A peer that has restarted is never taken for its earlier self, and a message that comes too late changes nothing.
-- A malformed message costs its sender only. Everything is bounded; nothing is pickled.
+- Every accepted request ends with exactly one last output or FAILED, or with neither if its endpoint has cancelled it
+  or is gone.
+- A restarted peer is never taken for its earlier self, and a message that comes too late changes nothing.
+- A malformed message affects only its sender. Everything is bounded; nothing is pickled.
 
 There is no authentication and no encryption. The addresses of the broker and of caches (`cache.address`) MUST be
-reachable only from hosts that you trust; on one host an `ipc://` address in a private folder does that. The broker's
-state does not survive its restart; what was in flight is submitted again by its endpoint.
+reachable only from hosts that you trust; on a single host, use an `ipc://` address in a private folder. The broker's
+state does not survive a restart; endpoints submit again what was in flight.
 
 ## Topology
 The broker binds one ROUTER socket; each peer connects one DEALER socket. Peers do not talk to each other through
-ZeroMQ, but for slots of another host's pool (`cache/pools/server.py`): embeddings go through the pools, KV through NIXL
-between prefill and decode workers. The broker's socket has no ZeroMQ high-water mark; what bounds it is admission, and
-each peer's outbox of {outbox:,} messages. All sockets are made, with all their options, by
-`epd/transport/factory.py`; the keys of an encrypted connection would go there too.
+ZeroMQ, except for slots of another host's pool (`cache/pools/server.py`): embeddings go through the pools, KV goes
+through NIXL from prefill to decode workers. The broker's socket has no ZeroMQ high-water mark; it is bounded by
+admission and by each peer's outbox of {outbox:,} messages. `epd/transport/factory.py` makes all sockets with all their
+options; the keys of an encrypted connection would go there too.
 
 The routing id of a peer's socket is its **incarnation**: a new random word for each registration, of
-16 hexadecimal digits here. ZeroMQ delivers what was meant for an earlier incarnation to nobody.
+16 hexadecimal digits here. ZeroMQ delivers messages for an earlier incarnation to nobody.
 
 ## Frames
 | frame | content |
@@ -54,11 +54,11 @@ The routing id of a peer's socket is its **incarnation**: a new random word for 
 | 1 | header: a MessagePack map, the fields of the command's struct by name |
 | 2 … | opaque frames, as the command says |
 
-On the broker's side ROUTER puts the routing id in front. There is no empty delimiter frame.
+On the broker's side, ROUTER prepends the routing id. There is no empty delimiter frame.
 
 - A sender MAY leave out fields that have their default. It MUST NOT send fields that the struct does not have.
 - A header has at most {header:,} bytes, a message at most {frames:,} frames without the routing id, and its opaque
-  frames at most {message:,} bytes together. Each single frame is bounded by the last figure too (`ZMQ_MAXMSGSIZE`).
+  frames at most {message:,} bytes together. The last limit also applies to each frame (`ZMQ_MAXMSGSIZE`).
 - A receiver MUST drop a message that breaks any of this. The broker counts it, logs the reason at most once a second,
   and sends no reply.
 
@@ -77,15 +77,15 @@ sequenceDiagram
 ```
 - For each registration a peer MUST open a new socket with a new routing id, and name the same id in
   `HELLO.incarnation`. The broker drops a HELLO whose incarnation is not its routing id.
-- A peer SHOULD repeat HELLO until WELCOME comes. HELLO of a registered incarnation is answered by WELCOME and changes
+- A peer SHOULD repeat HELLO until WELCOME comes. HELLO of a registered incarnation is answered with WELCOME and changes
   nothing else. A worker SHOULD say HELLO only when its engine is ready.
 - Names are unique. HELLO under a name that is registered ends the earlier incarnation as if it had been lost.
 - The broker answers anything else from a peer that is not registered with UNKNOWN and drops it. A peer that gets
   UNKNOWN MUST drop all that it holds for the broker and register again.
-- A peer MUST send HEARTBEAT every `heartbeat_s`. The broker takes a peer that was silent for `lost_after_s` for lost;
+- A peer MUST send HEARTBEAT every `heartbeat_s`. The broker takes a peer for lost that was silent for `lost_after_s`;
   a peer MUST do the same with the broker, and register again.
-- After GOODBYE a peer MUST NOT send anything. The broker does not answer, and lets go of the peer at once: what the
-  peer had on its hands ends as if it had been lost. A peer that wants to leave in good order finishes its work first.
+- After GOODBYE a peer MUST NOT send anything. The broker does not answer, and forgets the peer at once: its unfinished
+  work ends as if the peer had been lost. A peer that wants to leave in good order finishes its work first.
 - An endpoint also gets STATUS after WELCOME, with each HEARTBEAT_ACK, and when a peer comes or goes. A worker gets
   POOLS when the pools change.
 - The broker drops a message that its sender's kind may not send, and one that is not legal in the state of the request
@@ -115,9 +115,9 @@ sequenceDiagram
     end
 ```
 - An endpoint MAY submit a request again to a broker that does not have it, under the same `request_id`, with more
-  `attempts` and the tokens that it has got as `output_token_ids`; OUTPUTS then bring only what follows them.
-- `request_id` MUST be new: while a request of that id is in flight, another one is refused (`duplicate_request`).
-- The broker answers SUBMIT with FAILED where it refuses the request; nothing else is sent for it then.
+  `attempts`, and with the tokens that it has as `output_token_ids`; OUTPUTS then carry only what follows them.
+- `request_id` MUST be new: while a request with that id is in flight, another one is refused (`duplicate_request`).
+- The broker answers SUBMIT with FAILED if it refuses the request, and sends nothing else for it.
 - PREFILL, DECODE and the first ENCODEs go out together, once the request has all its slots and room on a decode worker.
 - READY MAY name one patch or several, in any order. A prefill worker MAY compute the tokens before the first patch that
   is missing.
@@ -126,9 +126,9 @@ sequenceDiagram
 - ENCODED names the generation of each slot that was written. The broker MUST ignore any but the current one.
 - A reader that finds something else in a slot MUST NOT use it. A prefill worker says STALE and gets READY when the
   patch has been encoded again; a decode worker ends the leg with LEG_FAILED.
-- A worker MUST answer ABORT with RELEASED, or with the PREFILLED, last output or LEG_FAILED that was on its way. Until
+- A worker MUST answer ABORT with RELEASED, or with the PREFILLED, last output or LEG_FAILED that was under way. Until
   then the broker keeps the request's slots pinned.
-- A worker MUST answer each job of an ENCODE once, in an ENCODED or by ENCODE_FAILED, also after DROP_ENCODE.
+- A worker MUST answer each job of an ENCODE once, with ENCODED or ENCODE_FAILED, also after DROP_ENCODE.
 - UPLOAD is answered by UPLOADED when all its patches can be read, or with a code. The broker holds it while encode
   workers or pools are away, as it holds requests.
 - CANCEL has no answer. Outputs of that request MAY still arrive and MUST be ignored.
@@ -156,7 +156,7 @@ def protocol() -> str:
             for row in TABLE
         ),
         "",
-        '"new" is before WELCOME, "registered" after it; the other words name the state that the request or patch must '
+        '"new" is before WELCOME, "registered" after it; other words name the state that the request or patch must '
         "be in.",
         "",
         *(line for row in TABLE for line in _command(row)),

@@ -17,11 +17,11 @@ _PACKAGES = ("epd", "broker", "cache", "workers")
 _TEXT = """\
 # Names of vLLM
 
-EPD is written against vLLM 0.32. This is all of vLLM that it imports, by module of ours: what to look at when vLLM is
-upgraded. `tests/endpoint/test_vllm_contract.py` and `tests/workers/test_vllm_contract.py` check what is assumed of the
-names that are no public API.
+EPD is written against vLLM 0.32. This page lists everything of vLLM that it imports, by module: what to check when vLLM
+is upgraded. `tests/endpoint/test_vllm_contract.py` and `tests/workers/test_vllm_contract.py` check what is assumed of
+names that are not public API.
 
-vLLM is changed at run time in these places only:
+vLLM is patched at run time only in these places:
 
 | where | what |
 |---|---|

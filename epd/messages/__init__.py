@@ -2,7 +2,7 @@
 
 Lives in every process. A message travels as ZeroMQ frames (`epd.transport.wire`): a two-byte prefix (protocol version
 and command), a MessagePack header that is one of these structs, then opaque frames that only the engines read. The
-broker reads headers and forwards opaque frames untouched. Who may send what when stands in `epd.protocol`.
+broker reads headers and forwards opaque frames untouched. Who may send what, and when, is in `epd.protocol`.
 
 Each docstring opens with the message's direction. Units are in the names: `_s` seconds, `_bytes` bytes, `num_*`
 counts.

@@ -19,7 +19,7 @@ class Kind(enum.StrEnum):
 
 
 class Stage(enum.StrEnum):
-    """What a worker does for requests now; it may change while the worker is registered."""
+    """What a worker does for requests now; that may change while the worker is registered."""
 
     ENCODE = "encode"
     PREFILL = "prefill"
@@ -29,15 +29,15 @@ class Stage(enum.StrEnum):
 class Struct(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, frozen=True, kw_only=True, gc=False):
     """Base of all message structs: immutable, no unknown fields, defaults left out on the wire.
 
-    They are never part of a cycle, so the garbage collector need not look at them.
+    Messages are never part of a reference cycle, so the garbage collector need not track them.
     """
 
 
 class Pool(Struct, frozen=True):
-    """A block of memory that holds embeddings. `name` is what `cache.pools` opens it by; `nbytes` its size.
+    """A block of memory that holds embeddings. `cache.pools` opens it by its `name`; `nbytes` is its size.
 
-    `address` is where processes of other hosts than `host` reach it; empty where they cannot. No slot of it may be
-    smaller than `min_slot_bytes`.
+    `address` is where processes on hosts other than `host` reach it; empty if they cannot. No slot of it may be smaller
+    than `min_slot_bytes`.
     """
 
     pool_id: str
@@ -57,8 +57,8 @@ class Pool(Struct, frozen=True):
 class PoolFill(Struct, frozen=True):
     """How a pool is filled.
 
-    `bytes_by_state` has "pinned", "ready", "allocated" and "quarantined"; the rest is free. `cells` cuts the pool into
-    equal pieces and gives each the first letter of what takes most of it ("." for free).
+    `bytes_by_state` has "pinned", "ready", "allocated" and "quarantined"; the rest is free. `cells` divides the pool
+    into equal parts and gives each the first letter of the state that takes most of it ("." for free).
     """
 
     pool: Pool
@@ -71,7 +71,7 @@ class Slot(Struct, frozen=True):
     """An extent of a pool, for one patch: `offset` and `nbytes` cover the slot header and the embeddings.
 
     `generation` is new at each reuse of the memory; `num_tokens` x `width` elements of `dtype` follow the header.
-    `owner` is the encode worker that wrote it, once it is written; a reader refuses a slot that says anything else.
+    `owner` is the encode worker that wrote it, once it is written; a reader refuses a slot that says otherwise.
     """
 
     pool_id: str
@@ -97,10 +97,10 @@ class WorkerInfo(Struct, frozen=True):
     """What a worker says of itself when it registers; fields that its stage does not have stay empty.
 
     `widths` maps modality -> elements per embedding row; `dtype` is the embeddings' type ("bfloat16"); `owner` is what
-    it writes into the slots it fills; `max_batch_tokens` bounds one encode batch; `kv_capacity_tokens` is the KV cache
-    of a prefill or decode worker; `tower_bytes` and `language_bytes` count the parameters it really holds. An encode
-    worker's `units` map modality -> what it has proved that items can be spread by ("tile"; "item": not at all), and
-    `tokens_per_patch` modality -> embedding rows of a full such patch.
+    it writes into the slots that it fills; `max_batch_tokens` bounds one encode batch; `kv_capacity_tokens` is the KV
+    cache of a prefill or decode worker; `tower_bytes` and `language_bytes` count the parameters that it really holds.
+    An encode worker's `units` map modality -> what it has proved that items can be cut into ("tile"; "item": not cut),
+    and `tokens_per_patch` modality -> embedding rows of a full such patch.
     """
 
     model: str = ""
@@ -123,7 +123,7 @@ class Patch(Struct, frozen=True):
 
     `patch_hash` names its content; `num_tokens` are the embedding rows it gives; `num_frames` says how many of the
     message's opaque frames hold its pixels (their order is the order of the patches). A SUBMIT may leave them out
-    (0) where the patch should be in the cache; if it is not, the answer is FAILED with `pixels_needed`.
+    (0) if the patch should be in the cache; if it is not, the answer is FAILED with `pixels_needed`.
     """
 
     patch_hash: str
@@ -186,7 +186,7 @@ class Counters(Struct, frozen=True):
     """The broker's own counts.
 
     `num_*` and `encode_s_saved` (seconds of encoding that hits and coalescing have saved) only grow. The others are
-    gauges; `held_*` return to 0 when nothing is in flight, but for `held_uploads`, which are kept until they expire.
+    gauges; `held_*` return to 0 when nothing is in flight, except `held_uploads`, which are kept until they expire.
     """
 
     num_accepted: int = 0

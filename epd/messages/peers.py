@@ -26,7 +26,7 @@ class Hello(Struct, frozen=True):
 class Serves(Struct, frozen=True):
     """Worker → Broker: from now on it serves this stage, and this is what it says of itself there.
 
-    It has nothing on its hands: what it had is done, or was handed back.
+    It has nothing to do: what it had is done or was handed back.
     """
 
     stage: Stage
@@ -48,7 +48,7 @@ class Pools(Struct, frozen=True):
 
 
 class Work(Struct, frozen=True):
-    """What an engine has done: `busy_s` seconds of steps in which its model ran, for so many units of work.
+    """What an engine has done: `busy_s` seconds of steps in which its model ran, for `num_units` units of work.
 
     Units are those of the worker's load: embedding rows encoded, prompt tokens prefilled, tokens decoded.
     """
@@ -58,7 +58,7 @@ class Work(Struct, frozen=True):
 
 
 class Heartbeat(Struct, frozen=True):
-    """Any peer → Broker: still here. `num_steps` counts engine steps, so that a hung engine shows.
+    """Any peer → Broker: still here. `num_steps` counts engine steps, so that a hung engine is noticed.
 
     `held` counts what the process holds, by kind: requests, patches, KV blocks, tasks, file descriptors. `work` is
     what a worker's engine has done since it began to serve its stage, so that the broker learns what work costs;
@@ -92,9 +92,9 @@ class Goodbye(Struct, frozen=True):
 class Status(Struct, frozen=True):
     """Broker → Endpoint: workers and counters, when workers come or go and with each heartbeat's answer.
 
-    `workers` are those of which something has changed since the last STATUS to this endpoint, or with `is_whole` all
-    there are; `gone` are the incarnations of those that are registered no more. `broker_held` counts what the broker
-    itself holds, `peers_held` (by name) what caches and endpoints do.
+    `workers` are those that have changed since the last STATUS to this endpoint, or with `is_whole` all of them; `gone`
+    are the incarnations of those that are no longer registered. `broker_held` counts what the broker itself holds,
+    `peers_held` (by name) what caches and endpoints hold.
     """
 
     workers: list[WorkerStatus]
@@ -127,7 +127,7 @@ class GetCache(Struct, frozen=True):
 
 
 class CacheState(Struct, frozen=True):
-    """Broker → Endpoint: the pools, and what lies where in them."""
+    """Broker → Endpoint: the pools, and what is where in them."""
 
     pools: list[PoolFill] = msgspec.field(default_factory=list)
 

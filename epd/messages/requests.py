@@ -11,12 +11,12 @@ class Submit(Struct, frozen=True):
     """Endpoint → Broker: a rendered request.
 
     Opaque frames: first `num_engine_frames` with the engine request, then each patch's in the order of `patches`.
-    `max_tokens` bounds the output; `deadline_s` is how long from now the whole request may take. `tenant` names whose
-    it is, for fairness. A request that was begun before (the broker was lost) comes with the number of `attempts`
-    made, and with `output_token_ids`, the tokens that its client has: it continues after them. `resumable` says that
-    going on from prompt and tokens gives what an undisturbed run would have given, `prefill_samples` that the prefill
-    worker is to sample the first token. `prefix_hashes` name the beginnings of the prompt, from short to long, so that
-    a request can go where the beginning of its prompt was prefilled before.
+    `max_tokens` bounds the output; `deadline_s` is how long from now the whole request may take. `tenant` says whose it
+    is, for fairness. A request that was begun before (the broker was lost) comes with the number of `attempts` so far,
+    and with `output_token_ids`, the tokens that its client has: it continues after them. `resumable` says that going on
+    from prompt and tokens gives the same as an undisturbed run, `prefill_samples` that the prefill worker is to sample
+    the first token. `prefix_hashes` name the beginnings of the prompt, from short to long, so that a request can go
+    where the beginning of its prompt was prefilled before.
     """
 
     request_id: str
@@ -61,7 +61,7 @@ class Uploaded(Struct, frozen=True):
 
 
 class DropUpload(Struct, frozen=True):
-    """Endpoint → Broker: an upload is not needed any more; its patches stay as long as there is room."""
+    """Endpoint → Broker: an upload is no longer needed; its patches stay as long as there is room."""
 
     upload_id: str
 
@@ -69,10 +69,11 @@ class DropUpload(Struct, frozen=True):
 class RequestOutput(Struct, frozen=True):
     """What a request's engines have given since the last time.
 
-    `num_frames` opaque frames hold the engine output; none where it is all said here. `token_ids` are empty for log-
-    probabilities of the prompt only. `num_before` counts the tokens of the whole answer that came before (-1: not
-    said), so that what is missing or comes twice shows. `num_cached_tokens` of the prompt the prefill worker had
-    computed before; -1 while it has not said so. With a `finish_reason` the request has ended, and its story is here.
+    `num_frames` opaque frames hold the engine output; none if these fields say everything. `token_ids` are empty for an
+    output that has only log-probabilities of the prompt. `num_before` counts the tokens of the whole answer that came
+    before (-1: not said), so that missing and repeated tokens are noticed. `num_cached_tokens` is how many tokens of
+    the prompt the prefill worker had cached; -1 until it has said so. With a `finish_reason` the request has ended, and
+    its story is here.
     """
 
     request_id: str
@@ -96,7 +97,7 @@ class Outputs(Struct, frozen=True):
 class Failed(Struct, frozen=True):
     """Broker → Endpoint: the request ends without an answer, and why.
 
-    `status` is the HTTP status for the client, `code` a stable word, `retry_after_s` > 0 where trying again may help.
+    `status` is the HTTP status for the client, `code` a stable word, `retry_after_s` > 0 if trying again may help.
     """
 
     request_id: str
@@ -114,7 +115,7 @@ class GetStory(Struct, frozen=True):
 
 
 class Story(Struct, frozen=True):
-    """Broker → Endpoint: a request's story so far; `found` is false where the broker does not hold it."""
+    """Broker → Endpoint: a request's story so far; `found` is false if the broker does not have it."""
 
     request_id: str
     found: bool

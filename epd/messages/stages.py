@@ -12,7 +12,7 @@ from epd.messages.parts import KvPeer, Slot, Struct
 
 
 class EncodeJob(Struct, frozen=True):
-    """One patch to encode, and the slot it goes to; `num_frames` opaque frames hold its pixels and fields."""
+    """One patch to encode, and the slot that it goes to; `num_frames` opaque frames hold its pixels and fields."""
 
     job_id: int
     patch_hash: str
@@ -29,7 +29,7 @@ class Encode(Struct, frozen=True):
 
 
 class DropEncode(Struct, frozen=True):
-    """Broker → Encode: nobody needs this patch any more; skip it if it has not been started. It is answered anyway."""
+    """Broker → Encode: nobody needs this patch any more; skip it if it has not been started. Answered in any case."""
 
     job_id: int
 
@@ -52,7 +52,7 @@ class EncodeFailed(Struct, frozen=True):
     """Encode → Broker: this patch could not be encoded.
 
     `dropped`: it was not started, because nobody needs it any more or because this worker is draining. `unstored`: it
-    was encoded, and the host of its pool did not answer.
+    was encoded, but the host of its pool did not answer.
     """
 
     job_id: int
@@ -102,10 +102,10 @@ class Stale(Struct, frozen=True):
 class Prefilled(Struct, frozen=True):
     """Prefill → Broker → Decode: all prompt tokens are computed.
 
-    The request's slots may be unpinned, and the KV is on its way to the decode worker, which looks for it from now on.
+    The request's slots may be unpinned, and the KV is under way to the decode worker, which polls for it from now on.
     `token_ids` is the token that was sampled here, if that was asked for, and `finish_reason` says that it is the last
-    one: then no KV is needed. Opaque frames: the engine output with that token, or one with prompt log-probabilities
-    where they were asked for, else none.
+    one: then no KV is needed. Opaque frames: the engine output with that token, or one with prompt log-probabilities if
+    they were asked for, else none.
     """
 
     leg_id: str
@@ -122,7 +122,7 @@ class Pushed(Struct, frozen=True):
 
 
 class Released(Struct, frozen=True):
-    """Prefill or Decode → Broker: after an ABORT: the request is gone from here and its slots are not read any more."""
+    """Prefill or Decode → Broker: after an ABORT: the request is gone from here, and its slots are no longer read."""
 
     leg_id: str
 
@@ -136,9 +136,9 @@ class Abort(Struct, frozen=True):
 class Decode(Struct, frozen=True):
     """Broker → Decode: register for this request's KV with `prefill`, then decode. Opaque frames: the engine request.
 
-    Sent at the same time as PREFILL, so that the registration is never waited for. `output_token_ids` as there: they
-    follow the prompt and count towards the output's bounds, and only the tokens after them are reported. With
-    `awaits_token` the next one is sampled by the prefill worker and comes with PREFILLED: this worker goes on after it.
+    Sent at the same time as PREFILL, so that nobody waits for the registration. `output_token_ids` are as there: they
+    follow the prompt and count towards the output's limits, and only tokens after them are reported. With
+    `awaits_token` the prefill worker samples the next one, which comes with PREFILLED: this worker goes on after it.
     """
 
     leg_id: str
@@ -157,10 +157,10 @@ class NeedPatches(Struct, frozen=True):
 class LegOutput(Struct, frozen=True):
     """What one engine step gave a leg.
 
-    `num_frames` opaque frames hold the engine output; none where it is all said here. The broker keeps `token_ids`, so
-    that another worker can go on where this one stopped; `num_before` counts the tokens of the whole answer that came
-    before them (-1: not said). With its first tokens the decode worker says of how many the KV was pushed to it; it
-    had that of the others. -1 later on. With a `finish_reason` they are the leg's last.
+    `num_frames` opaque frames hold the engine output; none if these fields say everything. The broker keeps
+    `token_ids`, so that another worker can go on where this one stopped; `num_before` counts the tokens of the whole
+    answer that came before them (-1: not said). With its first tokens the decode worker says for how many tokens KV was
+    pushed to it (it had that of the others); later this is -1. With a `finish_reason` they are the leg's last.
     """
 
     leg_id: str
@@ -172,7 +172,7 @@ class LegOutput(Struct, frozen=True):
 
 
 class StepOutputs(Struct, frozen=True):
-    """Decode → Broker: what one engine step gave all legs that were in it. Opaque frames: each output's, in order."""
+    """Decode → Broker: what one engine step gave all legs in it. Opaque frames: each output's, in order."""
 
     outputs: list[LegOutput]
 

@@ -1,20 +1,20 @@
-"""What kind of file some bytes are, by how they begin, and whether all of it is there.
+"""What kind of file some bytes are, by how they begin, and whether the file is complete.
 
-Pure, no decoder. Only what is known here is ever given to FFmpeg: among the formats that it recognises by itself are
-playlists (HLS, DASH, concat, SDP), which are text and name further files and addresses for it to open. A file that
-begins as one of these kinds cannot be one of those.
+Pure, no decoder. Only kinds known here are ever given to FFmpeg: among the formats that it recognises by itself are
+playlists (HLS, DASH, concat, SDP), which are text and name more files and addresses for it to open. A file that begins
+like one of the kinds here cannot be a playlist.
 """
 
 from __future__ import annotations
 
 VIDEO = ("mp4", "matroska", "avi", "gif")
 AUDIO = ("wav", "flac", "mp3", "aac", "amr", "ogg", "aiff", "au", "caf", "mp4", "matroska", "avi")
-# Audio in these is taken out by FFmpeg; libsndfile reads the others.
+# FFmpeg extracts the audio from these; libsndfile reads the others.
 BY_FFMPEG = frozenset({"mp4", "matroska", "avi", "aac", "amr"})
 
 _MAX_TAGS, _MAX_BOXES = 8, 100_000
 _MP4_FIRST = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp", b"pnot")
-# A WAV that was written to a pipe claims one of the largest sizes there are.
+# A WAV that was written to a pipe claims one of these largest sizes.
 _STREAMED_WAV = 0x7FFF_0000
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 _STARTS = (
@@ -29,7 +29,7 @@ _STARTS = (
     (_EBML, "matroska"),
 )
 _RIFF = {b"WAVE": "wav", b"AVI ": "avi"}
-# What else people send, for messages: how it begins, from which byte on.
+# What else people send, for messages: how it begins, and at which byte.
 _NAMES = (
     (0, b"%PDF", "PDF"),
     (0, b"<svg", "SVG"),
@@ -59,7 +59,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 def kind_of(content: bytes) -> str:
     """The kind of file: one of `VIDEO` and `AUDIO`, or "" for anything else.
 
-    ID3 tags at the start are skipped, as decoders do: what counts is what comes after them.
+    ID3 tags at the start are skipped, as decoders do: what follows them counts.
     """
     start = _after_tags(content)
     head = content[start : start + 12]
@@ -80,7 +80,7 @@ def kind_of(content: bytes) -> str:
 
 
 def name_of(content: bytes) -> str:
-    """What a file is called that begins like this, for messages; "" where that is not known."""
+    """The name, for messages, of a file that begins like this; "" if it is unknown."""
     for at, magic, name in _NAMES:
         if content[at : at + len(magic)] == magic:
             return name
@@ -89,9 +89,9 @@ def name_of(content: bytes) -> str:
 
 
 def icon_sizes(content: bytes) -> list[tuple[int, int]]:
-    """The (width, height) of each picture in a Windows icon, as these say themselves; none in any other file.
+    """The (width, height) of each picture in a Windows icon, as the pictures say themselves; none for other files.
 
-    The icon's own table cannot be trusted: it has a byte for each.
+    The icon's own table cannot be trusted: it has only a byte for each.
     """
     if content[:4] != b"\0\0\1\0":
         return []
@@ -110,7 +110,7 @@ def icon_sizes(content: bytes) -> list[tuple[int, int]]:
 def is_truncated(kind: str, content: bytes) -> bool:
     """Whether a container says that it is longer than it is; false for kinds that do not say.
 
-    A WAV may lack a tenth: their headers are often a little wrong.
+    A WAV may lack a tenth: such headers are often slightly wrong.
     """
     if kind == "mp4":
         return _mp4_is_truncated(content)
@@ -145,7 +145,7 @@ def _is_mpeg_audio(head: bytes) -> bool:
 
 
 def _is_aac(content: bytes, start: int) -> bool:
-    """Whether two frames of AAC (ADTS) follow each other here: the first bytes alone are too common."""
+    """Whether two consecutive frames of AAC (ADTS) begin here: the first bytes alone are too common."""
     at = start
     for _ in range(2):
         head = content[at : at + 6]
@@ -179,7 +179,7 @@ def _mp4_is_truncated(content: bytes) -> bool:
         size = int.from_bytes(content[at : at + 4], "big")
         if size == 1:
             size = int.from_bytes(content[at + 8 : at + 16], "big")
-        elif size == 0:  # up to the end
+        elif size == 0:  # to the end of the file
             return False
         if size < 8 or at + size > len(content):
             return True
@@ -207,7 +207,7 @@ def _matroska_is_truncated(content: bytes) -> bool:
 
 
 def _ebml_size(content: bytes, at: int) -> tuple[int, int] | None:
-    """An element's size (-1: it is not told) and where the element's data begin."""
+    """An element's size (-1 if it is not given) and where its data begin."""
     if at >= len(content) or content[at] == 0:
         return None
     length = 9 - content[at].bit_length()

@@ -1,8 +1,8 @@
-"""Dummy items of a model, of noise: what the proof of a cut is made on.
+"""Dummy items of a model, made of noise: what a cut is proved on.
 
 Lives in an encode worker. Touches vLLM's multimodal processors (written against vLLM 0.32:
-`vllm.multimodal.processing`): the sizes and the prompt are those of vLLM's own profiling, the pixels and samples are
-not, because nothing could be told from blank ones.
+`vllm.multimodal.processing`): sizes and prompt are those of vLLM's own profiling, pixels and samples are not,
+because blank ones would show nothing.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
 # Shares of the largest width and height, smallest area first.
 _IMAGE_SHARES = ((0.25, 0.25), (0.5, 0.25), (0.5, 0.5), (1.0, 0.5), (0.5, 1.0), (1.0, 1.0))
-# Shares of the longest sound: none is a whole number of windows, so that the last one is shorter.
+# Shares of the longest sound: none gives a whole number of windows, so that the last one is shorter.
 _AUDIO_SHARES = (0.04, 0.125, 0.25, 0.45, 0.9)
 _VIDEO_FRAMES, _VIDEO_SHARES = 6, (0.25, 0.5, 1.0)
-# A larger picture would prove no more, and take long.
+# A larger picture would prove no more and take longer.
 _MAX_PIXELS = 4 << 20
 _BLOCK, _BURST = 8, 2000
-# Nothing here goes through a language model: a short context must not leave a video without frames.
+# No language model is involved: a short context must not leave a video without frames.
 _MIN_SEQ_LEN = 16384
 
 
 class Dummy(msgspec.Struct, frozen=True):
-    """A processed item of noise, where the prompt has it, and what it was made from ("640x320")."""
+    """A processed item of noise, its place in the prompt, and what it was made from ("640x320")."""
 
     item: MultiModalKwargsItem
     position: PlaceholderRange
@@ -49,12 +49,12 @@ class Dummies:
 
     @property
     def modalities(self) -> list[str]:
-        """The modalities that the model has and its options allow."""
+        """The modalities that the model has and that its options allow."""
         limits = self._processor.info.allowed_mm_limits
         return [name for name in self._processor.info.supported_mm_limits if limits.get(name, 0) > 0]
 
     def of(self, modality: str) -> Iterator[Dummy]:
-        """Ever larger items of a modality."""
+        """Items of a modality, in increasing size."""
         for options in _sizes(modality, self._data(modality, {})):
             yield self._processed(modality, self._noise(self._data(modality, options)))
 
@@ -85,7 +85,7 @@ class Dummies:
         if data.ndim == 1:
             loudness = 10.0 ** self._random.uniform(-3.0, 0.0, -(-len(data) // _BURST)).repeat(_BURST)[: len(data)]
             return (self._random.uniform(-1.0, 1.0, len(data)) * loudness).astype(numpy.float32)
-        return self._blocks((max(data.shape[0], _VIDEO_FRAMES), *data.shape[1:]))  # some models' have two frames only
+        return self._blocks((max(data.shape[0], _VIDEO_FRAMES), *data.shape[1:]))  # some models' have only two
 
     def _blocks(self, shape: tuple[int, ...]) -> Any:
         *front, height, width, depth = shape
@@ -95,7 +95,7 @@ class Dummies:
 
 
 def _sizes(modality: str, largest: Any) -> Iterator[dict[str, Any]]:
-    """VLLM's options for dummy items, smallest first, from the largest item."""
+    """Options of vLLM for dummy items, smallest first, derived from the largest item."""
     if isinstance(largest, tuple):
         largest = largest[0]
     if isinstance(largest, list):
@@ -121,7 +121,7 @@ def _sizes(modality: str, largest: Any) -> Iterator[dict[str, Any]]:
 
 
 def _metadata(metadata: Any, num_frames: int) -> Any:
-    """What is known of a video, with another number of frames."""
+    """A video's metadata, with another number of frames."""
     if not isinstance(metadata, dict) or metadata.get("total_num_frames") == num_frames:
         return metadata
     return metadata | {

@@ -1,8 +1,8 @@
-"""Identifiers of prompt items that are made of several patches. Pure; imports nothing.
+"""Identifiers of prompt items that consist of several patches. Pure; imports nothing.
 
-vLLM takes an identifier for an opaque string: it keys the prefix cache and the encoder cache with it. Ours names all
-the patches that the item's embeddings are joined of, in their order, so that whoever holds the identifier can find
-them, and two items with the same identifier have the same embeddings.
+To vLLM an identifier is an opaque string, the key of the prefix cache and the encoder cache. Ours names all the patches
+whose embeddings make up the item, in order, so that whoever has the identifier can find them, and two items with the
+same identifier have the same embeddings.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _JOINT = "+"
 
 
 def identifier_of(patch_hashes: Sequence[str]) -> str:
-    """The identifier of an item whose embeddings are these patches', one after the other."""
+    """The identifier of an item whose embeddings are those of these patches, one after the other."""
     return _JOINT.join(patch_hashes)
 
 
 def patches_of(identifier: str) -> list[str]:
-    """The patches that an item's embeddings are made of, in their order; the same one may come more than once."""
+    """The patches whose embeddings make up an item, in order; the same one may occur more than once."""
     return identifier.split(_JOINT)

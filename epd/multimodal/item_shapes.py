@@ -1,8 +1,8 @@
-"""What a model's processed items look like, learned from items of noise: which sizes are the model's, not the medium's.
+"""The shapes of a model's processed items, learned from items of noise: which sizes are the model's, not the medium's.
 
 Lives in the endpoint process. Touches vLLM's multimodal types (written against vLLM 0.32). A request may choose how its
-media are processed (`mm_processor_kwargs`, where it is trusted), and what comes of that may be nothing that the encoder
-was made for: it would raise, read out of bounds on a GPU, or pad what is encoded together with it.
+media are processed (`mm_processor_kwargs`, if it is trusted), and the encoder may not be made for the result: it would
+raise, read out of bounds on a GPU, or pad what is encoded together with it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from vllm.multimodal.inputs import MultiModalKwargsItem
 from epd.multimodal.dummies import Dummies
 from epd.multimodal.rules import UnsupportedItemError
 
-# Of a tensor: its sizes but for the first, which counts patches, frames or samples; None where it is the medium's.
+# A tensor's sizes except the first, which counts patches, frames or samples; None for sizes that the medium decides.
 Sizes = tuple[int | None, ...]
 
 
 class ItemShapes:
-    """The shapes that items of a model have, by modality and field; made of a few items of each modality.
+    """The shapes of a model's items, by modality and field; derived from a few items of each modality.
 
     Args:
-        items: of noise, of ever other sizes, and their modalities.
+        items: items of noise in different sizes, and their modalities.
     """
 
     def __init__(self, items: Iterable[tuple[str, MultiModalKwargsItem]]) -> None:
@@ -37,7 +37,7 @@ class ItemShapes:
 
     @classmethod
     def of(cls, config: VllmConfig) -> ItemShapes:
-        """Those of a model, as its processor makes them without any options."""
+        """The shapes that a model's processor produces without any options."""
         dummies = Dummies(config)
         return cls((modality, dummy.item) for modality in dummies.modalities for dummy in dummies.of(modality))
 
@@ -45,7 +45,7 @@ class ItemShapes:
         """Checks the items of a request.
 
         Raises:
-            UnsupportedItemError: one has another shape than those of this model.
+            UnsupportedItemError: one has a shape that is not this model's.
         """
         for modality, each in items.items():
             for item in each:
@@ -69,7 +69,7 @@ def _sizes(item: MultiModalKwargsItem) -> dict[str, Sizes]:
 
 
 def _size_of(value: Any) -> Sizes:
-    """Of a list of tensors what all of them have, as if they were one."""
+    """The sizes that all tensors of a list have in common, as if they were one."""
     if isinstance(value, torch.Tensor):
         return tuple(value.shape[1:])
     if isinstance(value, list | tuple) and value and all(isinstance(each, torch.Tensor) for each in value):
@@ -81,7 +81,7 @@ def _size_of(value: Any) -> Sizes:
 
 
 def _common(one: Sizes, other: Sizes) -> Sizes:
-    """The sizes that both have; None for those that differ. Another number of sizes has nothing in common."""
+    """The sizes that both have; None for those that differ. If the numbers of sizes differ, nothing is common."""
     if len(one) != len(other):
         return (-1,)
     return tuple(a if a == b else None for a, b in zip(one, other, strict=True))

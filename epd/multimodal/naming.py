@@ -17,7 +17,7 @@ _HASH_CHARS = 32
 
 
 def identity_of(config: VllmConfig) -> bytes:
-    """What makes the embeddings of equal pixels differ between deployments, as a digest.
+    """A digest of what makes the embeddings of equal pixels differ between deployments.
 
     Model and revision, dtype, quantization, the whole Hugging Face configuration and the processor's settings.
     """
@@ -35,7 +35,7 @@ def identity_of(config: VllmConfig) -> bytes:
 
 
 def patch_hash(identity: bytes, salt: str, modality: str, digest: bytes) -> str:
-    """Names what the encoder would see: 32 hex digits, equal for equal input and salt."""
+    """The name of what the encoder would see: 32 hex digits, equal for equal input and salt."""
     hasher = blake3(identity)
     _update(hasher, salt.encode())
     _update(hasher, modality.encode())
@@ -44,7 +44,7 @@ def patch_hash(identity: bytes, salt: str, modality: str, digest: bytes) -> str:
 
 
 def digest_of(item: MultiModalKwargsItem) -> bytes:
-    """Names the content of an item: every field the encoder sees."""
+    """The name of an item's content: of every field that the encoder sees."""
     hasher = blake3()
     for name in sorted(item):
         _update(hasher, name.encode())

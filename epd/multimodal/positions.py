@@ -1,12 +1,12 @@
-"""What a prompt's positions are computed from: M-RoPE models need more of an item than where it is.
+"""What a prompt's positions are computed from: M-RoPE models need to know more of an item than its place.
 
 Lives in the endpoint, which picks the fields, and in prefill and decode workers, which check them before vLLM's model
-runner asserts that they are there. Pure. Touches vLLM's multimodal types (written against vLLM 0.32).
+runner asserts that they exist. Pure. Touches vLLM's multimodal types (written against vLLM 0.32).
 
 A model with M-RoPE gives each embedding a position in time, height and width. vLLM computes them from an item's grid
 and times (`get_mrope_input_positions`), on every engine that runs the language model. These fields are small, and the
-pixels are not among them. Which ones an architecture reads is stated here, one by one: of an architecture that is not
-here nothing is known, so it is refused when the endpoint starts.
+pixels are not among them. This module lists which ones each architecture reads. An architecture that is not listed is
+refused when the endpoint starts, since nothing is known about it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm.multimodal.inputs import (
 )
 
 _MAX_GRID = 1 << 20
-# vLLM drops the fields of items that the prefix cache covers, except those that are to stay on the CPU.
+# vLLM drops the fields of items that the prefix cache covers, except those that stay on the CPU.
 _FIELD = MultiModalBatchedField(keep_on_cpu=True)
 
 
@@ -36,15 +36,15 @@ class UnsupportedModelError(ValueError):
 
 
 class PositionsError(VLLMValidationError):
-    """An item whose positions cannot be computed from what is known of it; HTTP 400, and the text says why."""
+    """An item whose positions cannot be computed from what is known about it; HTTP 400, and the text says why."""
 
 
 class Fields(msgspec.Struct, frozen=True):
-    """What the positions of one modality's items are computed from.
+    """The fields from which the positions of one modality's items are computed.
 
     `grid` is int64 (3,): temporal grids, height and width, in patches of the vision tower. `seconds`, one number, is
-    the time between two temporal grids; it may be missing. `framed` items have tokens of their own around each temporal
-    grid, which vLLM searches the prompt for.
+    the time between two temporal grids; it may be missing. `framed` items have special tokens around each temporal
+    grid, for which vLLM searches the prompt.
     """
 
     grid: str
@@ -56,7 +56,7 @@ _IMAGE = Fields("image_grid_thw")
 _QWEN2 = {"image": _IMAGE, "video": Fields("video_grid_thw", "second_per_grid_ts")}
 _QWEN3 = {"image": _IMAGE, "video": Fields("video_grid_thw", framed=True)}
 
-# Further architectures go here: what `get_mrope_input_positions` reads of each item
+# More architectures go here: what `get_mrope_input_positions` reads of each item
 # (tests/multimodal/test_positions.py compares).
 FIELDS: dict[str, dict[str, Fields]] = {
     "Qwen2VLForConditionalGeneration": _QWEN2,
@@ -66,7 +66,7 @@ FIELDS: dict[str, dict[str, Fields]] = {
     "PaddleOCRVLForConditionalGeneration": {"image": _IMAGE},
 }
 
-# These have M-RoPE's tables and give every token its place in the prompt all the same: nothing of an item is read.
+# These have M-RoPE's tables but give tokens their plain order: nothing of an item is read.
 IN_ORDER = {"MiniCPMV4_6ForConditionalGeneration"}
 
 
@@ -75,8 +75,8 @@ class Positions:
 
     Args:
         fields: by modality.
-        merge: as many patches of the vision tower make one embedding in each direction.
-        longest_s: an item that lasts longer would get positions for which vLLM has no rotation.
+        merge: how many patches of the vision tower become one embedding, in each direction.
+        longest_s: a longer item would get positions for which vLLM has no rotation.
         frame: the tokens before and after each temporal grid of a `framed` item.
     """
 
@@ -86,7 +86,7 @@ class Positions:
         self._fields, self._merge, self._longest_s, self._frame = fields, merge, longest_s, frame
 
     def pick(self, modality: str, item: MultiModalKwargsItem, place: PlaceholderRange) -> MultiModalKwargsItem:
-        """The fields of an item that its positions are computed from, and no pixels.
+        """The fields from which an item's positions are computed, without pixels.
 
         Raises:
             PositionsError: they are missing, or do not fit the item's place in the prompt.
@@ -97,7 +97,7 @@ class Positions:
         return MultiModalKwargsItem({name: MultiModalFieldElem(item[name].data, _FIELD) for name in names})
 
     def check(self, modality: str, item: Any, place: PlaceholderRange, token_ids: Sequence[int] | None = None) -> None:
-        """Whether vLLM can compute positions from `item`, and they fit the prompt (`token_ids`, where given).
+        """Checks that vLLM can compute positions from `item`, and that they fit the prompt (`token_ids`, if given).
 
         Raises:
             PositionsError: with what is wrong.
@@ -109,7 +109,7 @@ class Positions:
             raise PositionsError(f"{modality} input without its grid ({fields.grid}) cannot be given positions")
         grid = item[fields.grid].data
         if not isinstance(grid, torch.Tensor) or grid.shape != (3,) or grid.is_floating_point():
-            raise PositionsError(f"{fields.grid} must be three whole numbers")
+            raise PositionsError(f"{fields.grid} must be three integers")
         times, height, width = map(int, grid.tolist())
         if not all(0 < size < _MAX_GRID for size in (times, height, width)) or (modality == "image" and times != 1):
             raise PositionsError(f"{fields.grid} cannot be {[times, height, width]}")
@@ -139,10 +139,10 @@ class Positions:
 
 
 def positions_for(config: VllmConfig) -> Positions | None:
-    """What prefill and decode must know of this model's items; None where they need nothing (no M-RoPE).
+    """What prefill and decode must know of this model's items; None if they need nothing (no M-RoPE).
 
     Raises:
-        UnsupportedModelError: a model with M-RoPE of which it is not known.
+        UnsupportedModelError: the model has M-RoPE, and this is not known.
     """
     model = config.model_config
     if not model.uses_mrope or not model.is_multimodal_model:

@@ -2,9 +2,9 @@
 
 Lives in an encode worker, at its start. Touches vLLM's multimodal types (written against vLLM 0.32).
 
-A way to cut (`epd.multimodal.rules`) is proved by an item of noise if its pieces, encoded alone and encoded as one
-batch, give the embeddings of the whole: bit for bit, or within what the rounding of its dtype makes of another batch.
-Whatever else happens, an error included, the unit is the item.
+A way to cut (`epd.multimodal.rules`) is proved on an item of noise if its pieces, encoded alone and encoded as one
+batch, give the embeddings of the whole: bit for bit, or up to the rounding that another batch causes in the dtype. In
+any other case, errors included, the unit is the item.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ log = structlog.get_logger()
 # Encodes items of a modality as one batch; gives each one's embeddings, (num_tokens, width) on the CPU.
 Encode = Callable[[str, Sequence[MultiModalKwargsItem]], list[torch.Tensor]]
 
-# How far an embedding may be from the whole item's, relative to its length: a few units in the last place.
+# How far an embedding may be from that of the whole item, relative to its length: a few units in the last place.
 _ULPS = 4
 _FLOAT32_TOLERANCE = 1e-4
 _ENOUGH_PIECES = 3
-# Other content must move an embedding this many times further than cutting does, or the proof would mean nothing.
+# Different content must move an embedding this many times further than cutting does; otherwise the proof is void.
 _SHOWN = 8
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one modality.
+    """The result for one modality.
 
-    `unit` is what the items are spread by, "item" where they stay whole, and `reason` says why they do. `difference`
-    is the largest distance of an embedding from the whole item's, relative to its length (0.0: bit-equal), where it
-    was measured; at most `tolerance` is taken for equal. `num_tokens` lists the embeddings of each piece, or of the
-    whole item; `size` is what the dummy was made from.
+    `unit` is what items are cut into, "item" if they stay whole, and `reason` says why they do. `difference`, if it was
+    measured, is the largest distance of an embedding from that of the whole item, relative to its length (0.0:
+    bit-equal); up to `tolerance` counts as equal. `num_tokens` lists the embeddings of each piece, or of the whole
+    item; `size` is what the dummy was made from.
     """
 
     modality: str
@@ -60,7 +60,7 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prove(config: VllmConfig, encode: Encode) -> list[Proof]:
-    """Tries each modality of the model; what happens is in the results and in the log, nothing is raised."""
+    """Tries each modality of the model; results and log say what happens, nothing is raised."""
     try:
         dummies = Dummies(config)
         modalities = dummies.modalities
@@ -72,7 +72,7 @@ def prove(config: VllmConfig, encode: Encode) -> list[Proof]:
         started = time.monotonic()
         try:
             proof = _prove(config, dummies, modality, encode)
-        except Exception as error:  # a model that cannot be tried is served all the same
+        except Exception as error:  # a model that cannot be tried is served anyway
             proof = Proof(modality=modality, reason=_text(error))
         proof = msgspec.structs.replace(proof, took_s=time.monotonic() - started)
         proofs.append(proof)
@@ -94,7 +94,7 @@ def _prove(config: VllmConfig, dummies: Dummies, modality: str, encode: Encode) 
     [whole] = encode(modality, [dummy.item])
     told = Proof(modality=modality, size=dummy.size, num_tokens=[len(whole)], tolerance=tolerance_of(whole.dtype))
     if len(pieces) < 2:
-        text = "a dummy item has one piece only" if pieces else "the fields of an item do not tell pieces"
+        text = "a dummy item has only one piece" if pieces else "the fields of an item do not show pieces"
         return msgspec.structs.replace(told, reason=text)
     alone = [encode(modality, [piece])[0] for piece in pieces]
     counts = [len(rows) for rows in alone]
@@ -109,12 +109,12 @@ def _prove(config: VllmConfig, dummies: Dummies, modality: str, encode: Encode) 
     if not difference <= told.tolerance:
         return msgspec.structs.replace(told, reason=f"{way.unit}s encoded alone give other embeddings")
     if not distance(*_same_length(alone[0], alone[1])) > _SHOWN * difference:
-        return msgspec.structs.replace(told, reason="the embeddings hardly show what is in an item")
+        return msgspec.structs.replace(told, reason="the embeddings hardly depend on an item's content")
     return msgspec.structs.replace(told, unit=way.unit)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """The relative distance up to which two embeddings of a dtype are taken for equal."""
+    """The relative distance up to which two embeddings of a dtype count as equal."""
     return max(_ULPS * float(torch.finfo(dtype).eps), _FLOAT32_TOLERANCE)
 
 
@@ -133,7 +133,7 @@ def distance(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def _cut(dummies: Dummies, modality: str, way: Way) -> tuple[Dummy, list[MultiModalKwargsItem]]:
-    """The smallest dummy item with enough pieces, else the one with most; no pieces where it cannot be cut."""
+    """The smallest dummy item with enough pieces, else the one with most; no pieces if it cannot be cut."""
     best: tuple[Dummy, list[MultiModalKwargsItem]] | None = None
     for dummy in dummies.of(modality):
         pieces = way.pieces(dummy.item)

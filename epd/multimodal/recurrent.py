@@ -1,10 +1,10 @@
-"""Models whose language model has a recurrent state beside, or instead of, attention KV: what they cannot be asked for.
+"""Models whose language model has a recurrent state besides or instead of attention KV: what they do not support.
 
 Lives in the endpoint and in decode workers. Pure. Written against vLLM 0.32.
 
-The state of such a layer stands for all tokens so far and cannot be taken back by one. Decode computes the last token
-of a prompt itself, so the state that reaches it must be the one before that token: vLLM's NIXL connector has prefill
-leave the last token out. Whatever makes prefill go further than decode expects gives another answer without an error.
+The state of such a layer stands for all tokens so far and cannot go back by one. Decode computes the last token of a
+prompt itself, so it must receive the state before that token: vLLM's NIXL connector makes prefill leave out the last
+token. Whatever makes prefill go further than decode expects silently gives a different answer.
 """
 
 from __future__ import annotations

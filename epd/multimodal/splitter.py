@@ -25,7 +25,7 @@ from epd.process.bounded import ByteCache
 
 
 class CutPiece(msgspec.Struct, frozen=True):
-    """A piece, named and encoded: `position` is relative to the item's, `digest` names the content without a salt."""
+    """A piece, named and serialized: `position` is relative to the item's, `digest` names the unsalted content."""
 
     digest: bytes
     num_tokens: int
@@ -36,7 +36,7 @@ class CutPiece(msgspec.Struct, frozen=True):
 class Cut(msgspec.Struct, frozen=True):
     """An item's pieces in the order of the prompt, for any request with this item; `num_bytes` are the frames'.
 
-    `metadata` is what prefill and decode must know of the whole item, or None where each piece can be an item there.
+    `metadata` is what prefill and decode must know of the whole item, or None if each piece can be an item there.
     """
 
     modality: str
@@ -48,9 +48,9 @@ class Cut(msgspec.Struct, frozen=True):
 class Split(msgspec.Struct, frozen=True):
     """A request's patches in the order of the prompt.
 
-    `features` are for the engine request: one per patch, hash and position, no data; or, where prefill and decode must
-    know more of an item (`epd.multimodal.positions`), one per item, whose identifier names all its patches. `frames`
-    hold each patch's encoded `MultiModalKwargsItem`, `patches[i].num_frames` of them for patch i.
+    `features` are for the engine request: one per patch, with hash and position but no data. If prefill and decode must
+    know more of an item (`epd.multimodal.positions`), it is one per item, whose identifier names all its patches.
+    `frames` hold each patch's encoded `MultiModalKwargsItem`, `patches[i].num_frames` of them for patch i.
     """
 
     patches: list[Patch]
@@ -72,11 +72,11 @@ class Split(msgspec.Struct, frozen=True):
 
 
 def cut(feature: MultiModalFeatureSpec, rule: Rule, positions: Positions | None = None) -> Cut:
-    """Cuts one item by `rule`, names and encodes the pieces: the expensive part, the same for every request.
+    """Cuts one item by `rule`, names and serializes the pieces: the expensive part, the same for every request.
 
     Raises:
-        UnsupportedItemError: an item without pixels, with ready embeddings, or that does not fit its placeholders.
-        PositionsError: an item whose positions cannot be computed.
+        UnsupportedItemError: the item has no pixels, has ready-made embeddings, or does not fit its placeholders.
+        PositionsError: the item's positions cannot be computed.
     """
     place = feature.mm_position
     metadata = positions.pick(feature.modality, _checked(feature), place) if positions is not None else None
@@ -129,22 +129,22 @@ def _spec(modality: str, name: str, place: PlaceholderRange, data: MultiModalKwa
 
 
 def split(features: Sequence[MultiModalFeatureSpec], rule: Rule, identity: bytes, salt: str) -> Split:
-    """Cuts each item by `rule`, names and encodes the pieces.
+    """Cuts each item by `rule`, names and serializes the pieces.
 
     Args:
         features: vLLM's features of one request, in the order of the prompt.
         rule: how an item of this model is cut (`rule_of`).
         identity: `identity_of` the deployment.
-        salt: the tenant's; equal pixels under another salt get another name.
+        salt: the tenant's; equal pixels with another salt get another name.
 
     Raises:
-        UnsupportedItemError: an item without pixels, with ready embeddings, or that does not fit its placeholders.
+        UnsupportedItemError: an item has no pixels, has ready-made embeddings, or does not fit its placeholders.
     """
     return assemble(features, [cut(feature, rule) for feature in features], identity, salt)
 
 
 class Splitter:
-    """Splits requests, each item once: cuts are kept, `max_bytes` of them, by vLLM's hash of the item's content.
+    """Splits requests, each item once: up to `max_bytes` of cuts are kept, by vLLM's hash of the item's content.
 
     `units` are what the encode workers have proved (modality -> unit) and may change at any time; items of other
     modalities stay whole.
@@ -157,7 +157,7 @@ class Splitter:
         self._cuts: ByteCache[tuple[Any, ...], Cut] = ByteCache(max_bytes)
 
     def quick(self, features: Sequence[MultiModalFeatureSpec], salt: str) -> Split | None:
-        """The patches, where all items were cut before; else None."""
+        """The patches, if all items were cut before; else None."""
         cuts: list[Cut] = []
         for feature in features:
             found = self._cuts.get(_key(feature, self.units.get(feature.modality)))
@@ -167,10 +167,10 @@ class Splitter:
         return assemble(features, cuts, self._identity, salt)
 
     async def slow(self, features: Sequence[MultiModalFeatureSpec], salt: str) -> Split:
-        """The patches; items that are new are cut in a thread.
+        """The patches; new items are cut in a thread.
 
         Raises:
-            UnsupportedItemError: as `cut`.
+            UnsupportedItemError: as for `cut`.
         """
         units = self.units
         keys = [_key(feature, units.get(feature.modality)) for feature in features]

@@ -1,4 +1,4 @@
-"""What the items of a modality are spread by, as the encode workers have proved it. Pure; imports no engine."""
+"""What the items of a modality are cut into, as the encode workers have proved it. Pure; imports no engine."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ ITEM = "item"
 
 
 class Unit(msgspec.Struct, frozen=True):
-    """A piece of an item that may be encoded alone; `num_tokens` are the embeddings that a full one gives."""
+    """A kind of piece that may be encoded alone; a full one gives `num_tokens` embeddings."""
 
     name: str
     num_tokens: int
 
 
 def agreed_units(workers: Iterable[WorkerStatus]) -> dict[str, Unit] | None:
-    """Modality -> the unit that every encode worker among `workers` reports; None where there is no such worker.
+    """Modality -> the unit that every encode worker among `workers` reports; None if there is no such worker.
 
-    Modalities that they differ in are left out, and those whose unit is the whole item.
+    Modalities on which they differ are left out, and so are those whose unit is the whole item.
     """
     reports = [worker.info for worker in workers if worker.stage is Stage.ENCODE]
     if not reports:
@@ -39,7 +39,7 @@ def agreed_units(workers: Iterable[WorkerStatus]) -> dict[str, Unit] | None:
 
 
 def described(workers: Iterable[WorkerStatus]) -> dict[str, dict[str, str] | dict[str, int]]:
-    """For people: modality -> unit, "item" where items stay whole, and the embeddings of a full patch."""
+    """For people: modality -> unit, "item" if items stay whole, and the embeddings of a full patch."""
     workers = list(workers)
     spread = agreed_units(workers) or {}
     modalities = {modality for worker in workers for modality in worker.info.units}

@@ -10,18 +10,18 @@ from tests.faults.cells import CELLS, FAULTS
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "faults.md"
 _HEAD = """<!-- Generated from tests/faults/cells.py by `python -m tests.faults`; change it there. -->
 # Faults
-What becomes of requests when something goes wrong between two of the daemons. In no case is an answer wrong, does a
-request have no end, or is anything held for it a short while after; the tests check that in every cell. "Right" means:
-every answer is that of an undisturbed run.
+What becomes of requests when something goes wrong between two daemons. In no case is an answer wrong, does a request
+never end, or is anything held for it shortly afterwards; the tests check that in every cell. "Right" means that every
+answer is that of an undisturbed run.
 
-Each cell is a test. Where nothing else is said it is one in virtual time (`pytest tests/faults`): the real decision
-core, the real stages and wire encoding, over a transport that does what the cell says to each kind of message in turn,
-or at several moments; the named tests do it with real engines and signals.
+Each cell is a test. Unless stated otherwise it runs in virtual time (`pytest tests/faults`): the real decision core,
+stages and wire encoding, over a transport that applies the fault to each kind of message in turn, or at several times.
+The named tests do it with real engines and signals.
 
 ZeroMQ over TCP or IPC neither loses nor repeats nor reorders messages while both ends live, so these rows show what
-would still hold if it did. "Stale" is what an earlier life of a daemon has sent or should have got. "Corrupted" is a
-message that is none any more. A flipped bit that leaves a valid message is not noticed: slots of the cache have
-checksums of ours, sockets have those of their transport.
+would still hold if it did. "Stale" is a message from or for an earlier life of a daemon. "Corrupted" is a message that
+can no longer be read. A flipped bit that leaves a valid message is not noticed: slots of the cache have our checksums,
+sockets have those of their transport.
 """
 
 

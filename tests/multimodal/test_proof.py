@@ -90,7 +90,7 @@ def test_rounding_is_taken_for_equal_in_its_own_dtype_only(prove):
         (across_tiles, "other embeddings"),
         (by_batch, "other embeddings"),
         (with_newline, "embeddings, the item"),
-        (blind, "hardly show"),
+        (blind, "hardly depend"),
         (broken, "no kernel for this"),
     ],
 )

@@ -28,7 +28,7 @@ def test_items_without_fitting_metadata_are_refused_and_cost_nobody_else_anythin
     missing, mismatched, malformed = told["refused"]
     assert "without its grid" in missing
     assert "does not fit its 24 tokens" in mismatched
-    assert "three whole numbers" in malformed
+    assert "three integers" in malformed
     assert told["after refusals"] is False, "nothing of them is in the engine"
 
 

@@ -4,7 +4,7 @@ Pure. Touches vLLM's multimodal types (written against vLLM 0.32: `vllm.multimod
 
 `way_for` gives the way that fits a model's items: one that follows from the types of their fields, or one of
 `SPECIAL`. A way is only a proposal. An encode worker tries it on its model when it starts (`epd.multimodal.proof`);
-what it proves is the modality's unit, and `rule_of` cuts by a way only where its unit has been proved. Everything else
+what it proves is the modality's unit, and `rule_of` cuts by a way only if its unit has been proved. Everything else
 stays whole, which is always right.
 """
 
@@ -25,7 +25,7 @@ _PIECES = {"image": "tile", "video": "frame", "audio": "chunk"}
 _SLICES, _FRAMES = Way("slice", navit_slices), Way("frame", navit_slices)
 _GRIDS = Way("temporal grid", temporal_grids)
 
-# (architecture, modality) -> the way of items whose fields do not tell it.
+# (architecture, modality) -> the way for items whose fields do not show it.
 SPECIAL: dict[tuple[str, str], Way] = {
     ("MiniCPMO", "image"): _SLICES,
     ("MiniCPMO", "video"): _FRAMES,
@@ -41,16 +41,16 @@ SPECIAL: dict[tuple[str, str], Way] = {
 
 
 def way_for(config: VllmConfig, modality: str) -> Way:
-    """How items of a modality may be cut in this model, if it proves right."""
+    """How this model's items of a modality may be cut, if that proves right."""
     for architecture in config.model_config.hf_config.architectures or []:
         if (architecture, modality) in SPECIAL:
             return SPECIAL[architecture, modality]
-    # The windows of a sound are padded to one length, and only the last is ever short; tiles and frames are all alike.
+    # The windows of a sound are padded to one length, and only the last may be shorter; tiles and frames are all alike.
     return Way(_PIECES.get(modality, "piece"), leading_dimension, has_shorter_last=modality == "audio")
 
 
 def rule_of(config: VllmConfig, modality: str, unit: Unit | None) -> Rule:
-    """Cuts by the model's way where `unit` is what it gives, else not at all.
+    """A rule that cuts by the model's way if `unit` is what that gives, else not at all.
 
     An item that the way cannot cut stays whole.
     """

@@ -28,10 +28,10 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Way(msgspec.Struct, frozen=True):
-    """A way to cut items that has still to be proved for a model: `unit` names a piece ("tile", "frame", "chunk").
+    """A way to cut items that must still be proved for a model: `unit` names a piece ("tile", "frame", "chunk").
 
     `pieces(item)` gives the pieces in the order of the prompt, each an item for the encoder, or None for an item that
-    it cannot cut. They give as many embeddings each, or the last may give fewer (`has_shorter_last`).
+    it cannot cut. All give the same number of embeddings, except that the last may give fewer (`has_shorter_last`).
     """
 
     unit: str
@@ -39,12 +39,12 @@ class Way(msgspec.Struct, frozen=True):
     has_shorter_last: bool = False
 
     def cut(self, item: MultiModalKwargsItem, position: PlaceholderRange, num_tokens: int) -> list[Piece] | None:
-        """The pieces and their places; None where the item or its place does not tell.
+        """The pieces and their places; None if the item or its place does not determine them.
 
         Args:
             item: the item.
             position: where the prompt has it.
-            num_tokens: embeddings of a full piece, which matters only where the last may be shorter.
+            num_tokens: embeddings of a full piece, which matters only if the last may be shorter.
         """
         pieces = self.pieces(item)
         counts = shares(position, len(pieces), num_tokens if self.has_shorter_last else 0) if pieces else None
@@ -54,7 +54,7 @@ class Way(msgspec.Struct, frozen=True):
 
 
 def whole_item(item: MultiModalKwargsItem, position: PlaceholderRange) -> list[Piece]:
-    """The item is one patch: its position and mask are kept, the encoder gets it as it is."""
+    """The item as one patch: its position and mask are kept, and the encoder gets it as it is."""
     return [Piece(item, PlaceholderRange(position.offset, position.length, position.is_embed))]
 
 
@@ -69,10 +69,10 @@ def replaced(item: MultiModalKwargsItem, data: Mapping[str, Any]) -> MultiModalK
 
 
 def shares(position: PlaceholderRange, num_pieces: int, num_tokens: int) -> list[int] | None:
-    """How many embeddings each piece gives; None where the prompt does not tell.
+    """How many embeddings each piece gives; None if the prompt does not show that.
 
     A run of the prompt for each piece, of whatever lengths; else pieces of `num_tokens`, of which only the last may be
-    shorter; else, where that is 0, equal shares.
+    shorter; else, if that is 0, equal shares.
     """
     runs, total = position.extract_embeds_range(), int(position.get_num_embeds())
     if len(runs) == num_pieces:

@@ -1,10 +1,10 @@
-"""The rule for videos that are made of temporal grids: Qwen2-VL and what came of it.
+"""The rule for videos that consist of temporal grids: Qwen2-VL and its successors.
 
 Pure. Touches vLLM's multimodal types (written against vLLM 0.32: `vllm.multimodal.inputs`).
 
-Such a video's `pixel_values_videos` are the patches of one temporal grid (two frames, as a rule) after another's, and
-attention in these towers stays within a grid: so each grid encoded alone gives the embeddings it gives in the whole.
-An image has one temporal grid, and attention goes over all of it.
+Such a video's `pixel_values_videos` are the patches of one temporal grid (usually two frames) after another, and
+attention in these towers stays within a grid. So each grid encoded alone gives the same embeddings as in the whole
+video. An image has one temporal grid, and attention covers all of it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ GRID, PIXELS = "video_grid_thw", "pixel_values_videos"
 
 
 def temporal_grids(item: MultiModalKwargsItem) -> list[MultiModalKwargsItem] | None:
-    """A piece for each temporal grid, in the order of the prompt; None for an item that is not made of grids.
+    """A piece for each temporal grid, in the order of the prompt; None for an item that does not consist of grids.
 
-    A piece keeps the other fields of the item, such as the time between grids, so that its name tells them too. Of
-    fields with an entry for each grid it gets its own.
+    A piece keeps the other fields of the item, such as the time between grids, so that its name covers them too. Of
+    fields with an entry for each grid it gets its own entry.
     """
     if GRID not in item or PIXELS not in item:
         return None
@@ -40,7 +40,7 @@ def temporal_grids(item: MultiModalKwargsItem) -> list[MultiModalKwargsItem] | N
 
 
 def _of_grid(index: int, times: int, data: Any) -> Any:
-    """What a piece gets of a field: its own entry where there is one for each grid, else all."""
+    """What a piece gets of a field: its own entry if there is one for each grid, else everything."""
     if isinstance(data, torch.Tensor):
         return data[index : index + 1] if times > 1 and data.shape == (times,) else data
     return data[index : index + 1] if isinstance(data, list) and len(data) == times else data

@@ -1,8 +1,8 @@
-"""The rule for items that name their pieces: tensors whose leading dimension counts them, and a number that says so.
+"""The rule for items that show their pieces: tensors whose leading dimension counts them, and a number that says so.
 
 Pure. vLLM's field types say how the items of a batch are joined (0.32, `vllm.multimodal.inputs`): flat fields are
-concatenated, batched ones stacked, shared ones the same for all. So the flat fields of one item can be sliced, if
-they all have the same length, and a batched number that is that length counts what is in them.
+concatenated, batched ones stacked, shared ones the same for all. So the flat fields of one item can be sliced if they
+all have the same length, and a batched number equal to that length counts what is in them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The rule for MiniCPM-V: slices of different sizes, each with its own grid of patches and its own run of the prompt.
 
-Pure. The processor pads the slices of an image to the longest one; the rule takes the padding off, so that a slice is
+Pure. The processor pads the slices of an image to the longest one; the rule removes the padding, so that a slice is
 the same tensor, and has the same name, whichever image it is in.
 """
 
