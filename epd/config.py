@@ -16,6 +16,7 @@ import msgspec
 # By these names the broker finds its policies (`broker.policies`).
 OrderName = Literal["fcfs", "sjf", "edf"]
 ChoiceName = Literal["least_loaded", "round_robin", "affine"]
+EncodeChoiceName = Literal["least_loaded", "round_robin"]  # an encode worker keeps nothing of what it has encoded
 
 
 class ConfigError(ValueError):
@@ -41,8 +42,8 @@ class BrokerConfig(_Section):
     `request_order` and `patch_order` choose the next of a tenant's requests and patches: "fcfs" (first come, first
     served), "sjf" (shortest job first) or "edf" (earliest deadline first); tenants take turns under any of them.
     `encode_choice`, `prefill_choice` and `decode_choice` choose the worker of each stage: "least_loaded" (in estimated
-    seconds once workers have reported what their work costs, else in tokens), "round_robin", or "affine" (the worker
-    that has had the same patches and beginning of a prompt before, unless it is much busier).
+    seconds once workers have reported what their work costs, else in tokens), "round_robin", or, except for encode,
+    "affine" (the worker that has had the same patches and beginning of a prompt before, unless it is much busier).
 
     `record` is a folder where the broker records what it sees, for `epd replay`: no pixels and no prompts, but the
     token ids of answers. A recording ends after `record_bytes`; as much is kept of earlier ones.
@@ -65,7 +66,7 @@ class BrokerConfig(_Section):
     hung_after_s: float = 60.0
     request_order: OrderName = "fcfs"
     patch_order: OrderName = "fcfs"
-    encode_choice: ChoiceName = "least_loaded"
+    encode_choice: EncodeChoiceName = "least_loaded"
     prefill_choice: ChoiceName = "least_loaded"
     decode_choice: ChoiceName = "least_loaded"
     record: str = ""

@@ -318,7 +318,7 @@ class Engine:
         return written
 
     def pack(self, output: EngineCoreOutput) -> list[bytes]:
-        """An engine output as opaque frames; none where it has nothing but token ids and a finish reason."""
+        """An engine output as opaque frames; none if it has only token ids and a finish reason."""
         return self._packer.pack(output)
 
     def shutdown(self) -> None:

@@ -71,7 +71,7 @@ class StageRunner(abc.ABC):
         return of_engine(self.engine)
 
     def gauges(self) -> dict[str, float]:
-        """What the engine tells of itself for metrics; nothing where it has no KV."""
+        """What the engine reports for metrics; nothing if it has no KV."""
         return {} if self.stage is Stage.ENCODE else self.engine.gauges.read()
 
     def has_work(self) -> bool:

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from broker.core.peers import Worker
-from broker.policies.choice import Candidate, StageWorkers
+from broker.core.stage_workers import StageWorkers
+from broker.policies.choice import Candidate
 from broker.policies.fairness import FairQueue
 from broker.policies.order import Order, Waiting
 from epd.messages import EncodeJob, Patch, Pool, Slot

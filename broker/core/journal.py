@@ -41,7 +41,7 @@ class Journal:
             self.leave(peer)
 
     def leave(self, peer: Peer) -> None:
-        """A peer watches no longer; nothing happens where it did not."""
+        """A peer no longer watches; nothing happens if it did not."""
         self._watchers.pop(peer.peer_id, None)
         if not self._watchers:
             self._entries, self._num_dropped = [], 0

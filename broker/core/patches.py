@@ -15,7 +15,7 @@ from broker.core.holders import Holder
 from broker.core.peers import Worker
 from broker.core.pixels import PixelStore
 from broker.core.request import Request
-from broker.policies.choice import StageWorkers
+from broker.core.stage_workers import StageWorkers
 from broker.policies.order import Order
 from cache.index import Acquired, CacheIndex, Outcome, PatchNeed
 from epd.config import BrokerConfig

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from broker.policies.choice import CHOICES, Candidate, StageWorkers
+from broker.core.stage_workers import StageWorkers
+from broker.policies.choice import CHOICES, Candidate
 from broker.policies.costs import Cost
 from epd.messages import Hello, Kind, Pool, Stage, WorkerInfo, WorkerStatus
 

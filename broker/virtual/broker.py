@@ -17,7 +17,7 @@ TICK_S = 0.25
 
 
 class Broker(Process):
-    """See the module; each of its lives has a core that knows nothing of the one before."""
+    """The broker; each of its lives has a core that knows nothing of the one before."""
 
     core: Core
 
@@ -26,7 +26,7 @@ class Broker(Process):
         self._network = network
 
     def start(self) -> None:
-        """Begins with a new core, whose generations are above all that came before."""
+        """Begins with a new core, whose generations are above all earlier ones."""
         self.core = self._network.make_core(self._network.config, 1 + int(self.clock.now * 1e6))
         self._tick()
 
@@ -35,7 +35,7 @@ class Broker(Process):
         self.later(TICK_S, self._tick)
 
     def receive(self, incarnation: str, message: Message, frames: Sequence[bytes]) -> None:
-        """A message has come from a peer."""
+        """Handles a message from a peer."""
         self._perform(self.core.handle(incarnation, message, frames, self.clock.now))
 
     def _perform(self, sends: list[Send]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Clock:
-    """Calls what is due, in the order of time, and of what is due at the same time in the order it was asked for.
+    """Calls what is due, in order of time; at the same time, in the order in which it was asked for.
 
     Attributes:
         now: seconds since the beginning; it moves only by `run`, `run_until` and `run_until_idle`.
@@ -25,18 +25,18 @@ class Clock:
         return len(self._heap)
 
     def after(self, delay_s: float, call: Callable[[], None]) -> None:
-        """Calls when so much time has passed; at once (but not before this returns) where that is not positive."""
+        """Calls after a delay; if that is not positive, at once (but not before this returns)."""
         heapq.heappush(self._heap, (self.now + max(delay_s, 0.0), next(self._order), call))
 
     def run(self, seconds: float) -> None:
-        """Lets so much time pass."""
+        """Lets that much time pass."""
         until = self.now + seconds
         while self._heap and self._heap[0][0] <= until:
             self._next()
         self.now = until
 
     def run_until(self, is_done: Callable[[], bool], within_s: float) -> bool:
-        """Lets time pass until `is_done`, asked after each event, or for so long; returns whether it is."""
+        """Lets time pass until `is_done`, asked after each event, or the time is up; returns whether it is done."""
         until = self.now + within_s
         while not is_done():
             if not self._heap or self._heap[0][0] > until:
@@ -46,7 +46,7 @@ class Clock:
         return True
 
     def run_until_idle(self) -> None:
-        """Lets time pass until nothing is to come. Where peers send heartbeats, that is never."""
+        """Lets time pass until nothing is left to come. While peers send heartbeats, that is never."""
         while self._heap:
             self._next()
 

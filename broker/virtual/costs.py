@@ -1,6 +1,6 @@
-"""What things take in virtual time. Pure.
+"""How long things take in virtual time. Pure.
 
-Anything with these four methods is a cost model; `Costs` is one that is linear in what there is to do.
+Anything with these four methods is a cost model; `Costs` is linear in what there is to do.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ class CostModel(Protocol):
     """How long an engine step takes, and a transfer of KV, in seconds."""
 
     def encode_s(self, num_patches: int, num_rows: int) -> float:
-        """A batch of so many patches, which give so many embedding rows."""
+        """The time for a batch of patches that give this many embedding rows."""
 
     def prefill_s(self, num_tokens: int, num_context_tokens: int) -> float:
-        """A step that computes so many tokens of prompts, after so many that were computed before."""
+        """The time for a step that computes this many tokens of prompts, after those that were computed before."""
 
     def decode_s(self, num_sequences: int, num_context_tokens: int) -> float:
-        """A step that gives each of so many sequences a token; they have so many tokens together."""
+        """The time for a step that gives each sequence a token; together they have this many tokens."""
 
     def push_s(self, num_tokens: int) -> float:
-        """The KV of so many tokens, from a prefill to a decode worker."""
+        """The time to push the KV of this many tokens from a prefill to a decode worker."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Costs:
-    """So many seconds for each step, and for each thing in it; all 0 by default: everything happens at once."""
+    """Seconds for each step and for each thing in it; all 0 by default, so that everything happens at once."""
 
     encode_step_s: float = 0.0
     encode_patch_s: float = 0.0
@@ -41,7 +41,7 @@ class Costs:
     push_token_s: float = 0.0
 
     def encode_s(self, num_patches: int, num_rows: int) -> float:
-        """See `CostModel`; so for those below."""
+        """See `CostModel`, as for those below."""
         return self.encode_step_s + self.encode_patch_s * num_patches + self.encode_row_s * num_rows
 
     def prefill_s(self, num_tokens: int, num_context_tokens: int) -> float:

@@ -31,7 +31,7 @@ class _Leg:
 
 
 class DecodeWorker(KvWorker):
-    """Decodes; the broker sees to it that what it is given fits."""
+    """Decodes; the broker ensures that what it is given fits."""
 
     role = Stage.DECODE
 
@@ -47,7 +47,7 @@ class DecodeWorker(KvWorker):
     # ---- from the broker and from prefill workers ------------------------------------------------------------------
 
     def take(self, message: Message, frames: Sequence[bytes]) -> None:
-        """Legs, their first tokens, and that they are not wanted any more."""
+        """Handles legs, their first tokens, and aborts."""
         match message:
             case m.Decode(leg_id=leg_id):
                 num_tokens = len(message.output_token_ids)

@@ -10,7 +10,7 @@ from epd.messages import EncodeJob, Message, Stage
 
 
 class EncodeWorker(StageWorker):
-    """Encodes what it is given in batches of at most `info.max_batch_tokens` rows, in the order it came."""
+    """Encodes what it is given in batches of at most `info.max_batch_tokens` rows, in order of arrival."""
 
     role = Stage.ENCODE
 
@@ -23,7 +23,7 @@ class EncodeWorker(StageWorker):
         return len(self._queue) + len(self._batch)
 
     def take(self, message: Message, frames: Sequence[bytes]) -> None:
-        """Jobs, and that some are not wanted any more."""
+        """Handles jobs, and drops of those that nobody wants any more."""
         if isinstance(message, m.Encode):
             self._queue |= {job.job_id: job for job in message.jobs}
             if self.draining:

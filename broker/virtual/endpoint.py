@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FINISHED, CANCELLED, CONNECTION_LOST = "finished", "cancelled", "connection lost"
 MAX_RESTARTS = 3
 _LOOK_EVERY_S = 1.0
-# How much later than the broker the endpoint gives up: the broker says so first, with its reason.
+# How much later than the broker the endpoint gives up, so that the broker says so first, with its reason.
 _GRACE_S = 5.0
 
 
@@ -26,15 +26,15 @@ class Flight:
     """A request, what its client has got, and when.
 
     Args:
-        submit: what is submitted, but for what has come of it before.
+        submit: what is submitted, without earlier results.
         frames: go with it.
 
     Attributes:
-        tokens: all that the client has got.
-        end: how it has ended: one of the names above, or an error's code; empty while it has not.
+        tokens: all that the client has received.
+        end: how it ended: one of the names above, or an error's code; empty until then.
         attempts: how often it was submitted.
-        asked_at: when its client has asked; it has `submit.deadline_s` from then on.
-        first_at, ended_at: when the first token has come, and the end; NaN where it has not.
+        asked_at: when its client asked; it has `submit.deadline_s` from then on.
+        first_at, ended_at: when the first token and the end came; NaN before that.
     """
 
     __slots__ = ("asked_at", "attempts", "end", "ended_at", "first_at", "frames", "submit", "tokens")
@@ -61,7 +61,7 @@ class Flight:
 
 
 class Endpoint(Peer):
-    """Submits requests, again where the broker is lost or tokens are missing.
+    """Submits requests, and does so again if the broker is lost or tokens are missing.
 
     Attributes:
         flights: those that have not ended, by id.
@@ -127,7 +127,7 @@ class Endpoint(Peer):
             self.on_end(flight)
 
     def _look(self) -> None:
-        """Gives up what the broker has forgotten to end."""
+        """Gives up requests that the broker has forgotten to end."""
         for flight in [one for one in self.flights.values() if self.clock.now > one.deadline_at + _GRACE_S]:
             self.say(m.Cancel(request_id=flight.request_id))
             self._ended(flight, "deadline_exceeded")
@@ -136,12 +136,12 @@ class Endpoint(Peer):
     # ---- the broker ------------------------------------------------------------------------------------------------
 
     def welcomed(self, welcome: m.Welcome) -> None:
-        """There is a broker: it gets all that has not ended."""
+        """Submits all that has not ended to the new broker."""
         for flight in list(self.flights.values()):
             self._submit(flight)
 
     def lost(self, reason: str) -> None:
-        """There is none: what cannot go on where it was has ended."""
+        """The broker is lost: ends what cannot be continued elsewhere."""
         for flight in list(self.flights.values()):
             if flight.tokens and not flight.submit.resumable:
                 self._ended(flight, "broker_lost")

@@ -16,7 +16,7 @@ HELLO_EVERY_S = 0.5
 
 
 class Peer(Process):
-    """A daemon that registers with the broker, sends heartbeats, and registers anew where it is not known.
+    """A daemon that registers with the broker, sends heartbeats, and registers again if it is not known.
 
     Attributes:
         role: what it is; of a worker, the stage it serves.
@@ -44,7 +44,7 @@ class Peer(Process):
         return []
 
     def heartbeat(self) -> m.Heartbeat:
-        """What it says of itself now."""
+        """What it reports of itself now."""
         return m.Heartbeat()
 
     def welcomed(self, welcome: m.Welcome) -> None:
@@ -54,7 +54,7 @@ class Peer(Process):
         """The broker is gone, and with it all that it knew."""
 
     def take(self, message: Message, frames: Sequence[bytes]) -> None:
-        """A message that is not the link's."""
+        """Handles a message that is not the link's."""
 
     # ---- the link --------------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class Peer(Process):
         self.later(HELLO_EVERY_S, lambda: self._hello(incarnation))
 
     def died(self) -> None:
-        """The broker is not told: it notices."""
+        """Tells the broker nothing: it has to notice."""
         self.network.peers.pop(self.incarnation, None)
         self.registered = False
 
@@ -93,7 +93,7 @@ class Peer(Process):
         self.end()
 
     def heard(self) -> None:
-        """Something has come from the broker, legible or not."""
+        """Something has come from the broker, readable or not."""
         self._heard_at = self.clock.now
 
     def receive(self, message: Message, frames: Sequence[bytes]) -> None:
@@ -132,7 +132,7 @@ class Peer(Process):
 
 
 class Cache(Peer):
-    """A cache daemon: it has one pool, another one each time it starts.
+    """A cache daemon with one pool, a new one each time it starts.
 
     Args:
         pool_bytes: the size of its pool.

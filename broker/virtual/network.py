@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from broker.virtual.workers import KvWorker
 
 Frames = Sequence[bytes]
-# Gets what is sent: the time in seconds, from whom and to whom (an incarnation, or "broker"), what.
+# Gets each message: the time in seconds, sender and receiver (an incarnation, or "broker"), and the message.
 Observer = Callable[[float, str, str, Message, Frames], None]
 
 
 class Network:
-    """A broker, and a place for its peers; a message takes `latency_s` and none is lost.
+    """A broker and a place for its peers; a message takes `latency_s`, and none is lost.
 
     Args:
         config: of the broker.
@@ -54,14 +54,14 @@ class Network:
         return self.clock.now
 
     def to_broker(self, peer: Peer, message: Message, frames: Frames = ()) -> None:
-        """A peer sends a message, as its present incarnation."""
+        """A peer sends a message, as its current incarnation."""
         incarnation = peer.incarnation
         if self.observe is not None:
             self.observe(self.now, incarnation, self.broker.name, message, frames)
         self.broker.later(self.latency_s, partial(self.broker.receive, incarnation, message, frames))
 
     def to_peer(self, incarnation: str, message: Message, frames: Frames) -> None:
-        """The broker sends a message; it is lost where that incarnation is gone."""
+        """The broker sends a message; it is lost if that incarnation is gone."""
         if self.observe is not None:
             self.observe(self.now, self.broker.name, incarnation, message, frames)
         peer = self.peers.get(incarnation)

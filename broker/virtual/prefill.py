@@ -45,8 +45,8 @@ class PrefillWorker(KvWorker):
     """Computes prompts.
 
     Args:
-        max_batched_tokens: of one step.
-        min_overlap_tokens: the least that is worth a step while patches are missing.
+        max_batched_tokens: the most tokens of one step.
+        min_overlap_tokens: the fewest tokens worth a step while patches are missing.
         others: see `broker.virtual.workers.StageWorker`.
     """
 
@@ -81,7 +81,7 @@ class PrefillWorker(KvWorker):
     # ---- from the broker -------------------------------------------------------------------------------------------
 
     def take(self, message: Message, frames: Sequence[bytes]) -> None:
-        """Legs, their patches, and that they are not wanted any more."""
+        """Handles legs, their patches, and aborts."""
         match message:
             case m.Prefill():
                 request = engine_request(frames)

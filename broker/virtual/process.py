@@ -9,12 +9,12 @@ from broker.virtual.clock import Clock
 
 
 class Process:
-    """Something that lives, several times. Calls for a process that hangs wait until it goes on.
+    """Something that lives, perhaps several times. Calls for a process that hangs wait until it goes on.
 
     Args:
         clock: the time.
         name: what it is called in all its lives.
-        restart_s: how long after its death its supervisor has started it again; None: never.
+        restart_s: how long its supervisor takes to restart it after its death; None for never.
 
     Attributes:
         life: counts its deaths.
@@ -29,7 +29,7 @@ class Process:
         self._calls: list[Callable[[], None]] = []
 
     def later(self, delay_s: float, call: Callable[[], None]) -> None:
-        """Calls in a while, if this life of the process has not ended by then."""
+        """Calls after a delay, if this life of the process has not ended by then."""
         self.clock.after(delay_s, partial(self._run, self.life, call))
 
     def _run(self, life: int, call: Callable[[], None]) -> None:
@@ -47,7 +47,7 @@ class Process:
         """What goes with it."""
 
     def hang(self, for_s: float) -> None:
-        """SIGSTOP, and SIGCONT after a while."""
+        """Acts like SIGSTOP, and SIGCONT after a while."""
         self.hangs = True
         self.clock.after(for_s, self._go_on)
 
@@ -58,7 +58,7 @@ class Process:
             call()
 
     def kill(self) -> None:
-        """SIGKILL; the supervisor starts it again."""
+        """Acts like SIGKILL; the supervisor restarts it."""
         self.end()
         if self.restart_s is not None:
             self.later(self.restart_s, self._start_again)

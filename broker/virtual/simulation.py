@@ -96,7 +96,7 @@ class Timing:
 
     @property
     def tpot_s(self) -> float:
-        """Seconds a token after the first; 0 where there is only one."""
+        """Seconds a token after the first; 0 if there is only one."""
         return (self.e2e_s - self.ttft_s) / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
 
 
@@ -147,7 +147,7 @@ class Pipeline(Network):
         return [*self.encode, *self.prefill, *self.decode]
 
     def held(self) -> dict[str, int]:
-        """What anybody holds for requests; empty when all is at rest."""
+        """What any process holds for requests; empty when everything is idle."""
         counters = self.broker.core.counters()
         found = {name: getattr(counters, name) for name in counters.__struct_fields__ if name.startswith("held_")}
         found |= {worker.name: worker.holds() for worker in self.workers if worker.alive}
@@ -156,7 +156,7 @@ class Pipeline(Network):
 
 @dataclasses.dataclass(slots=True)
 class Outcome:
-    """What a workload came to: each request's times in the order they ended, and the broker's counters.
+    """The result of a workload: each request's times, in the order in which they ended, and the broker's counters.
 
     `num_events` counts what happened in virtual time, `took_s` how long that was from the first request on.
     """
@@ -168,12 +168,12 @@ class Outcome:
 
     @property
     def ends(self) -> Counter[str]:
-        """How many have ended how."""
+        """How many requests ended in which way."""
         return Counter(timing.end for timing in self.timings)
 
     @property
     def num_finished(self) -> int:
-        """How many have got their whole answer."""
+        """How many have their whole answer."""
         return self.ends[FINISHED]
 
 
@@ -181,9 +181,9 @@ def simulate(pipeline: Pipeline, workload: Iterable[Item], within_s: float = 1e9
     """Runs a workload to its end.
 
     Args:
-        pipeline: as it is made; it is used up.
+        pipeline: a new one; it is used up.
         workload: in the order of time; it is read as time passes, so it may be long.
-        within_s: of virtual time; what has not ended by then is in no timing.
+        within_s: the limit in virtual time; requests that have not ended by then have no timing.
     """
     clock, timings = pipeline.clock, []
     items = iter(workload)

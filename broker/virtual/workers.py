@@ -1,7 +1,7 @@
 """Workers in virtual time: what the three stages share. Pure.
 
-A worker has one engine, which makes one step at a time; what a step takes, the cost model says. What comes meanwhile
-waits for the next.
+A worker has one engine, which makes one step at a time; the cost model says how long that takes. What comes meanwhile
+waits for the next step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class EngineRequest(msgspec.Struct, frozen=True, gc=False):
-    """What stands for the engine's part of a request, in its opaque frame.
+    """Stands for the engine's part of a request, in its opaque frame.
 
     `num_outputs` is how long the answer gets; `patches` are hashes in the order of the prompt, `starts` the places
     in it (in tokens) before which everything can be computed without them; none: all that is text comes first.
@@ -78,15 +78,15 @@ class StageWorker(Peer, abc.ABC):
         return self._info
 
     def heartbeat(self) -> m.Heartbeat:
-        """With what its engine has done."""
+        """A heartbeat with what its engine has done."""
         return m.Heartbeat(num_steps=self.num_steps, work=self._work)
 
     def lost(self, reason: str) -> None:
-        """What it has is for nobody."""
+        """Drops what it has, which nobody wants any more."""
         self._reset()
 
     def drain(self) -> None:
-        """SIGTERM: it finishes what it has, and leaves."""
+        """Acts like SIGTERM: it finishes what it has and leaves."""
         self.draining = True
         self.say(m.Draining())
         self._hand_back()
@@ -99,7 +99,7 @@ class StageWorker(Peer, abc.ABC):
     # ---- the engine ------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """There may be something to do."""
+        """Looks whether there is something to do."""
         if not self._is_stepping:
             self._is_stepping = True
             self.later(0.0, self._begin)
@@ -122,7 +122,7 @@ class StageWorker(Peer, abc.ABC):
 
     @abc.abstractmethod
     def holds(self) -> int:
-        """How much it has for requests; 0 when all is at rest."""
+        """How much it holds for requests; 0 when everything is idle."""
 
     @abc.abstractmethod
     def _reset(self) -> None:
@@ -130,11 +130,11 @@ class StageWorker(Peer, abc.ABC):
 
     @abc.abstractmethod
     def _begin_step(self) -> float | None:
-        """Chooses what is in the next step; how long that takes, or None where there is nothing to do."""
+        """Chooses what is in the next step; returns how long that takes, or None if there is nothing to do."""
 
     @abc.abstractmethod
     def _end_step(self, took_s: float) -> int:
-        """Says what the step has given; how many units of work that was (`epd.messages.Work`)."""
+        """Reports what the step has given; returns how many units of work that was (`epd.messages.Work`)."""
 
     def _hand_back(self) -> None:
         """Gives back what need not be finished here; nothing, by default."""

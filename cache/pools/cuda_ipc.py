@@ -285,7 +285,7 @@ class CudaIpcView:
             raise StaleSlotError("written again meanwhile")
 
     def _event_of(self, slot: Slot, record: Record) -> int | None:
-        """The event that stands for the copy into a slot; None where that is done."""
+        """The event that stands for the copy into a slot; None if that is done."""
         table = self._table()
         event = self._events.find(record.event, table, self._runtime, self._device)
         if event is None and not table.check(slot).settled:  # it may have settled before it died

@@ -19,9 +19,9 @@ USAGE, INTERRUPTED = 2, 130
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("up", "run a whole pipeline on this host"),
     "demo": ("demo", "run a pipeline with the built-in model and show what it does"),
-    "models": ("models", "say what a model's pictures, videos and sounds are spread by"),
+    "models": ("models", "say what a model's pictures, videos and sounds are cut into"),
     "ask": ("ask", "ask a running endpoint a question, with or without pictures, videos and sounds"),
-    "replay": ("replay", "do again what a broker has recorded"),
+    "replay": ("replay", "replay what a broker has recorded"),
     "memory": ("memory", "show what a model needs on one GPU, by stage"),
     "endpoint": ("daemons", "run the HTTP endpoint"),
     "broker": ("daemons", "run the broker"),
@@ -39,7 +39,7 @@ class _Version(argparse.Action):
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """Returns the parser with all subcommands, of which only `command` knows its options."""
+    """Returns the parser with all subcommands; only `command` has its options."""
     parser = argparse.ArgumentParser(
         prog="epd",
         description="Serve large multimodal models with encode, prefill and decode on separate vLLM workers.",

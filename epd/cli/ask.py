@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         output.end_line()
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our stdout has left, as in `epd ask ... | head`
+    except BrokenPipeError:  # the reader of our stdout has left, as in `epd ask ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     return OK
@@ -109,7 +109,7 @@ def _answer(client: Client, args: argparse.Namespace, output: _Output) -> None:
 
 
 class _Output:
-    """Writes text at once, and knows whether a line is begun."""
+    """Writes text at once, and knows whether a line has begun."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

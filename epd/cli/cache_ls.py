@@ -1,4 +1,4 @@
-"""`epd cache ls`: the pools of a running pipeline, and how they are filled, as a picture in the terminal.
+"""`epd cache ls`: draws the pools of a running pipeline, and how full they are, in the terminal.
 
 Lives in the user's process. What is drawn comes from the endpoint's `GET /v1/cache`; `draw` is pure.
 """
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 FAILED = 1
-# First letter of a state, as the broker's cells have it -> how it is drawn with and without Unicode, and its colour.
+# First letter of a state, as in the broker's cells -> how it is drawn with and without Unicode, and its colour.
 _LOOKS: dict[str, tuple[str, str, str]] = {
     "p": ("█", "#", "green"),
     "r": ("▓", "+", "cyan"),

@@ -194,5 +194,5 @@ def _show(found: Report) -> None:
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4032x3024")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 4032x3024")
     return int(found[1]), int(found[2])

@@ -1,4 +1,4 @@
-"""`epd models check`: whether the pipeline serves a model, and what its items can be spread by.
+"""`epd models check`: whether the pipeline serves a model, and what its items can be cut into.
 
 Lives in the user's process, which builds an encode engine as a worker does.
 """
@@ -25,12 +25,12 @@ REFUSED = 1
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `models` to the command line."""
     line = "Look at models: `epd models check NAME_OR_DIR`."
-    text = "say what a model's pictures, videos and sounds are spread by"
+    text = "say what a model's pictures, videos and sounds are cut into"
     parser = subparsers.add_parser("models", help=text, description=line)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = actions.add_parser(
         "check",
-        help="prove on an encode engine what a model's items can be spread by",
+        help="prove on an encode engine what a model's items can be cut into",
         description="Build an encode engine and prove what the model's pictures, videos and sounds can be spread over "
         "encode workers by: tiles, frames, chunks, or nothing smaller than the item. Ends with 1 where EPD refuses "
         "the model.",
@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what was found; returns 1 where the model is refused."""
+    """Prints what was found; returns 1 if the model is refused."""
     from epd.local import engine_options, environment, extras
     from epd.process import logs
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examined(config: Config) -> Examination:
-    """What the examination finds; what vLLM prints meanwhile goes to standard error."""
+    """The examination's result; what vLLM prints meanwhile goes to standard error."""
     from epd.local.examine import examine
 
     sys.stdout.flush()

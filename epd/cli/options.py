@@ -14,7 +14,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def add_common(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
-    """Adds --config, --set, --log-level, --log-format and, where an engine is involved, --model and --engine."""
+    """Adds --config, --set, --log-level, --log-format and, if an engine is involved, --model and --engine."""
     group = parser.add_argument_group("configuration")
     group.add_argument("--config", metavar="FILE", help="TOML file that all daemons read")
     group.add_argument(
@@ -38,7 +38,7 @@ def add_common(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
 
 
 def add_daemon(parser: argparse.ArgumentParser) -> None:
-    """Adds what only single daemons take: --name and --broker."""
+    """Adds the options of single daemons: --name and --broker."""
     parser.add_argument("--name", help="stable name of this daemon (default: its role or stage)")
     parser.add_argument("--broker", metavar="ADDRESS", help="the broker's ZeroMQ address, e.g. tcp://10.0.0.1:5840")
 
@@ -113,11 +113,11 @@ def _toml(value: object) -> str:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of workers")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers")
     return int(text)
 
 
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
     return int(text)

@@ -19,19 +19,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds `replay` to the command line."""
     parser = subparsers.add_parser(
         "replay",
-        help="do again what a broker has recorded",
+        help="replay what a broker has recorded",
         description="Give the events that a broker has recorded (broker.record) to the same decision core again, and "
-        "say what came of the requests. The status is 1 where it decides otherwise than it did then.",
+        "say what became of the requests. The status is 1 if it decides differently than it did then.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a recording (broker-*.mpk)")
     parser.add_argument(
-        "--request", default="", metavar="ID", help="tell the stories of the requests with this in their ids"
+        "--request", default="", metavar="ID", help="tell the stories of requests whose ids contain this"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replays a recording and prints what came of it; returns the exit status."""
+    """Replays a recording and prints the result; returns the exit status."""
     try:
         with args.file.open("rb") as file:
             done = replay(file)

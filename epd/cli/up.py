@@ -28,13 +28,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "up",
         help="run a whole pipeline on this host",
         description="Run broker, cache, endpoint and workers on this host until Ctrl-C. The first Ctrl-C finishes what "
-        "runs, the second stops at once. Daemons that crash are started again.",
+        "runs, the second stops at once. Daemons that crash are restarted.",
     )
     options.add_listen(parser)
     options.add_stages(parser)
     options.add_common(parser)
     parser.add_argument("--verbose", action="store_true", help="also show the daemons' logs")
-    parser.add_argument("--no-restart", action="store_true", help="leave daemons that crash where they are")
+    parser.add_argument("--no-restart", action="store_true", help="do not restart daemons that crash")
     parser.set_defaults(run=run)
 
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Stop:
-    """The user's wishes: `asked` after the first signal, `at_once` after the second."""
+    """What the user wants: `asked` after the first signal, `at_once` after the second."""
 
     def __init__(self) -> None:
         self.asked, self.at_once = asyncio.Event(), asyncio.Event()
@@ -61,7 +61,7 @@ class Stop:
 
 @contextlib.asynccontextmanager
 async def stop_signals() -> AsyncIterator[Stop]:
-    """While inside, SIGINT, SIGTERM and SIGHUP (a closed terminal) say so here instead of ending the process."""
+    """While entered, SIGINT, SIGTERM and SIGHUP (a closed terminal) are noted here instead of ending the process."""
     loop, stop = asyncio.get_running_loop(), Stop()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
@@ -95,7 +95,7 @@ async def _up(pipeline: LocalPipeline, display: Display) -> int:
 
 
 async def _started(pipeline: LocalPipeline, stop: Stop) -> bool:
-    """Starts the pipeline; False if the user does not want it any more."""
+    """Starts the pipeline; False if the user no longer wants it."""
     starting = asyncio.create_task(pipeline.start(), name="start")
     asked = asyncio.create_task(stop.asked.wait(), name="asked")
     try:
@@ -111,7 +111,7 @@ async def _started(pipeline: LocalPipeline, stop: Stop) -> bool:
 
 
 async def _stopped(pipeline: LocalPipeline, display: Display, stop: Stop) -> int:
-    """Drains, until the user has no more patience."""
+    """Drains until it is done or the user loses patience."""
     display.stopping()
     display.print("finishing what runs (Ctrl-C again stops at once)", style="dim")
     closing = asyncio.create_task(pipeline.close(), name="close")
@@ -135,7 +135,7 @@ async def _stopped(pipeline: LocalPipeline, display: Display, stop: Stop) -> int
 
 
 def welcome(pipeline: LocalPipeline, display: Display) -> None:
-    """What to do with it now; the commands stand in lines of their own, to be copied."""
+    """Says what to do with it now; commands are on separate lines, to be copied."""
     from rich.panel import Panel
     from rich.text import Text
 

@@ -51,7 +51,7 @@ async def idle_cpu(pids: Iterable[int], seconds: float = 3.0) -> float:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds that the threads of a process have used so far, to the nanosecond; 0 where there is none."""
+    """CPU seconds that a process's threads have used so far, to the nanosecond; 0 if there is no such process."""
     total_ns = 0
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -60,5 +60,5 @@ def cpu_s(pid: int) -> float:
 
 
 def normal(text: str) -> str:
-    """Text with its white space made equal."""
+    """Text with its white space normalised."""
     return " ".join(text.split())

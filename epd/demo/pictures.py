@@ -29,7 +29,7 @@ def characters(path: Path, columns: int) -> list[str]:
 def variants(path: Path, count: int) -> list[bytes]:
     """PNG files of `count` pictures of the same shape as this one, each a shade darker.
 
-    They look alike, but no patch of any of them is, byte for byte, one of another: no cache knows them.
+    They look alike, but no two of them share a patch, byte for byte, so no cache knows them.
     """
     with Image.open(path) as picture:
         original = picture.convert("RGB")

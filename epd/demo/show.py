@@ -24,7 +24,7 @@ MAX_WIDTH = 110
 
 @dataclass(frozen=True)
 class Figures:
-    """What the demo has measured; times in seconds, `idle_cpu` in shares of one core, medians where there are many."""
+    """What the demo has measured; times in seconds, `idle_cpu` in shares of one core, medians if there are several."""
 
     ready_s: float
     imported_s: float
@@ -42,7 +42,7 @@ def colours(workers: Sequence[str]) -> dict[str, str]:
 
 
 def question(characters: Sequence[str], truth: str, asked: str) -> RenderableType:
-    """The picture in characters, and beside it what it says."""
+    """The picture in characters, and beside it what it shows."""
     grid = "\n".join(truth.split("\n"))
     left = Panel(Text("\n".join(characters)), title="the picture", title_align="left", expand=False, box=box.SQUARE)
     right = Panel(Text(grid), title="the truth", title_align="left", expand=False, box=box.SQUARE)
@@ -98,7 +98,7 @@ def story(rows: Sequence[timeline.Row], width: int, palette: Mapping[str, str], 
 
 
 def figures(found: Figures) -> RenderableType:
-    """The line of figures, one below the other."""
+    """The figures, one below the other."""
     table = Table.grid(padding=(0, 2))
     table.add_column(justify="right")
 

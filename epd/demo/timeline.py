@@ -22,7 +22,7 @@ _MARKS = {WAIT: ("░", "."), WORK: ("█", "#")}
 
 @dataclass(frozen=True)
 class Span:
-    """Something that went on from one moment to another, in seconds after the request was accepted."""
+    """Something that lasted from one moment to another, in seconds after the request was accepted."""
 
     start_s: float
     end_s: float
@@ -31,7 +31,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the timeline: what went on at a worker ("" for the broker)."""
+    """A line of the timeline: what happened at a worker ("" for the broker)."""
 
     label: str
     worker: str
@@ -55,11 +55,11 @@ class Line:
 def number_patches(*stories: Sequence[Event]) -> dict[str, int]:
     """Gives each patch its place in the request, from 0.
 
-    The broker looks patches up in the order of the picture, so a story in which all were found in the cache tells
-    that order; others tell it by the order in which patches were handed out.
+    The broker looks up patches in the order of the picture, so a story in which all were found in the cache shows that
+    order; other stories show it by the order in which patches were handed out.
 
     Args:
-        stories: Of requests with the same patches, the one that knows best first.
+        stories: Of requests with the same patches, the most reliable one first.
     """
     numbers: dict[str, int] = {}
     for events in stories:

@@ -25,7 +25,7 @@ As of one plain vLLM; `engine` is "0".
 """
 _WORKERS = """\
 ## vLLM's, of each worker
-`engine` is the worker's name, and `stage` says what it does. Counters begin anew when a worker does.
+`engine` is the worker's name, and `stage` says what it does. Counters start over when a worker does.
 """
 _DROPPED = """\
 ## vLLM's that are not there

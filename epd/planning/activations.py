@@ -1,8 +1,8 @@
-"""Memory that a step needs besides weights and KV: what a layer of each stack has alive at its peak. Pure arithmetic.
+"""Memory that a step needs besides weights and KV: what a layer of each stack holds at its peak. Pure arithmetic.
 
 A layer's peak is in its attention or in its MLP, whichever is larger; layers follow one another in the same memory.
-Counted are the tensors that a layer writes and still needs; kernels' workspaces and what an allocator loses to
-fragments are not. So these are lower bounds; `docs/memory.md` has them beside what the paper measured.
+Only tensors that a layer writes and still needs are counted, not kernels' workspaces and what an allocator loses to
+fragmentation. So these are lower bounds; `docs/memory.md` has them beside what the paper measured.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def _path_of(name: str) -> Path:
 
     try:
         found = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name of a repository
+    except ValueError:  # not the name of a repository
         found = None
     if not isinstance(found, str):
         known_names = ", ".join(sorted(each.stem for each in PAPER.glob("*.json")))
@@ -74,7 +74,7 @@ def dtype_bytes(dtype: str) -> int:
 
 
 def own_dtype(config: dict[str, Any]) -> str:
-    """The type that a configuration says its weights have; bfloat16 where it says nothing."""
+    """The type of the weights, according to a configuration; bfloat16 if it says nothing."""
     sections = [config, *(config.get(name) for name in ("text_config", "llm_config"))]
     named = (section.get(key) for section in sections if isinstance(section, dict) for key in ("dtype", "torch_dtype"))
     return next((str(dtype) for dtype in named if dtype), "bfloat16")

@@ -26,7 +26,7 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """The device and the requests. `kv_fraction` of free memory is set aside for KV where there is any.
+    """The device and the requests. `kv_fraction` of free memory is set aside for KV, if there is any.
 
     `num_images` are those of the request that peaks and batches are told for; `prompt_tokens` its text, `output_tokens`
     what it may answer. The defaults are the paper's.
@@ -46,7 +46,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """A stage's memory, all in bytes on one device; -1 where something does not apply, 0 where it does not fit.
+    """A stage's memory, all in bytes on one device; -1 if something does not apply, 0 if it does not fit.
 
     Attributes:
         layout: "one piece", "EP+D" or "EPD".
@@ -57,8 +57,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         free: what the weights leave.
         peak: activations of one request with `num_images` images, all at once.
         kv_left: what that peak leaves for KV.
-        kv_left_tokens: so many tokens of it.
-        patches: most patches that fit at once beside the KV that is set aside; -1 where nothing is encoded.
+        kv_left_tokens: the same in tokens.
+        patches: most patches that fit at once beside the KV that is set aside; -1 if nothing is encoded.
         requests: most requests of `num_images` images that fit at once beside it, or have their KV in it.
         images: most images of one request.
         limit: what bounds `images`: "context", "KV", "memory" (for activations), or "weights" that do not fit.
@@ -128,7 +128,7 @@ def _row(layout: str, stages: tuple[str, ...], shape: Shape, weights: Weights, s
 
     room = max(0, free - reserved)
     peak = activations(setting.num_images)
-    if stages == ("decode",):  # one token of each request, as nothing to what it has in KV
+    if stages == ("decode",):  # one token of each request, which is nothing compared with its KV
         peak = prefill_bytes(shape.text, setting.dtype_bytes, shards)
     per_image = picture.num_patches * per_patch + picture.num_tokens * per_token
     at_once = room // (per_patch + per_token * picture.tokens) if encodes else -1

@@ -196,7 +196,7 @@ def _kv(counted: dict[str, Parameters]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes the page, or with `--check` only compares; 1 where it differs."""
+    """Writes the page, or with `--check` only compares; returns 1 if it differs."""
     text = page()
     if arguments == ["--check"]:
         return int(not PATH.exists() or PATH.read_text("utf-8") != text)

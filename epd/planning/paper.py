@@ -14,7 +14,7 @@ SIZES = ((313, 234), (787, 444), (4032, 3024))
 
 
 class Claims(msgspec.Struct, frozen=True, kw_only=True):
-    """One model's figures; those by picture are in the order of `SIZES`, None where the paper says out of memory.
+    """One model's figures; those by picture are in the order of `SIZES`, None if the paper says out of memory.
 
     Attributes:
         name: as people write it.

@@ -8,7 +8,7 @@ _Grid = tuple[int, int]
 
 
 def internvl_tiles(width: int, height: int, tile: int, most: int, thumbnail: bool) -> int:
-    """InternVL: the grid of at most `most` tiles whose shape is nearest, and a thumbnail where there are several.
+    """InternVL: the grid of at most `most` tiles whose shape is nearest, and a thumbnail if there are several.
 
     Args:
         width: of the picture, in pixels.

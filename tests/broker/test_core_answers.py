@@ -31,7 +31,7 @@ def events(world: World) -> list[str]:
     return [event.event for event in world.core.stories.story("r").events]
 
 
-def test_workers_are_told_who_samples_the_first_token(world: World) -> None:
+def test_workers_are_told_which_of_them_samples_the_first_token(world: World) -> None:
     prefill, decode = start(world)
     assert prefill.samples
     assert decode.awaits_token
@@ -114,7 +114,7 @@ def test_requests_for_one_token_wait_their_turn_where_prefill_has_enough(world: 
     assert [one.leg_id for one in world.take(m.Prefill)] == ["r16"]
 
 
-def test_who_samples_at_decode_needs_a_decode_worker_for_one_token_too(world: World) -> None:
+def test_a_request_that_decode_samples_needs_a_decode_worker_even_for_one_token(world: World) -> None:
     world.submit("r", resumable=False, max_tokens=1)
     assert not world.take(m.Prefill)[0].is_last
     assert world.take(m.Decode)

@@ -66,7 +66,7 @@ def test_the_patches_of_a_lost_encode_worker_go_to_another_one_and_to_other_memo
     assert world.take(m.Failed) == []
 
 
-def test_without_any_encode_worker_left_requests_that_wait_for_one_fail_where_there_is_no_grace() -> None:
+def test_without_grace_requests_that_wait_for_an_encode_worker_fail_when_none_is_left() -> None:
     world = World(BrokerConfig(absence_grace_s=0))
     world.pipeline()
     world.submit("r", ["a"])
@@ -76,7 +76,7 @@ def test_without_any_encode_worker_left_requests_that_wait_for_one_fail_where_th
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
-def test_requests_fail_with_the_last_worker_of_a_stage_where_there_is_no_grace(stage: str) -> None:
+def test_without_grace_requests_fail_with_the_last_worker_of_a_stage(stage: str) -> None:
     world = World(BrokerConfig(absence_grace_s=0))
     world.pipeline(encode=0)
     for i in range(9):  # the decode worker's batch holds 8

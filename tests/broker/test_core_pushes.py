@@ -22,12 +22,12 @@ def world() -> World:
     return world
 
 
-def test_kv_whose_decode_worker_is_lost_is_let_go_of_at_once(world: World) -> None:
+def test_kv_whose_decode_worker_is_lost_is_released_at_once(world: World) -> None:
     world.say(world.decode, m.Goodbye())
     assert [send.peer_id for send in world.take_sends(m.Abort)] == [world.prefill]
 
 
-def test_kv_of_a_request_that_is_cancelled_is_let_go_of_on_both_sides(world: World) -> None:
+def test_kv_of_a_cancelled_request_is_released_on_both_sides(world: World) -> None:
     world.say(world.endpoint, m.Cancel(request_id="r"))
     sends = world.take_sends(m.Abort)
     assert {send.peer_id for send in sends} == {world.prefill, world.decode}

@@ -145,7 +145,7 @@ def test_a_stage_whose_last_worker_is_draining_is_waited_for() -> None:
     assert len(world.take(m.Decode)) == 1
 
 
-def test_a_patch_that_was_there_when_workers_left_in_good_order_is_no_poison() -> None:
+def test_a_patch_is_not_blamed_for_workers_that_left_in_good_order() -> None:
     world = World()
     world.pipeline(encode=1)
     world.submit("r", ["a"])

@@ -33,7 +33,7 @@ def test_two_tenants_take_turns_by_cost() -> None:
     assert drain(queue) == ["h0", "l0", "l1", "l2", "h1", "l3", "l4", "l5", "h2", "h3"]
 
 
-def test_who_comes_late_starts_at_the_present_and_saves_nothing_up() -> None:
+def test_a_tenant_that_comes_late_starts_at_the_clock_and_has_saved_nothing() -> None:
     queue: FairQueue[str] = FairQueue()
     for i in range(6):
         queue.push("a", f"a{i}", 10)
@@ -72,7 +72,7 @@ def test_a_tenant_that_has_had_much_is_served_although_ever_new_ones_come() -> N
     raise AssertionError("a2 starved")
 
 
-def test_who_cannot_start_now_is_passed_by_and_keeps_its_place() -> None:
+def test_an_item_that_cannot_start_now_is_passed_over_and_keeps_its_place() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in ("picture", "text1", "text2"):
         queue.push("a", item, 1, needs=item.rstrip("12"))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from broker.policies.choice import CHOICES, StageWorkers
+from broker.core.stage_workers import StageWorkers
+from broker.policies.choice import CHOICES
 from broker.policies.costs import Cost
 from broker.policies.order import ORDERS
 from epd import config

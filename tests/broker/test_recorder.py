@@ -102,7 +102,9 @@ HEAD = {"format": 2, "version": "9", "began": "", "config": {}, "first_generatio
         ),
     ],
 )
-def test_what_is_no_recording_is_refused(data: bytes, why: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_file_that_is_not_a_recording_is_refused(
+    data: bytes, why: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(RecordingError, match=why):
         replay(io.BytesIO(data))
     file = tmp_path / "x.mpk"
@@ -145,7 +147,7 @@ def test_a_disk_that_is_full_ends_the_recording_only(tmp_path: Path, monkeypatch
     assert "No space left" in told["reason"]
 
 
-def test_epd_replay_tells_what_came_of_it_in_any_process(tmp_path: Path) -> None:
+def test_epd_replay_says_what_became_of_the_requests_in_any_process(tmp_path: Path) -> None:
     """Another process has other hashes of strings: what the core decides does not depend on them."""
     recorded(tmp_path).core.recorder.close()
     command = [sys.executable, "-m", "epd.cli", "replay", str(recording(tmp_path)), "--request", "r1"]

@@ -26,7 +26,7 @@ def test_what_was_admitted_before_is_not_refused_because_the_queue_is_full() -> 
     assert (refused.request_id, refused.code) == ("new", "overloaded")
 
 
-def test_all_that_is_in_flight_is_bounded_all_the_same() -> None:
+def test_resubmitted_requests_do_not_exceed_the_bound_on_requests_in_flight() -> None:
     world = full_queue()
     for number in range(4):
         world.submit(f"again {number}", attempts=1)

@@ -146,7 +146,7 @@ def test_a_slot_is_settled_once_its_writer_has_seen_its_copy_done(opened, cuda):
     assert torch.equal(reader.read(make_slot(0)), rows(1)) and cuda.calls == []
 
 
-def test_a_slot_written_anew_on_a_slow_stream_does_not_keep_others_from_settling(opened, cuda):
+def test_a_slot_written_again_on_a_slow_stream_does_not_keep_others_from_settling(opened, cuda):
     writer, reader = opened(), opened()
     cuda.stream = "fast"
     writer.write(make_slot(0), rows(1), "w")

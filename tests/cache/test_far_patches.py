@@ -138,7 +138,7 @@ def test_a_fetch_that_nobody_waits_for_any_more_leaves_nothing(served: Served, r
     assert reader.num_held == 0
 
 
-def test_a_cache_that_was_started_again_at_its_address_is_no_fault_of_the_patch(
+def test_a_patch_is_not_blamed_for_a_cache_that_was_restarted_at_its_address(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It answers before the broker has heard of it."""

@@ -117,7 +117,7 @@ def test_patches_that_lie_in_the_way_are_encoded_again_where_waiting_would_not_h
     assert outcomes(index.acquire_all(wanted, "r")) == [("b", Outcome.NEW), ("d", Outcome.NEW)]
 
 
-def test_what_does_not_lie_in_the_way_stays_when_all_is_placed_anew():
+def test_patches_that_are_not_in_the_way_stay_when_everything_is_placed_again():
     index = index_of(5, 3)
     put(index, need("a"), prefer="p0")
     put(index, need("b"), prefer="p0")

@@ -147,7 +147,7 @@ def test_a_pool_that_does_not_fit_is_refused_with_what_to_do_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("pool_id", ["", "../x", "a b", "x" * 65, "a\n"])
-def test_a_pool_id_that_is_no_file_name_is_refused(pool_id, shm):
+def test_a_pool_id_that_is_not_a_file_name_is_refused(pool_id, shm):
     with pytest.raises(pools.PoolError, match="pool id"):
         SharedMemoryPool(pool_id, MIB, directory=shm)
 

@@ -102,7 +102,7 @@ def test_the_patches_of_a_picture_are_shown_as_its_grid():
     assert " 9: encode-" in text
 
 
-def test_patches_that_are_no_grid_are_shown_in_order():
+def test_patches_that_do_not_form_a_grid_are_shown_in_order():
     text = printed(show.patches(timeline.encoded_by(FIRST), NUMBERS, (5, 5), {}))
     assert "and the whole" not in text
     assert all(f"{number}: encode-" in text for number in range(1, 10))

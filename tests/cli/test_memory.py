@@ -63,7 +63,7 @@ def test_wrong_options_are_refused_with_the_reason(
     assert words in capsys.readouterr().err
 
 
-def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_is_not_a_size_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["memory", "--image", "big"])
     assert "4032x3024" in capsys.readouterr().err

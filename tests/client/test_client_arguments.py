@@ -84,7 +84,7 @@ async def test_what_holds_no_pictures_is_a_type_error_that_says_what_is_taken(
 
 
 @pytest.mark.parametrize("nothing", [None, (), [], iter(()), np.array([])])
-async def test_no_pictures_are_no_pictures(endpoint: FakeEndpoint, client: AsyncClient, nothing: Any) -> None:
+async def test_an_empty_list_of_pictures_sends_none(endpoint: FakeEndpoint, client: AsyncClient, nothing: Any) -> None:
     if isinstance(nothing, np.ndarray):
         with pytest.raises(PictureError):
             await client.generate("?", images=nothing)

@@ -55,7 +55,7 @@ def test_urls_are_handed_on(url: str) -> None:
     assert clip_url("audio", url) == url
 
 
-def test_what_is_no_clip_is_named(tmp_path: Path) -> None:
+def test_the_error_names_what_is_not_a_clip(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="no video file"):
         clip_url("video", tmp_path / "missing.mp4")
     for wrong in (WAV, b"hello", files.picture("png")):

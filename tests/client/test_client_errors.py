@@ -135,7 +135,7 @@ def test_an_error_in_another_form_still_has_a_message(body: bytes, message: str)
 
 
 @pytest.mark.parametrize("body", ["not JSON", '{"data": 1}', "[]", '{"choices": []}'])
-async def test_an_answer_that_is_no_completion_is_an_api_error(
+async def test_an_answer_that_is_not_a_completion_is_an_api_error(
     endpoint: FakeEndpoint, client: epd.client.AsyncClient, body: str
 ) -> None:
     endpoint.answer = answer_with(web.Response(text=body))

@@ -86,7 +86,7 @@ def test_a_missing_file_is_a_picture_error_that_names_it(tmp_path: Path) -> None
         (["a.png"], "not list"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_a_reason(picture: Any, message: str) -> None:
+def test_a_file_that_is_not_a_picture_is_refused_with_a_reason(picture: Any, message: str) -> None:
     with pytest.raises(PictureError, match=message):
         picture_url(picture)
 

@@ -57,7 +57,7 @@ async def test_an_adapter_that_no_worker_could_load_is_refused_with_the_reason(e
         await enabled.add_lora_async(request(folder))
 
 
-async def test_a_configuration_that_is_no_json_is_refused(enabled, tmp_path):
+async def test_a_configuration_that_is_not_json_is_refused(enabled, tmp_path):
     folder = write_adapter(tmp_path / "red", 1)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(json.JSONDecodeError):

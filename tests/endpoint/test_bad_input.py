@@ -88,7 +88,7 @@ async def test_a_picture_by_its_name_only_is_refused(served):
     await refused(served, "/v1/chat/completions", chat_body([part, {"type": "text", "text": "?"}]), 400)
 
 
-async def test_bodies_that_are_no_json_or_too_large(served):
+async def test_bodies_that_are_not_json_or_too_large_are_refused(served):
     headers = {"Content-Type": "application/json"}
     for data, status in ((b"{", 400), (b"", 400), (b" " * ((1 << 20) + 1), 413), (b"[]", 400)):
         async with served.session.post("/v1/chat/completions", data=data, headers=headers) as answer:

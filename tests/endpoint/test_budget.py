@@ -71,7 +71,7 @@ async def test_a_request_with_more_than_one_may_have_is_refused():
     assert (refused.value.failure.status, refused.value.failure.code) == (400, "media_too_large")
 
 
-async def test_who_waits_too_long_is_asked_to_come_back():
+async def test_a_request_that_waits_too_long_is_told_to_come_back():
     budget = Budget(100, 100, wait_s=0.02)
     with budget.share() as first, budget.share() as second:
         await took(budget, first, 100)

@@ -70,7 +70,7 @@ async def test_a_failure_after_some_tokens_of_a_plain_answer_is_its_status(serve
     assert answer.status == 502 and json.loads(text)["error"]["type"] == "worker_lost"
 
 
-async def test_a_status_that_is_none_becomes_500(served):
+async def test_an_invalid_status_becomes_500(served):
     served.broker.script = fails(code="odd", message="?", status=777)
     answer, _ = await served.chat()
     assert answer.status == 500

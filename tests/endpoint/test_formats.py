@@ -95,7 +95,7 @@ def test_pictures_of_these_formats_have_the_bounds_of_all(kind):
      icon(bitmap(-30_000, -60_000)), icon(*[bitmap(16, 32)] * 100, png_header(2000, 2000))],
     ids=["png", "bitmap", "the second", "upside down", "the last of many"],
 )  # fmt: skip
-def test_an_icon_is_no_larger_than_what_is_really_in_it(content):
+def test_an_icon_is_as_large_as_the_pictures_in_it(content):
     refused(probing.check_image, content, "image_too_large")
 
 

@@ -55,7 +55,7 @@ async def test_a_call_that_does_not_end_is_given_up_and_the_next_one_runs(stuck)
     lane.close()
 
 
-async def test_a_call_that_nobody_waits_for_any_more_is_given_up_all_the_same(stuck):
+async def test_a_call_is_given_up_even_if_nobody_waits_for_it_any_more(stuck):
     lane = Lane("t", 1)
     first = asyncio.create_task(lane.run(stuck.wait, timeout_s=0.1))
     await asyncio.sleep(0.02)

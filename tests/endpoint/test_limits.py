@@ -131,7 +131,7 @@ async def test_too_many_images_are_refused():
         data_url(png_header(0, 5)),
     ],
 )
-async def test_what_is_no_picture_is_refused(url):
+async def test_a_file_that_is_not_a_picture_is_refused(url):
     await refused(chat(url), 400, "invalid_image")
 
 
@@ -180,12 +180,12 @@ async def test_anthropics_pictures_are_checked_and_refused_in_its_shape(source):
         assert told["type"] == "error" and told["error"]["type"] in ("invalid_image", "url_not_allowed")
 
 
-async def test_a_schema_that_speaks_of_images_is_no_image():
+async def test_a_schema_that_mentions_images_is_not_an_image():
     tools = [{"function": {"parameters": {"properties": {"image_url": {"type": "string"}}}}}]
     assert (await send({"messages": [{"content": "hi"}], "tools": tools})).status == 200
 
 
-async def test_arguments_of_a_tool_that_speak_of_images_are_no_images():
+async def test_tool_arguments_that_mention_images_are_not_images():
     call = {"type": "tool_use", "id": "t", "name": "f", "input": {"image_url": "http://10.0.0.1/"}}
     text = {"type": "text", "text": "x", "video_url": "s3://bucket/x"}
     assert (await send({"messages": [{"content": [call]}, {"content": [text]}]}, path="/v1/messages")).status == 200

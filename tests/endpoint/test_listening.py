@@ -85,7 +85,7 @@ async def test_headers_of_browsers_and_gateways_are_taken(headers):
     ],
     ids=["one huge", "300", "200 KB", "two lengths", "length and chunks", "no colon", "bad name", "expectation"],
 )
-async def test_what_is_no_http_or_too_much_is_refused_with_a_reason(headers, status):
+async def test_input_that_is_not_http_or_too_large_is_refused_with_a_reason(headers, status):
     found, head, body = await send(request(headers))
     error = json.loads(body)["error"]
     assert found == status == error["code"] and error["message"] and error["type"]
@@ -95,7 +95,7 @@ async def test_what_is_no_http_or_too_much_is_refused_with_a_reason(headers, sta
 @pytest.mark.parametrize(
     "raw", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\0" * 99 + b"\r\n\r\n"]
 )
-async def test_what_is_no_http_at_all_is_answered_or_cut_off(raw):
+async def test_input_that_is_not_http_is_answered_or_cut_off(raw):
     async with listening() as port, asyncio.timeout(10):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(raw)

@@ -97,7 +97,7 @@ async def test_usual_options_pass(options):
     check_options(options, EndpointConfig())
 
 
-async def test_what_the_encoder_fails_on_all_the_same_is_the_requests_fault(served):
+async def test_the_request_is_blamed_if_the_encoder_fails_on_its_own_options_anyway(served):
     async def fails(broker, submit, _frames):
         await broker.send(
             Failed(

@@ -51,7 +51,7 @@ ARGUMENTS = [{"image_url": URL}, {"video_url": "s3://x"}, {"image_pil": "x"}, {"
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_a_key_of_that_name_elsewhere_is_no_medium(arguments):
+def test_the_same_key_in_another_place_is_not_a_medium(arguments):
     blocks = [
         {"type": "tool_use", "id": "t", "name": "f", "input": arguments},
         {"type": "text", "text": "x"} | arguments,

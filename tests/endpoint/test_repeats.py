@@ -86,7 +86,7 @@ async def test_pixels_may_be_needed_in_the_middle_of_a_request(served):
     assert second.output_token_ids == [100] and all(patch.num_frames for patch in second.patches)
 
 
-async def test_an_upload_with_other_settings_is_processed_anew(served):
+async def test_an_upload_with_other_settings_is_processed_again(served):
     told = await upload(served, picture((400, 300)))
     await state(served, told["id"], "ready")
     asked = {"content": media(told["id"])}

@@ -216,7 +216,7 @@ async def test_grey_of_16_bits_is_turned_as_its_exif_says(served):
 
 
 @pytest.mark.parametrize("values", [np.full((8, 8), -1, np.int32), np.full((8, 8), np.nan, np.float32)], ids=str)
-async def test_numbers_that_are_no_brightness_are_refused(served, values):
+async def test_numbers_that_cannot_be_brightness_are_refused(served, values):
     answer, body = await served.chat(content=with_picture(url=image_url(saved(Image.fromarray(values), "TIFF"))))
     assert answer.status == 400 and "brightness" in body["error"]["message"]
 

@@ -37,14 +37,14 @@ class Cell:
 _SLOW = "right, later"
 _LOST = "ends at its deadline; the others are right"
 _STUCK = "right, later; a worker that holds something and makes no step is replaced after `hung_after_s`"
-_REFUSED = "refused as no message and counted; then as lost"
+_REFUSED = "refused as not a message and counted; then as lost"
 _TWICE = "right; the second changes nothing"
-_EARLIER = "right; nobody is there for it, or it is fenced"
+_EARLIER = "right; nobody receives it, or it is fenced"
 _AGAIN = "right; what the slot holds is refused, and the patch encoded again"
 
 CELLS: tuple[Cell, ...] = (
     Cell(
-        "endpoint–broker", "killed", "right; the endpoint submits to the next broker what it holds, with its tokens",
+        "endpoint–broker", "killed", "right; the next broker gets what the endpoint holds, with its tokens",
         (FINE,), (RESTART + "test_streams_go_on_with_the_next_broker",),
     ),
     Cell(
@@ -129,7 +129,7 @@ CELLS: tuple[Cell, ...] = (
     ),
     Cell(
         "prefill–decode", "corrupted", "a notification that cannot be read: as lost. Of the KV itself there is no "
-        "checksum but the transport's", (), (LEAKS + "test_a_notification_that_is_none_harms_nobody",),
+        "checksum but the transport's", (), (LEAKS + "test_an_invalid_notification_does_no_harm",),
     ),
     Cell(
         "broker–decode", "killed", "right; goes on elsewhere from the tokens already sent. One that has begun and "

@@ -109,7 +109,7 @@ async def test_a_daemon_that_says_what_has_failed_is_quoted_in_one_line(monkeypa
     assert "\n" not in str(caught.value)
 
 
-async def test_a_start_that_takes_too_long_names_who_is_missing(monkeypatch):
+async def test_a_start_that_takes_too_long_names_the_missing_daemons(monkeypatch):
     monkeypatch.setattr(LightPipeline, "functions", {"decode-0": "never_ready"})
     with pytest.raises(StartError, match="no pipeline within 3 s; not ready: decode-0"):
         await light(start_s=3.0).start()

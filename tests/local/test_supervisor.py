@@ -152,7 +152,7 @@ async def test_daemons_stop_in_the_order_of_their_ranks(run_dir):
     assert [name for name, state in running.seen if state is State.STOPPED] == ["first", "second", "last"]
 
 
-async def test_who_does_not_stop_in_time_is_killed(run_dir):
+async def test_a_daemon_that_does_not_stop_in_time_is_killed(run_dir):
     async with supervisor(run_dir) as running:
         [daemon] = await ready(running, forked("deaf", "stubborn", stop_s=0.2))
         assert not await running.stop()

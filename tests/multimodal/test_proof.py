@@ -100,7 +100,7 @@ def test_anything_else_leaves_items_whole_and_says_why(prove, encoder, reason):
     assert reason in told.reason
 
 
-def test_a_model_without_dummy_items_is_served_all_the_same(monkeypatch):
+def test_a_model_without_dummy_items_is_still_served(monkeypatch):
     from epd.multimodal import proof
 
     def fail(config):

@@ -25,6 +25,6 @@ async def test_tasks_threads_and_file_descriptors_are_counted_and_come_back_to_w
     assert resources.of_process() == before
 
 
-async def test_a_system_that_does_not_tell_its_file_descriptors_is_no_error(monkeypatch):
+async def test_a_system_that_does_not_show_file_descriptors_causes_no_error(monkeypatch):
     monkeypatch.setattr(resources, "_FDS", "/nowhere")
     assert resources.of_process()["fds"] == -1

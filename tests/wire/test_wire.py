@@ -67,7 +67,7 @@ HEADER = msgspec.msgpack.encode({})
         ([PREFIX, HEADER, *([b""] * wire.MAX_FRAMES)], "frames; at most"),
     ],
 )
-def test_what_is_no_message_is_refused_with_a_reason(parts: list[bytes], reason: str) -> None:
+def test_frames_that_are_not_a_message_are_refused_with_a_reason(parts: list[bytes], reason: str) -> None:
     with pytest.raises(wire.WireError, match=reason):
         wire.decode(parts)
 

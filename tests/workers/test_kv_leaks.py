@@ -106,7 +106,7 @@ def test_a_push_that_fails_ends_the_decode_request_with_an_error(pair: Pair, how
     assert pair.d.state()["ended"][request_id] == "error"
 
 
-def test_a_notification_that_is_none_harms_nobody(pair: Pair) -> None:
+def test_an_invalid_notification_does_no_harm(pair: Pair) -> None:
     request_id = pair.begin()
     for garbage in ("nonsense", "EPD_REFUSED:nobody:1", "EPD_REFUSED:", "PUSH_REG:", "PUSH_REG:\x93\x01"):
         pair.p.hear(garbage)

@@ -10,7 +10,7 @@ def look(watch: LeakWatch, now: float, in_use: int, wanted: int = 0) -> str:
     return watch.observe(now, num_blocks=100, num_in_use=in_use, num_wanted=wanted)
 
 
-def test_blocks_of_known_requests_are_no_leak_however_many_they_are() -> None:
+def test_blocks_of_known_requests_are_not_a_leak_however_many_there_are() -> None:
     watch = LeakWatch(fraction=0.25, patience_s=60)
     assert not any(look(watch, now, in_use=100, wanted=90) for now in range(0, 1000, 10))
 

@@ -27,7 +27,7 @@ def may_exist(port: int, engine_id: str = "engine-1") -> bool:
     return ask(Peer(engine_id, "127.0.0.1", port), timeout_s=0.2)
 
 
-def test_where_nobody_listens_there_is_no_engine(sock: socket.socket) -> None:
+def test_if_nobody_listens_there_is_no_engine(sock: socket.socket) -> None:
     assert may_exist(sock.getsockname()[1]) is False
 
 
@@ -46,7 +46,7 @@ def test_a_host_that_cannot_be_found_may_have_the_engine() -> None:
 @pytest.mark.parametrize(
     ("answer", "expected"), [("engine-1", True), ("engine-2", False), (None, True)], ids=["it", "another", "nonsense"]
 )
-def test_who_answers_decides(answer: str | None, expected: bool) -> None:
+def test_the_engine_that_answers_decides(answer: str | None, expected: bool) -> None:
     from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlHandshakePayload
 
     agent = msgspec.msgpack.encode({"engine_id": answer, "num_blocks": 7})

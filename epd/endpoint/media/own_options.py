@@ -35,7 +35,7 @@ def check_options(options: Any, config: EndpointConfig) -> None:
 
 
 def _most(name: str, config: EndpointConfig) -> int | None:
-    """The most that a number of this name may be; None where it says no size."""
+    """The largest value of a number with this name; None if it is not a size."""
     if "pixels" in name:
         return config.max_pixels
     if "frames" in name:
