@@ -97,19 +97,19 @@ def test_slices_lose_their_padding():
     assert second.item["video_tgt_sizes"].data.tolist() == [[2, 2]]
 
 
-def worker(units, num_tokens=4, role=Stage.ENCODE):
+def worker(units, num_tokens=4, stage=Stage.ENCODE):
     info = WorkerInfo(units=units, tokens_per_patch=dict.fromkeys(units, num_tokens))
-    return WorkerStatus(name="w", role=role, incarnation="i", host="h", pid=1, info=info)
+    return WorkerStatus(name="w", stage=stage, incarnation="i", host="h", pid=1, info=info)
 
 
 def test_a_unit_counts_only_where_all_encode_workers_have_proved_it():
     both = {"image": "tile", "video": "item"}
     tile = {"image": Unit("tile", 4)}
-    assert agreed_units([worker(both), worker(both), worker({}, role=Stage.DECODE)]) == tile
+    assert agreed_units([worker(both), worker(both), worker({}, stage=Stage.DECODE)]) == tile
     assert agreed_units([worker(both), worker({"image": "item"})]) == {}
     assert agreed_units([worker(both), worker({})]) == {}
     assert agreed_units([worker(both), worker(both, num_tokens=5)]) == {}
-    assert agreed_units([worker({}, role=Stage.DECODE)]) is None
+    assert agreed_units([worker({}, stage=Stage.DECODE)]) is None
 
 
 def test_people_see_whole_items_too():
