@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import struct
+import time
 import zlib
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks.servers import MAX_IMAGES, Running
 from epd.builtin import DEMO_ANSWER, DEMO_QUESTION, MODEL_NAME
+from epd.config import BrokerConfig
 from tests import media_files as files
 from tests.pipeline.chats import ask, chat, demo, scribble, tokens
 
@@ -71,6 +73,17 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def all_counted(epd: httpx.Client) -> None:
+    """The endpoint's own first requests are counted: counters come with heartbeats, a moment after what they count."""
+    until, before = time.monotonic() + 30, -1.0
+    while (now := accepted(epd)) != before or not now:
+        assert time.monotonic() < until, "the counters do not come to rest"
+        before = now
+        time.sleep(1.5 * BrokerConfig().heartbeat_s)
+
+
+@pytest.mark.usefixtures("all_counted")
 @pytest.mark.parametrize(("body", "status"), BAD.values(), ids=BAD)
 def test_a_bad_request_is_refused_with_a_reason_before_any_engine_sees_it(
     epd: httpx.Client, running: Running, body: dict, status: int
