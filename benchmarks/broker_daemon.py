@@ -72,7 +72,7 @@ class Peer:
         self.name = name
         self.sock = sockets.connect_dealer(address, routing_id=name.encode(), max_sent=UNBOUNDED, linger_ms=0)
         self.say(m.Hello(name=name, kind=kind, incarnation=name, host="h", pid=os.getpid(), **hello))
-        self._beat_at = 0.0
+        self._beat_at, self._num_steps = 0.0, 0
 
     def say(self, message: Message, frames: Any = ()) -> None:
         """Sends to the broker."""
@@ -82,7 +82,8 @@ class Peer:
         """A heartbeat, if it is time."""
         if now >= self._beat_at:
             self._beat_at = now + _HEARTBEAT_S
-            self.say(m.Heartbeat())
+            self._num_steps += 1  # an engine that makes none is taken for hung
+            self.say(m.Heartbeat(num_steps=self._num_steps))
 
     def messages(self) -> Iterator[tuple[Message, list[bytes]]]:
         """What has come."""
